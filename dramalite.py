@@ -1,0 +1,5267 @@
+"""dramalite: background tasks in one file.  Dramatiq's API on SQLite, nothing else to install.
+
+    import dramalite
+
+    @dramalite.actor(max_retries=3)
+    def greet(name):
+        print(f"Hello, {name}!")
+
+    if __name__ == "__main__":
+        greet.send("world")                 # on disk when send() returns
+
+Save as tasks.py, run it, then `python -m dramalite worker tasks`.  Or, inside any program:
+`with dramalite.Worker(dramalite.get_broker()): ...`.
+
+Copy this file into your project or `pip install dramalite`.  Durations are milliseconds unless
+a name says otherwise.  MIT licence, in full at the end of the file.
+
+Contents
+    Platform
+    Errors
+    Clock
+    Logging
+    Encoders
+    Messages
+    Middleware protocol
+    Interrupts
+    Broker base
+    Event loop
+    Actors
+    Composition
+    Liveness and wake-ups
+    SQLite engine
+    Results
+    Age limit
+    Time limit
+    Shutdown notifications
+    Callbacks
+    Pipelines
+    Retries
+    Current message
+    Brokers
+    Message processing
+    Worker
+    Command line
+    Hand-over
+    Licence: MIT
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import heapq
+import inspect
+import json
+import logging
+import os
+import random
+import re
+import stat
+import sys
+import threading
+import time
+import traceback
+import types
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
+from datetime import datetime, timedelta, timezone
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
+
+if TYPE_CHECKING:
+    import argparse
+    import asyncio
+    import socket
+    import sqlite3
+    import subprocess
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # Errors
+    "ActorNotFound", "BrokerConnectionError", "BrokerError", "ConnectionClosed", "ConnectionFailed",
+    "DecodeError", "DramaliteError", "DramatiqError", "QueueJoinTimeout", "QueueNotFound",
+    "RateLimitExceeded", "ResultError", "ResultFailure", "ResultMissing", "ResultTimeout", "Retry",
+    "WorkerCrashed",
+    # Clock
+    "Clock",
+    # Logging
+    "get_logger",
+    # Encoders
+    "Encoder", "JSONEncoder", "PickleEncoder", "get_encoder", "set_encoder",
+    # Messages
+    "QUEUE_NAME_PATTERN", "Message", "MessageData", "MessageProxy",
+    # Middleware protocol
+    "Middleware", "MiddlewareError", "SkipMessage",
+    # Interrupts
+    "Interrupt", "raise_thread_exception",
+    # Broker base
+    "Broker", "Consumer", "get_broker", "set_broker",
+    # Event loop
+    "async_to_sync",
+    # Actors
+    "Actor", "GenericActor", "actor",
+    # Composition
+    "group", "pipeline",
+    # Results
+    "Missing", "ResultBackend", "Results", "SQLiteResultBackend",
+    # Middleware
+    "AgeLimit", "Callbacks", "CurrentMessage", "Pipelines", "Retries", "Shutdown",
+    "ShutdownNotifications", "TimeLimit", "TimeLimitExceeded", "default_middleware",
+    # Brokers
+    "MemoryBroker", "SQLiteBroker", "StubBroker",
+    # Worker
+    "Worker",
+    # Command line
+    "main",
+]  # fmt: skip
+
+P = ParamSpec("P")
+R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+# ------------------------------------------------------------------------------------------
+# Platform
+#
+# What differs between operating systems, each difference behind one small function.
+# ------------------------------------------------------------------------------------------
+_WINDOWS = sys.platform == "win32"
+
+#: Locked bytes lie far behind the data of the side file, where no read or write ever meets
+#: them: Windows refuses to read or write a byte that another process has locked.
+_LOCK_OFFSET = 1 << 30
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _try_lock_byte(descriptor: int, index: int) -> bool:
+        """Lock byte `index` of an open file for this process; False if another one has it."""
+        os.lseek(descriptor, _LOCK_OFFSET + index, os.SEEK_SET)
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+    def _unlock_byte(descriptor: int, index: int) -> None:
+        """Give up the lock on byte `index`."""
+        os.lseek(descriptor, _LOCK_OFFSET + index, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _try_lock_byte(descriptor: int, index: int) -> bool:
+        """Lock byte `index` of an open file for this process; False if another one has it."""
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _LOCK_OFFSET + index)
+        except (BlockingIOError, PermissionError):
+            return False
+        return True
+
+    def _unlock_byte(descriptor: int, index: int) -> None:
+        """Give up the lock on byte `index`."""
+        fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _LOCK_OFFSET + index)
+
+
+def _process_is_alive(pid: int) -> bool:
+    """Tell whether a process of that id exists, also one that belongs to another user."""
+    if _WINDOWS:
+        import ctypes
+
+        kernel32 = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined,unused-ignore]
+        handle = kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
+        if handle:
+            kernel32.CloseHandle(handle)
+        return bool(handle)
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+# ------------------------------------------------------------------------------------------
+# Errors
+#
+# The tree is Dramatiq's.  MiddlewareError and SkipMessage stand outside it (see Middleware
+# protocol), and interrupts are no Exceptions (see Interrupts).
+# ------------------------------------------------------------------------------------------
+class DramaliteError(Exception):
+    """Base of the errors that dramalite raises."""
+
+    def __init__(self, message: Any) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return str(self.message) or repr(self.message)
+
+
+#: The name that code written for Dramatiq catches.
+DramatiqError = DramaliteError
+
+
+class DecodeError(DramaliteError):
+    """Stored bytes are no message.  `data` is what was read, `error` the cause."""
+
+    def __init__(self, message: str, data: Any, error: Exception) -> None:
+        super().__init__(message)
+        self.args = (message, data, error)
+        self.data = data
+        self.error = error
+
+
+class BrokerError(DramaliteError):
+    """The broker could not do what was asked; the text names the file and what to do."""
+
+
+class ActorNotFound(BrokerError):
+    """No actor of that name was declared on the broker."""
+
+
+class QueueNotFound(BrokerError):
+    """No actor declared that queue."""
+
+
+class BrokerConnectionError(BrokerError):
+    """The broker's database can't be used; see the two kinds below."""
+
+
+class ConnectionFailed(BrokerConnectionError):
+    """The database could not be opened: missing folder, permission, foreign or newer file."""
+
+
+class ConnectionClosed(BrokerConnectionError):
+    """The database went away under a broker that had it open: deleted or replaced."""
+
+
+class QueueJoinTimeout(DramaliteError):
+    """join() ran out of time; the text says what is left."""
+
+
+class RateLimitExceeded(DramaliteError):
+    """A rate limiter was at its limit."""
+
+
+class Retry(DramaliteError):
+    """Raised by an actor to be run again, after `delay` milliseconds if given."""
+
+    def __init__(self, message: str = "", delay: int | timedelta | None = None) -> None:
+        super().__init__(message)
+        self.delay = None if delay is None else _milliseconds(delay, "delay")
+
+
+class ResultError(DramaliteError):
+    """Base of the errors of results."""
+
+
+class ResultTimeout(ResultError):
+    """The result did not come in time.  `message` is the Message."""
+
+
+class ResultMissing(ResultError):
+    """There is no result (yet).  `message` is the Message."""
+
+
+class ResultFailure(ResultError):
+    """The actor failed for good.  The original exception is known by type name and text."""
+
+    def __init__(self, message: str = "", orig_exc_type: str = "", orig_exc_msg: str = "") -> None:
+        super().__init__(message)
+        self.orig_exc_type = orig_exc_type
+        self.orig_exc_msg = orig_exc_msg
+
+
+class WorkerCrashed(DramaliteError):
+    """The process that ran the message died; the reason of a dead letter, never raised to you."""
+
+
+#: Bounds of what is stored and logged of somebody else's exception.
+_MAX_ERROR_CHARS = 8 * 1024
+_MAX_TRACEBACK_CHARS = 32 * 1024
+
+
+def _cut(text: str, limit: int) -> str:
+    """Return `text`, its middle left out if it is longer than `limit` characters."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+
+
+def _error_text(exception: BaseException) -> str:
+    """str(exception), bounded, storable, and also for exceptions whose str() fails."""
+    try:
+        text = str(exception)
+    except Exception as error:  # Foreign code; what it raises is told in its place.
+        text = f"<str() of this {type(exception).__name__} failed with {type(error).__name__}>"
+    return _cut(text, _MAX_ERROR_CHARS).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _traceback_text(exception: BaseException) -> str:
+    """The exception's traceback, at most 30 frames, bounded and storable."""
+    try:
+        text = "".join(traceback.format_exception(exception, limit=30))
+    except Exception:  # A hostile __str__, __repr__ or frame: fall back on the type and text.
+        text = f"{type(exception).__name__}: {_error_text(exception)}"
+    return _cut(text, _MAX_TRACEBACK_CHARS).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+# ------------------------------------------------------------------------------------------
+# Clock
+#
+# The engine's only source of time, given to a broker as `clock=`; tests pass their own.
+# Wall time decides when delayed work is due; waits and limits use monotonic time.
+# ------------------------------------------------------------------------------------------
+class Clock:
+    """The system's time.  Subclass it to give a broker another one."""
+
+    def time_ms(self) -> int:
+        """Wall time, milliseconds since 1970."""
+        return time.time_ns() // 1_000_000
+
+    def monotonic(self) -> float:
+        """Seconds since some moment, never going back."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Let that many seconds pass."""
+        time.sleep(seconds)
+
+
+_SYSTEM_CLOCK = Clock()
+
+#: The longest delay that is accepted: about 136 years.
+MAX_DELAY_MS = 1 << 42
+
+
+def _milliseconds(value: Any, what: str) -> int:
+    """Convert an int, a whole float or a timedelta to milliseconds, not negative."""
+    if isinstance(value, timedelta):
+        value = int(value.total_seconds() * 1000)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{what} is {value!r}; give milliseconds as an int, or a timedelta.")
+    if not 0 <= value <= MAX_DELAY_MS:
+        raise ValueError(f"{what} is {value!r} ms; give 0 to {MAX_DELAY_MS}.")
+    return int(value)
+
+
+# ------------------------------------------------------------------------------------------
+# Logging
+#
+# Loggers have fixed names under "dramalite", whatever name this module was imported by.
+# ------------------------------------------------------------------------------------------
+_LOG_FORMAT = (
+    "[%(asctime)s] [PID %(process)d] [%(threadName)s] [%(name)s] [%(levelname)s] %(message)s"
+)
+
+
+def get_logger(module: str, name: str | type | None = None) -> logging.Logger:
+    """Return the logger `module`, or `module.name`; a class stands for its name."""
+    if name is None:
+        return logging.getLogger(module)
+    return logging.getLogger(f"{module}.{name if isinstance(name, str) else name.__name__}")
+
+
+# ------------------------------------------------------------------------------------------
+# Encoders
+#
+# From message data to bytes and back.  Invariant of JSONEncoder: what it accepts comes back
+# equal (tuples as lists); everything else is refused with the place of the culprit.
+# ------------------------------------------------------------------------------------------
+class Encoder:
+    """Turns message data into bytes and back.  Subclass it for another format."""
+
+    def encode(self, data: Any) -> bytes:
+        """Return the data as bytes; raise TypeError or ValueError if it can't be kept."""
+        raise NotImplementedError
+
+    def decode(self, data: bytes) -> Any:
+        """Return what encode() was given; raise DecodeError if these bytes can't be read."""
+        raise NotImplementedError
+
+
+#: How deep lists and dicts may nest in the arguments of a message.
+_MAX_DEPTH = 100
+_ATOMS = frozenset({str, int, float, bool, type(None)})
+_STRING = frozenset({str})
+_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_from_json = json.JSONDecoder().decode
+
+
+def _is_message_data(value: Any) -> bool:
+    """Tell whether a dict is a message's: it has the seven wire fields and no other."""
+    return len(value) == 7 and value.keys() == _WIRE_FIELDS
+
+
+def _is_plain(value: Any, depth: int) -> bool:
+    """Tell whether all of `value` is of JSON's types, keys are str, and nesting is bounded.
+
+    A message inside a message (pipe_target, callbacks) counts its own depth anew.
+    """
+    if isinstance(value, dict):
+        if depth > _MAX_DEPTH:
+            return False
+        if not _STRING.issuperset(map(type, value)):
+            return False
+        if not _ATOMS.issuperset(map(type, value.values())):
+            below = 1 if _is_message_data(value) else depth + 1
+            return all(_is_plain(item, below) for item in value.values())
+        return True
+    if isinstance(value, (list, tuple)):
+        if depth > _MAX_DEPTH:
+            return False
+        return _ATOMS.issuperset(map(type, value)) or all(
+            _is_plain(item, depth + 1) for item in value
+        )
+    return isinstance(value, (str, int, float)) or value is None
+
+
+def _explain_refusal(value: Any, place: str, depth: int) -> None:
+    """Raise the TypeError or ValueError that says what in `value` JSON can't keep, and where."""
+    kind = type(value).__name__
+    shown = _cut(repr(value), 200) if depth <= _MAX_DEPTH else "..."
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"{place[:60]}... nests deeper than {_MAX_DEPTH} levels; flatten it.")
+    if isinstance(value, dict):
+        below = 1 if _is_message_data(value) else depth + 1
+        for key, item in value.items():
+            if type(key) is not str:
+                raise TypeError(
+                    f"{place or 'data'} has the key {key!r}, a {type(key).__name__}; "
+                    f"JSON keys are strings: use str(key)."
+                )
+            _explain_refusal(item, f"{place}[{key!r}]" if place else key, below)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _explain_refusal(item, f"{place}[{index}]", depth + 1)
+    elif isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{place} is {shown}, with a lone surrogate, which is no text; "
+                f"replace it or send bytes as base64."
+            ) from None
+    elif value is not None and not isinstance(value, (int, float)):
+        raise TypeError(f"{place} is a {kind}, {shown}, which JSON can't carry; convert it first.")
+    else:
+        try:
+            _to_json(value)
+        except ValueError as error:
+            raise ValueError(f"{place} is {shown[:60]}, which JSON can't carry: {error}.") from None
+
+
+class JSONEncoder(Encoder):
+    """The default: Dramatiq's JSON, byte for byte, refusing what JSON would change in silence."""
+
+    def encode(self, data: Any) -> bytes:
+        """Return compact ASCII JSON.
+
+        Raises TypeError or ValueError naming the place of what can't be kept: other types,
+        keys that are no strings, NaN, infinities, lone surrogates, nesting over 100.
+        """
+        try:
+            if _is_plain(data, 0):
+                text = _to_json(data)
+                if "\\ud" not in text:
+                    return text.encode("ascii")
+            _explain_refusal(data, "", 0)
+            return _to_json(data).encode("ascii")
+        except ValueError:
+            _explain_refusal(data, "", 0)
+            raise
+        except RecursionError:
+            raise ValueError(f"The data nests deeper than {_MAX_DEPTH} levels; flatten it.") from None
+
+    def decode(self, data: bytes) -> Any:
+        """Return the value; raise DecodeError if the bytes are no UTF-8 or no JSON."""
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DecodeError("The data is not UTF-8.", data, error) from error
+        try:
+            return _from_json(text)
+        except (ValueError, RecursionError) as error:
+            raise DecodeError(f"The data is not JSON: {error}.", text, error) from error
+
+
+class PickleEncoder(Encoder):
+    """pickle, by choice only: whoever can write to the database can run code in the worker."""
+
+    def encode(self, data: Any) -> bytes:
+        """Return the pickled data."""
+        import pickle
+
+        return pickle.dumps(data)
+
+    def decode(self, data: bytes) -> Any:
+        """Return the unpickled data; raise DecodeError if pickle can't."""
+        import pickle
+
+        try:
+            return pickle.loads(data)
+        except Exception as error:  # Unpickling runs foreign code and may raise anything.
+            raise DecodeError(f"The data can't be unpickled: {error}.", data, error) from error
+
+
+_encoder: Encoder = JSONEncoder()
+
+
+def get_encoder() -> Encoder:
+    """Return the encoder that all messages of this process use."""
+    return _encoder
+
+
+def set_encoder(encoder: Encoder) -> None:
+    """Use `encoder` for all messages of this process from now on."""
+    global _encoder
+    _encoder = encoder
+
+
+# ------------------------------------------------------------------------------------------
+# Messages
+#
+# A Message is what send() makes and what is stored; a MessageProxy is a message in a
+# worker's hands.  The seven fields, their order and their encoding are Dramatiq's wire
+# format: nothing is ever added at the top level, extras go into `options`.
+# ------------------------------------------------------------------------------------------
+#: What a queue may be called; matched against the whole name.  .DQ and .XQ endings are taken.
+QUEUE_NAME_PATTERN = r"[a-zA-Z_][a-zA-Z0-9._-]*"
+
+_WIRE_FIELDS = frozenset(
+    ("queue_name", "actor_name", "args", "kwargs", "options", "message_id", "message_timestamp")
+)
+
+
+def _check_queue_name(name: Any) -> str:
+    """Return `name` if a queue may be called that; raise ValueError with the rule if not."""
+    if not isinstance(name, str) or not re.fullmatch(QUEUE_NAME_PATTERN, name):
+        raise ValueError(
+            f"Queue name {name!r} is not valid: it must start with a letter or an underscore, "
+            f"followed by letters, digits, dots, dashes or underscores ({QUEUE_NAME_PATTERN})."
+        )
+    if name.endswith((".DQ", ".XQ")):
+        raise ValueError(
+            f"Queue name {name!r} is not valid: the endings .DQ and .XQ name the queues of "
+            f"delayed messages and dead letters; choose another name."
+        )
+    return name
+
+
+def _q_name(name: str) -> str:
+    """The queue itself, also of its delay queue and dead letters."""
+    return name[:-3] if name.endswith((".DQ", ".XQ")) else name
+
+
+def _dq_name(name: str) -> str:
+    """The queue's delay queue."""
+    return _q_name(name) + ".DQ"
+
+
+def _new_message_id(time_ms: int, entropy: bytes) -> str:
+    """A UUID of version 7 (RFC 9562): 48 bits of time, then 74 of the 80 random bits given."""
+    stamp = f"{time_ms & 0xFFFF_FFFF_FFFF:012x}"
+    noise = entropy.hex()
+    variant = "89ab"[entropy[2] >> 6]
+    return f"{stamp[:8]}-{stamp[8:]}-7{noise[:3]}-{variant}{noise[5:8]}-{noise[8:]}"
+
+
+def _fresh_message_id() -> str:
+    return _new_message_id(_SYSTEM_CLOCK.time_ms(), os.urandom(10))
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Message(Generic[R]):
+    """A call that was, or will be, sent to an actor.
+
+    Fields can't be assigned, but `options` is a live dict that middleware may change.
+    `message_timestamp` is milliseconds since 1970.
+    """
+
+    queue_name: str
+    actor_name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    options: dict[str, Any]
+    message_id: str = dataclasses.field(default_factory=_fresh_message_id)
+    message_timestamp: int = dataclasses.field(default_factory=_SYSTEM_CLOCK.time_ms)
+
+    #: The broker that made or sent this message, for get_result(); not part of its value.
+    _broker: ClassVar[Broker | None] = None
+    _field_defaults: ClassVar[dict[str, Any]] = {}
+    _fields: ClassVar[tuple[str, ...]]
+
+    def __post_init__(self) -> None:
+        if type(self.args) is not tuple:
+            object.__setattr__(self, "args", tuple(self.args))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), tuple(self.asdict().values())
+
+    def __str__(self) -> str:
+        shown = [repr(arg) for arg in self.args]
+        shown += [f"{name}={value!r}" for name, value in self.kwargs.items()]
+        return f"{self.actor_name}({', '.join(shown)})"
+
+    def __or__(self, other: Message[Any] | pipeline) -> pipeline:
+        return pipeline([self, other])
+
+    @property
+    def message_datetime(self) -> datetime:
+        """The moment the message was made, in UTC."""
+        return datetime.fromtimestamp(self.message_timestamp / 1000, tz=timezone.utc)
+
+    def asdict(self) -> dict[str, Any]:
+        """Return the seven fields as a dict; the values are not copied."""
+        return {
+            "queue_name": self.queue_name,
+            "actor_name": self.actor_name,
+            "args": self.args,
+            "kwargs": self.kwargs,
+            "options": self.options,
+            "message_id": self.message_id,
+            "message_timestamp": self.message_timestamp,
+        }
+
+    _asdict = asdict
+
+    def _replace(self, **changes: Any) -> Message[R]:
+        """Return a message with these fields changed."""
+        changed: Message[R] = type(self)(**{**self.asdict(), **changes})
+        return _bound(changed, self._broker)
+
+    def copy(self, **attributes: Any) -> Message[R]:
+        """Return a message with these fields changed; `options` are merged over its own."""
+        options = {**self.options, **attributes.pop("options", {})}
+        return self._replace(**attributes, options=options)
+
+    def encode(self) -> bytes:
+        """Return the message as bytes, by the encoder of this process."""
+        return _encoder.encode(self.asdict())
+
+    @classmethod
+    def decode(cls, data: bytes) -> Message[Any]:
+        """Return the message that encode() turned into these bytes.
+
+        Raises DecodeError if they are anything else: other types, missing or unknown fields.
+        """
+        try:
+            fields = _encoder.decode(data)
+            message: Message[Any] = cls(**{**fields, "args": tuple(fields["args"])})
+            _check_field_types(message)
+        except Exception as error:  # An encoder is foreign code; any failure means the same.
+            reason = _error_text(error) or type(error).__name__
+            raise DecodeError(f"Could not decode message: {reason}", data, error) from error
+        return message
+
+    def get_result(
+        self,
+        *,
+        backend: ResultBackend | None = None,
+        block: bool = False,
+        timeout: int | None = None,
+    ) -> R:
+        """Return what the actor returned.
+
+        With `block`, waits up to `timeout` milliseconds (10,000 if None) and raises
+        ResultTimeout; without, raises ResultMissing where there is none yet.  Raises
+        ResultFailure if the actor failed for good, RuntimeError if the broker keeps no results.
+        """
+        if backend is None:
+            broker = get_broker() if self._broker is None else self._broker
+            backend = broker.get_results_backend()
+        return cast(R, backend.get_result(self, block=block, timeout=timeout))
+
+
+Message._fields = tuple(field.name for field in dataclasses.fields(Message))
+
+
+def _bound(message: Message[R], broker: Broker | None) -> Message[R]:
+    """Remember on the message which broker it belongs to."""
+    if broker is not None:
+        object.__setattr__(message, "_broker", broker)
+    return message
+
+
+def _check_field_types(message: Message[Any]) -> None:
+    """Raise TypeError if a decoded field is of the wrong type."""
+    for name, kind in _FIELD_TYPES:
+        value = getattr(message, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} is a {type(value).__name__}, not {kind.__name__}")
+
+
+_FIELD_TYPES: tuple[tuple[str, type], ...] = (
+    ("queue_name", str), ("actor_name", str), ("kwargs", dict), ("options", dict),
+    ("message_id", str), ("message_timestamp", int),
+)  # fmt: skip
+
+
+class MessageData(dict[str, Any]):
+    """A message as callbacks get it: Dramatiq's dict, whose fields are attributes as well."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _WIRE_FIELDS and name in self:
+            return self[name]
+        raise AttributeError(f"Message data has no attribute {name!r}; its fields are {list(self)}.")
+
+
+class MessageProxy:
+    """A message in a worker's hands; every other attribute is read from the message."""
+
+    #: The message's own fields, copied so that reading them costs no detour.
+    queue_name: str
+    actor_name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    options: dict[str, Any]
+    message_id: str
+    message_timestamp: int
+
+    def __init__(self, message: Message[Any]) -> None:
+        self.__dict__.update(message.__dict__)
+        self.failed = False
+        self._message = message
+        self._exception: BaseException | None = None
+
+    def fail(self) -> None:
+        """Mark the message as failed for good: it becomes a dead letter."""
+        self.failed = True
+
+    def stuff_exception(self, exception: BaseException) -> None:
+        """Remember why the message failed."""
+        self._exception = exception
+
+    def clear_exception(self) -> None:
+        """Forget the exception, whose frames keep memory alive."""
+        self._exception = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_message":  # Not yet initialised (copy, pickle): no detour for ever.
+            raise AttributeError(name)
+        return getattr(self._message, name)
+
+    def __str__(self) -> str:
+        return str(self._message)
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self._message!r}>"
+
+    def __eq__(self, other: object) -> bool:
+        return self._message == (other._message if isinstance(other, MessageProxy) else other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+# ------------------------------------------------------------------------------------------
+# Middleware protocol
+#
+# A middleware overrides the hooks it needs; the broker calls before_* hooks in the order of
+# its list and after_* hooks in reverse.  A hook that nobody overrides costs nothing.
+# Whatever hooks enqueue while a worker processes a message is committed with its outcome.
+# ------------------------------------------------------------------------------------------
+class MiddlewareError(Exception):
+    """Raised by a before_* hook to refuse; it reaches the caller."""
+
+
+class SkipMessage(MiddlewareError):
+    """Raised by before_process_message, or by an actor, to leave the message undone."""
+
+
+class Middleware:
+    """Base of middleware: every hook, each doing nothing."""
+
+    @property
+    def actor_options(self) -> set[str]:
+        """The actor options that this middleware understands."""
+        return set()
+
+    @property
+    def forks(self) -> list[Callable[[], int]]:
+        """Functions to run in processes of their own beside the workers."""
+        return []
+
+    def before_declare_actor(self, broker: Broker, actor: Actor[Any, Any]) -> None:
+        """Called before an actor is declared."""
+
+    def after_declare_actor(self, broker: Broker, actor: Actor[Any, Any]) -> None:
+        """Called after an actor was declared."""
+
+    def before_declare_queue(self, broker: Broker, queue_name: str) -> None:
+        """Called before a queue is declared."""
+
+    def after_declare_queue(self, broker: Broker, queue_name: str) -> None:
+        """Called after a queue was declared."""
+
+    def after_declare_delay_queue(self, broker: Broker, queue_name: str) -> None:
+        """Called after a queue's delay queue was declared."""
+
+    def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
+        """Called before a message is encoded and stored; may change its options."""
+
+    def after_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
+        """Called after a message was stored (or collected, inside a worker's hooks)."""
+
+    def before_delay_message(self, broker: Broker, message: MessageProxy) -> None:
+        """Never called here: delayed messages wait in the database, not in the worker."""
+
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        """Called before the actor runs; may raise SkipMessage."""
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        """Called after the actor ran, with what it returned or raised."""
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        """Called instead of after_process_message when the message was skipped."""
+
+    def before_ack(self, broker: Broker, message: MessageProxy) -> None:
+        """Called before the message is acknowledged."""
+
+    def after_ack(self, broker: Broker, message: MessageProxy) -> None:
+        """Called when the acknowledgement is part of the next commit."""
+
+    def before_nack(self, broker: Broker, message: MessageProxy) -> None:
+        """Called before the message becomes a dead letter."""
+
+    def after_nack(self, broker: Broker, message: MessageProxy) -> None:
+        """Called when the dead letter is part of the next commit."""
+
+    def after_process_boot(self, broker: Broker) -> None:
+        """Called in a worker process of the command line, before it imports the actors."""
+
+    def before_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        """Called before a worker starts."""
+
+    def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        """Called after a worker started."""
+
+    def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        """Called before a worker stops."""
+
+    def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        """Called after a worker stopped."""
+
+    def after_consumer_thread_boot(self, broker: Broker, thread: threading.Thread) -> None:
+        """Called in a worker's maintenance thread, there being no consumer threads, at its start."""
+
+    def before_consumer_thread_shutdown(self, broker: Broker, thread: threading.Thread) -> None:
+        """Called in a worker's maintenance thread before it ends."""
+
+    def after_worker_thread_boot(self, broker: Broker, thread: threading.Thread) -> None:
+        """Called in a worker thread at its start."""
+
+    def before_worker_thread_shutdown(self, broker: Broker, thread: threading.Thread) -> None:
+        """Called in a worker thread before it ends."""
+
+
+_HOOKS = tuple(name for name in vars(Middleware) if name.startswith(("before_", "after_")))
+
+
+def _overridden_hooks(middleware: Middleware) -> list[str]:
+    """The names of the hooks that this middleware does something in."""
+    return [
+        name
+        for name in _HOOKS
+        if getattr(getattr(middleware, name, None), "__func__", None) is not vars(Middleware)[name]
+        and hasattr(middleware, name)
+    ]
+
+
+# ------------------------------------------------------------------------------------------
+# Interrupts
+#
+# Exceptions raised from outside in a thread that runs an actor.  Invariant: an interrupt is
+# set only under _interrupt_lock and only while its thread is inside an actor's body, and none
+# is left pending when the body has been left, so that it can't hit hooks or the worker.
+# ------------------------------------------------------------------------------------------
+class Interrupt(BaseException):
+    """Base of what is raised in an actor from outside; no Exception, so that few catch it."""
+
+
+current_platform = sys.implementation.name.replace("cpython", "CPython")
+supported_platforms = frozenset({"CPython"})
+
+_interrupt_lock = threading.Lock()  # Guards the two sets below.
+_interruptible: set[int] = set()  # Threads inside an actor's body.
+_interrupted: set[int] = set()  # Those of them in which an interrupt was set.
+
+
+def raise_thread_exception(thread_id: int, exception: type[BaseException] | BaseException) -> None:
+    """Raise `exception` in a thread, at its next bytecode; it can't end a blocking C call.
+
+    By PyThreadState_SetAsyncExc, so on CPython only.  Failures are logged, not raised.
+    """
+    logger = get_logger("dramalite.threading")
+    kind = exception if isinstance(exception, type) else type(exception)
+    if current_platform not in supported_platforms:
+        logger.critical(
+            "Setting thread exceptions (%s) is not supported for your current platform (%r).",
+            kind.__name__,
+            current_platform,
+        )
+        return
+    if _set_async_exception(thread_id, exception) == 0:
+        logger.critical("Failed to set exception (%s) in thread %r.", kind.__name__, thread_id)
+
+
+def _set_async_exception(thread_id: int, exception: Any) -> int:
+    """Set, or with None clear, a thread's pending exception; return how many threads had that id."""
+    import ctypes
+
+    set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    pending = None if exception is None else ctypes.py_object(exception)
+    return set_exception(ctypes.c_ulong(thread_id), pending)
+
+
+def _interrupt(thread_id: int, exception: type[Interrupt]) -> bool:
+    """Raise `exception` in a thread if it is inside an actor's body; tell whether it was."""
+    with _interrupt_lock:
+        if thread_id not in _interruptible:
+            return False
+        _interrupted.add(thread_id)
+        raise_thread_exception(thread_id, exception)
+        return True
+
+
+def _call_interruptibly(fn: Callable[..., Any], args: Iterable[Any], kwargs: dict[str, Any]) -> Any:
+    """Call `fn` so that _interrupt() reaches it, and nothing after it."""
+    thread_id = threading.get_ident()
+    try:
+        _interruptible.add(thread_id)
+        return fn(*args, **kwargs)
+    finally:
+        while not _leave_interruptible(thread_id):
+            pass
+
+
+def _leave_interruptible(thread_id: int) -> bool:
+    """Close the thread to interrupts and drop a pending one; False if one arrived meanwhile."""
+    try:
+        with _interrupt_lock:
+            _interruptible.discard(thread_id)
+            if thread_id in _interrupted:
+                _interrupted.discard(thread_id)
+                _set_async_exception(thread_id, None)
+    except Interrupt:  # The body has ended by itself; an interrupt that comes now is too late.
+        return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------
+# Broker base
+#
+# What every broker has: its actors, queues and middleware, and the calling of hooks.
+# The process has one default broker, behind get_broker() and set_broker().
+# ------------------------------------------------------------------------------------------
+class Consumer:
+    """Hands out the messages of one queue, one at a time; made by Broker.consume()."""
+
+    def __iter__(self) -> Consumer:
+        return self
+
+    def __next__(self) -> MessageProxy | None:
+        """Return the next message, or None if none came within the timeout."""
+        raise NotImplementedError
+
+    def ack(self, message: MessageProxy) -> None:
+        """Acknowledge a message: it is done."""
+        raise NotImplementedError
+
+    def nack(self, message: MessageProxy) -> None:
+        """Move a message to the dead letters."""
+        raise NotImplementedError
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        """Give messages back, to be delivered again in their old place."""
+
+    def close(self) -> None:
+        """Give back what was not acknowledged."""
+
+
+class Broker:
+    """Base of brokers.
+
+    `middleware` is a list of instances, in order; None means the default middleware, [] none.
+    """
+
+    #: Actor options that the broker itself understands, without any middleware.
+    own_actor_options: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, middleware: list[Middleware] | None = None) -> None:
+        self.logger = get_logger("dramalite.broker", type(self))
+        self.actors: dict[str, Actor[Any, Any]] = {}
+        self.queues: Any = {}
+        self.delay_queues: set[str] = set()
+        self.actor_options: set[str] = set(self.own_actor_options)
+        self.middleware: list[Middleware] = []
+        self.clock = _SYSTEM_CLOCK
+        self.random = random.Random()
+        self._hooks: dict[str, tuple[Callable[..., None], ...]] = dict.fromkeys(_HOOKS, ())
+        for item in self._default_middleware() if middleware is None else middleware:
+            self.add_middleware(item)
+
+    def _default_middleware(self) -> list[Middleware]:
+        return [kind() for kind in default_middleware]
+
+    # Middleware and hooks.
+
+    def add_middleware(
+        self,
+        middleware: Middleware,
+        *,
+        before: type[Middleware] | None = None,
+        after: type[Middleware] | None = None,
+    ) -> None:
+        """Add a middleware at the end, or before or after the first one of a class.
+
+        It then hears of the actors and queues declared so far.  Raises TypeError for a class
+        in place of an instance, ValueError if no middleware of the class given is there.
+        """
+        if isinstance(middleware, type):
+            raise TypeError(f"{middleware!r} is a class; add an instance: {middleware.__name__}().")
+        if before is not None and after is not None:
+            raise AssertionError("Give before or after, not both.")
+        if any(isinstance(item, type(middleware)) for item in self.middleware):
+            self.logger.warning(
+                "You're adding a middleware of the same type twice: %r.", type(middleware)
+            )
+        self.middleware.insert(self._middleware_index(before, after), middleware)
+        self.actor_options |= middleware.actor_options
+        self._hooks = {
+            name: tuple(
+                getattr(item, name) for item in self.middleware if name in _overridden_hooks(item)
+            )
+            for name in _HOOKS
+        }
+        for actor in list(self.actors.values()):
+            middleware.after_declare_actor(self, actor)
+        for queue_name in sorted(self.get_declared_queues()):
+            middleware.after_declare_queue(self, queue_name)
+        for queue_name in sorted(self.get_declared_delay_queues()):
+            middleware.after_declare_delay_queue(self, queue_name)
+
+    def _middleware_index(
+        self, before: type[Middleware] | None, after: type[Middleware] | None
+    ) -> int:
+        """The place in the list that before= or after= ask for."""
+        kind = before if before is not None else after
+        if kind is None:
+            return len(self.middleware)
+        for index, item in enumerate(self.middleware):
+            if isinstance(item, kind):
+                return index if before is not None else index + 1
+        raise ValueError(f"No middleware of type {kind.__name__} was added to this broker.")
+
+    def emit_before(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        """Call the hook before_<signal> of all middleware, in order.
+
+        A MiddlewareError stops the chain and reaches the caller; other errors are logged.
+        """
+        name = "before_" + signal
+        for hook in self._hooks[name]:
+            try:
+                hook(self, *args, **kwargs)
+            except MiddlewareError:
+                raise
+            except Exception:  # The others still get their turn, and the work goes on.
+                self.logger.critical("Hook %s of %r failed; going on.", name, hook, exc_info=True)
+
+    def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        """Call the hook after_<signal> of all middleware, in reverse; errors are logged."""
+        name = "after_" + signal
+        for hook in reversed(self._hooks[name]):
+            try:
+                hook(self, *args, **kwargs)
+            except Exception:  # The others may hold locks or timers to release.
+                self.logger.critical("Hook %s of %r failed; going on.", name, hook, exc_info=True)
+
+    # Actors and queues.
+
+    def declare_actor(self, actor: Actor[Any, Any]) -> None:
+        """Make an actor, and its queue, known to this broker."""
+        self.emit_before("declare_actor", actor)
+        self.declare_queue(actor.queue_name)
+        self.actors[actor.actor_name] = actor
+        self.emit_after("declare_actor", actor)
+
+    def declare_queue(self, queue_name: str) -> None:
+        """Make a queue known to this broker; again is no error."""
+        if queue_name in self.queues:
+            return
+        self.emit_before("declare_queue", queue_name)
+        self.queues[queue_name] = self._make_queue(queue_name)
+        self.emit_after("declare_queue", queue_name)
+        self.delay_queues.add(_dq_name(queue_name))
+        self.emit_after("declare_delay_queue", _dq_name(queue_name))
+
+    def _make_queue(self, queue_name: str) -> Any:
+        """What self.queues[queue_name] is to be."""
+        return None
+
+    def _entropy(self) -> bytes:
+        """Ten random bytes, for a message id."""
+        return os.urandom(10)
+
+    def get_actor(self, actor_name: str) -> Actor[Any, Any]:
+        """Return the actor of that name; raise ActorNotFound if none was declared."""
+        try:
+            return self.actors[actor_name]
+        except KeyError:
+            raise ActorNotFound(actor_name) from None
+
+    def get_declared_actors(self) -> set[str]:
+        """The names of the actors."""
+        return set(self.actors)
+
+    def get_declared_queues(self) -> set[str]:
+        """The names of the queues, without delay queues."""
+        return set(self.queues)
+
+    def get_declared_delay_queues(self) -> set[str]:
+        """The names of the queues of delayed messages."""
+        return set(self.delay_queues)
+
+    def get_results_backend(self) -> ResultBackend:
+        """Return the backend of the first Results middleware; RuntimeError if there is none."""
+        for item in self.middleware:
+            if isinstance(item, Results):
+                return item.backend
+        raise RuntimeError(
+            "This broker keeps no results; add the middleware: broker.add_middleware(Results())."
+        )
+
+    # To be provided by brokers.
+
+    def enqueue(self, message: Message[R], *, delay: int | timedelta | None = None) -> Message[R]:
+        """Store a message, due after `delay` milliseconds; return it as it was stored."""
+        raise NotImplementedError
+
+    def enqueue_many(self, messages: Iterable[Message[Any]]) -> list[Message[Any]]:
+        """Store messages; return them as they were stored."""
+        return [self.enqueue(message) for message in messages]
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 30_000) -> Consumer:
+        """Return a consumer of a queue; __next__ waits up to `timeout` milliseconds."""
+        raise NotImplementedError
+
+    def join(self, queue_name: str, *, timeout: int | None = None) -> None:
+        """Wait until the queue is empty and its work done; QueueJoinTimeout after `timeout` ms."""
+        raise NotImplementedError
+
+    def flush(self, queue_name: str) -> None:
+        """Drop the waiting and delayed messages of a queue."""
+        raise NotImplementedError
+
+    def flush_all(self) -> None:
+        """Drop the waiting and delayed messages of all queues, and the dead letters."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let go of connections; the next use opens them again."""
+
+
+_broker_lock = threading.RLock()  # Guards the two below.
+_global_broker: Broker | None = None
+_global_broker_is_implicit = False
+
+
+def get_broker() -> Broker:
+    """Return the default broker of this process.
+
+    With none set, that is SQLiteBroker(DRAMALITE_DB of the environment, or "dramalite.db").
+    """
+    global _global_broker, _global_broker_is_implicit
+    with _broker_lock:
+        if _global_broker is None:
+            _global_broker = SQLiteBroker(os.environ.get("DRAMALITE_DB", "dramalite.db"))
+            _global_broker_is_implicit = True
+        return _global_broker
+
+
+def set_broker(broker: Broker) -> None:
+    """Make `broker` the default; it takes over actors declared while none had been set."""
+    global _global_broker, _global_broker_is_implicit
+    if not isinstance(broker, Broker):
+        raise TypeError(f"{broker!r} is not a Broker; give an instance of one.")
+    with _broker_lock:
+        left_behind = _global_broker if _global_broker_is_implicit else None
+        _global_broker, _global_broker_is_implicit = broker, False
+        if left_behind is not None and left_behind is not broker:
+            for actor in list(left_behind.actors.values()):
+                actor._move(broker)
+
+
+# ------------------------------------------------------------------------------------------
+# Event loop
+#
+# One event loop per process, in a thread of its own, started by the first coroutine.
+# ------------------------------------------------------------------------------------------
+class _EventLoopThread:
+    """Runs coroutines for threads that wait for them."""
+
+    def __init__(self) -> None:
+        import asyncio
+
+        self.loop: asyncio.AbstractEventLoop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self._run, name="dramalite-event-loop", daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        import asyncio
+
+        asyncio.set_event_loop(self.loop)
+        self.loop.run_forever()
+
+    def run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run a coroutine to its end and return its result; an Interrupt here cancels it."""
+        import asyncio
+
+        context = contextvars.copy_context()
+        done = threading.Event()
+        tasks: list[asyncio.Task[Any]] = []
+
+        def start() -> None:
+            tasks.append(context.run(self.loop.create_task, coroutine))
+            tasks[0].add_done_callback(lambda _task: done.set())
+
+        self.loop.call_soon_threadsafe(start)
+        try:
+            while not done.wait(_INTERRUPT_CHECK_S):
+                pass
+        except Interrupt:
+            self.loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            if not done.wait(_CANCEL_GRACE_S):
+                raise RuntimeError("Timed out waiting for the cancelled coroutine to end.") from None
+            raise
+        try:
+            return tasks[0].result()
+        except asyncio.CancelledError as error:
+            raise RuntimeError("The coroutine was cancelled.") from error
+
+
+#: Seconds between looks for an interrupt while a thread waits for its coroutine.
+_INTERRUPT_CHECK_S = 0.1
+
+#: Seconds that a cancelled coroutine has for cleaning up.
+_CANCEL_GRACE_S = 1.0
+
+_event_loop_lock = threading.Lock()  # Guards _event_loop_thread.
+_event_loop_thread: _EventLoopThread | None = None
+
+
+def _get_event_loop_thread() -> _EventLoopThread:
+    """Return this process's event loop thread, started at first need and anew after a fork."""
+    global _event_loop_thread
+    with _event_loop_lock:
+        if _event_loop_thread is None or not _event_loop_thread.thread.is_alive():
+            _event_loop_thread = _EventLoopThread()
+        return _event_loop_thread
+
+
+def async_to_sync(fn: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
+    """Make a plain function of a coroutine function; it runs on the event loop's thread."""
+
+    @functools.wraps(fn)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        return cast(R, _get_event_loop_thread().run_coroutine(fn(*args, **kwargs)))
+
+    return run
+
+
+# ------------------------------------------------------------------------------------------
+# Actors
+#
+# An actor is a function that can be sent messages.  Options are checked where they are
+# given, at decoration or at send(), by the table _OPTION_CHECKS; to add an option, give it a
+# row there and name it in the actor_options of the middleware that reads it.
+# ------------------------------------------------------------------------------------------
+def _check_duration(value: Any, what: str) -> int | None:
+    return None if value is None else _milliseconds(value, what)
+
+
+def _check_time_limit(value: Any, what: str) -> int | float | None:
+    return value if value == float("inf") else _check_duration(value, what)
+
+
+def _check_count(value: Any, what: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} is {value!r}; give an int, or None.")
+    if value < 0:
+        raise ValueError(f"{what} is {value!r}; give 0 or more.")
+    return value
+
+
+def _check_crash_limit(value: Any, what: str) -> int | None:
+    if value == 0 and not isinstance(value, bool):
+        raise ValueError(f"{what} is {value!r}; give 1 or more: a message that runs may crash.")
+    return _check_count(value, what)
+
+
+def _check_priority(value: Any, what: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{what} is {value!r}; give an int, lower numbers first.")
+    if not -(1 << 62) <= value <= 1 << 62:
+        raise ValueError(f"{what} is {value!r}; give an int of at most 62 bits.")
+    return value
+
+
+def _check_flag(value: Any, what: str) -> bool | None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{what} is {value!r}; give True or False.")
+    return value
+
+
+def _check_callback(value: Any, what: str) -> str | None:
+    """An actor's name, also for the Actor or the generic actor itself."""
+    actor = getattr(value, "__actor__", value)
+    if isinstance(actor, Actor):
+        return actor.actor_name
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{what} value must be an Actor or the name of one, not {value!r}.")
+    return value
+
+
+def _check_throws(value: Any, what: str) -> tuple[type[BaseException], ...] | None:
+    if value is None:
+        return None
+    kinds = tuple(value) if isinstance(value, (tuple, list, set, frozenset)) else (value,)
+    for kind in kinds:
+        if not isinstance(kind, type) or not issubclass(kind, BaseException):
+            raise TypeError(f"{what} has {kind!r}; give exception classes.")
+    return kinds
+
+
+def _check_function(value: Any, what: str) -> Callable[..., Any] | None:
+    if value is not None and not callable(value):
+        raise TypeError(f"{what} is {value!r}; give a function.")
+    return value
+
+
+def _check_on_crash(value: Any, what: str) -> str | None:
+    if value not in (None, "requeue", "fail"):
+        raise ValueError(f'{what} is {value!r}; give "requeue" or "fail".')
+    return value
+
+
+#: What each standard option must be: a function that returns the value to keep, or raises.
+_OPTION_CHECKS: dict[str, Callable[[Any, str], Any]] = {
+    "max_age": _check_duration,
+    "time_limit": _check_time_limit,
+    "min_backoff": _check_duration,
+    "max_backoff": _check_duration,
+    "result_ttl": _check_duration,
+    "delay": _check_duration,
+    "max_retries": _check_count,
+    "max_crashes": _check_crash_limit,
+    "priority": _check_priority,
+    "store_results": _check_flag,
+    "notify_shutdown": _check_flag,
+    "pipe_ignore": _check_flag,
+    "on_success": _check_callback,
+    "on_failure": _check_callback,
+    "on_retry_exhausted": _check_callback,
+    "throws": _check_throws,
+    "retry_when": _check_function,
+    "on_crash": _check_on_crash,
+}
+
+
+def _check_options(options: Mapping[str, Any], actor_name: str) -> dict[str, Any]:
+    """Return the options with standard ones checked and normalised; the order is kept."""
+    checked = {}
+    for name, value in options.items():
+        check = _OPTION_CHECKS.get(name)
+        checked[name] = value if check is None else check(value, f"Actor {actor_name!r}: {name}")
+    return checked
+
+
+class Actor(Generic[P, R]):
+    """A function that can be sent messages; made by the decorator `actor`.
+
+    Calling it runs the function here and now.  Raises ValueError if the broker already has
+    an actor of that name.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[P, Any],
+        *,
+        broker: Broker,
+        actor_name: str,
+        queue_name: str,
+        priority: int,
+        options: dict[str, Any],
+    ) -> None:
+        module = getattr(fn, "__module__", None) or "_"
+        self.logger = get_logger(module, actor_name)
+        self.fn: Callable[P, R] = async_to_sync(fn) if _is_coroutine_function(fn) else fn
+        self.broker = broker
+        self.actor_name = actor_name
+        self.queue_name = queue_name
+        self.priority = _check_priority(priority, f"Actor {actor_name!r}: priority")
+        self.options = _check_options(options, actor_name)
+        self._declare_on(broker)
+
+    def _declare_on(self, broker: Broker) -> None:
+        if self.actor_name in broker.actors:
+            raise ValueError(f"An actor named {self.actor_name!r} is already registered.")
+        broker.declare_actor(self)
+
+    def _move(self, broker: Broker) -> None:
+        """Leave the implicit default broker for the one that was set after all."""
+        _check_option_names(self.options, self.actor_name, broker)
+        self._declare_on(broker)
+        self.broker = broker
+
+    def message(self, *args: P.args, **kwargs: P.kwargs) -> Message[R]:
+        """Make a message without sending it."""
+        return self.message_with_options(args=args, kwargs=kwargs)
+
+    def message_with_options(
+        self, *, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> Message[R]:
+        """Make a message with options of its own, which go before the actor's.
+
+        Raises TypeError or ValueError for an option of a wrong type or value.
+        """
+        clock = self.broker.clock
+        time_ms = clock.time_ms()
+        message: Message[R] = Message(
+            self.queue_name,
+            self.actor_name,
+            tuple(args),
+            {} if kwargs is None else kwargs,
+            _check_options(options, self.actor_name) if options else options,
+            _new_message_id(time_ms, self.broker._entropy()),
+            time_ms,
+        )
+        return _bound(message, self.broker)
+
+    def send(self, *args: P.args, **kwargs: P.kwargs) -> Message[R]:
+        """Send a message: when this returns, it is stored and will be run.
+
+        Raises TypeError or ValueError for arguments that JSON can't carry, BrokerError if the
+        message can't be stored; then nothing was.
+        """
+        return self.broker.enqueue(self.message_with_options(args=args, kwargs=kwargs))
+
+    def send_with_options(
+        self,
+        *,
+        args: Iterable[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        delay: int | timedelta | None = None,
+        **options: Any,
+    ) -> Message[R]:
+        """Send a message that is due after `delay` (milliseconds or timedelta), with options."""
+        if delay is not None:
+            delay = _milliseconds(delay, f"Actor {self.actor_name!r}: delay")
+        message = self.message_with_options(args=args, kwargs=kwargs, **options)
+        return self.broker.enqueue(message, delay=delay)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Run the function here and now: no message, no middleware, no retries."""
+        if not self.logger.isEnabledFor(logging.DEBUG):
+            return self.fn(*args, **kwargs)
+        started = time.perf_counter()
+        self.logger.debug("Received args=%r kwargs=%r.", args, kwargs)
+        try:
+            return self.fn(*args, **kwargs)
+        finally:
+            self.logger.debug("Completed after %.2f ms.", (time.perf_counter() - started) * 1000)
+
+    def __repr__(self) -> str:
+        return f"Actor({self.fn!r}, queue_name={self.queue_name!r}, actor_name={self.actor_name!r})"
+
+    def __str__(self) -> str:
+        return f"Actor({self.actor_name})"
+
+
+def _is_coroutine_function(fn: Any) -> bool:
+    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
+        getattr(fn, "perform", None) if isinstance(fn, GenericActor) else None
+    )
+
+
+def _check_option_names(options: Mapping[str, Any], actor_name: str, broker: Broker) -> None:
+    """Raise ValueError if no middleware of the broker understands one of these options."""
+    unknown = sorted(set(options) - broker.actor_options)
+    if unknown:
+        raise ValueError(
+            f"Actor {actor_name!r} has undefined options: {', '.join(unknown)}. Did you forget to "
+            f"add a middleware to your broker? It knows: {', '.join(sorted(broker.actor_options))}."
+        )
+
+
+@overload
+def actor(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Actor[P, R]: ...
+@overload
+def actor(fn: Callable[P, R], /) -> Actor[P, R]: ...
+@overload
+def actor(
+    fn: None = None,
+    *,
+    actor_class: Callable[..., Any] = ...,
+    actor_name: str | None = None,
+    queue_name: str = "default",
+    priority: int = 0,
+    broker: Broker | None = None,
+    **options: Any,
+) -> _ActorDecorator: ...
+def actor(
+    fn: Callable[..., Any] | None = None,
+    *,
+    actor_class: Callable[..., Any] = Actor,
+    actor_name: str | None = None,
+    queue_name: str = "default",
+    priority: int = 0,
+    broker: Broker | None = None,
+    **options: Any,
+) -> Any:
+    """Make an actor of a function: @actor, or @actor(max_retries=3).
+
+    `broker` is the default broker if None; lower `priority` numbers run first.
+    Raises ValueError for a bad queue name, an unknown option or a name that is taken, and
+    TypeError for an option of a wrong type.
+    """
+
+    def declare(function: Callable[..., Any]) -> Any:
+        name = actor_name or function.__name__
+        _check_queue_name(queue_name)
+        home = get_broker() if broker is None else broker
+        _check_option_names(options, name, home)
+        return actor_class(
+            function,
+            actor_name=name,
+            queue_name=queue_name,
+            priority=priority,
+            broker=home,
+            options=dict(options),
+        )
+
+    return declare if fn is None else declare(fn)
+
+
+if TYPE_CHECKING:
+
+    class _ActorDecorator:
+        """What @actor(...) returns, for type checkers: the signature is kept."""
+
+        @overload
+        def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Actor[P, R]: ...
+        @overload
+        def __call__(self, fn: Callable[P, R], /) -> Actor[P, R]: ...
+        def __call__(self, fn: Any, /) -> Any: ...
+
+
+class _GenericActorMeta(type):
+    """Makes an actor of each concrete subclass of GenericActor, and of its name an instance."""
+
+    def __new__(
+        mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]
+    ) -> _GenericActorMeta:
+        cls = super().__new__(mcs, name, bases, namespace)
+        meta = cls._meta_options()
+        if meta.pop("abstract", False):
+            return cls
+        registry = meta.pop("actor", actor)
+        instance = cast(Any, cls)()
+        instance.__actor__ = registry(instance, **meta)
+        return cast(Any, instance)
+
+    def _meta_options(cls) -> dict[str, Any]:
+        """Meta's public attributes, inherited ones too; `abstract` counts only where it stands."""
+        meta = cls.__dict__.get("Meta")
+        inherited = getattr(cls, "Meta", None)
+        options: dict[str, Any] = {}
+        for base in reversed(getattr(inherited, "__mro__", ())):
+            options.update({k: v for k, v in vars(base).items() if not k.startswith("_")})
+        options.pop("abstract", None)
+        if meta is not None and vars(meta).get("abstract", False):
+            options["abstract"] = True
+        return options
+
+
+class GenericActor(metaclass=_GenericActorMeta):
+    """Base of class-based actors: subclass it, override perform(), configure in `class Meta`.
+
+    The subclass's name is bound to its one instance, which has send() and all that an Actor
+    has.  `Meta.abstract = True` makes a base class of it instead of an actor.
+    """
+
+    class Meta:
+        """Options of the actor, as keyword arguments of `actor`; None means the default."""
+
+        abstract = True
+
+    @property
+    def __name__(self) -> str:
+        return type(self).__name__
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "__actor__" or "__actor__" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.__dict__["__actor__"], name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.perform(*args, **kwargs)
+
+    def perform(self, *args: Any, **kwargs: Any) -> Any:
+        """Do the work; to be overridden."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement perform()")
+
+
+# ------------------------------------------------------------------------------------------
+# Composition
+#
+# pipeline: messages that run one after the other, each getting the result of the one before.
+# group: messages that run side by side.
+# ------------------------------------------------------------------------------------------
+def _longer_delay(one: int | timedelta | None, other: int | timedelta | None) -> int | None:
+    """The longer of two delays, in milliseconds; None for none at all."""
+    delays = [_milliseconds(delay, "delay") for delay in (one, other) if delay is not None]
+    return max(delays, default=0) or None
+
+
+class pipeline:  # noqa: N801  (Dramatiq's name)
+    """Messages to run one after the other; each result is the next one's last argument.
+
+    Children may be pipelines, which are joined in.  `broker` is the default broker if None.
+    """
+
+    def __init__(
+        self, children: Iterable[Message[Any] | pipeline], *, broker: Broker | None = None
+    ) -> None:
+        self.broker = get_broker() if broker is None else broker
+        self.messages: list[Message[Any]] = []
+        for child in children:
+            if not isinstance(child, (Message, pipeline)):
+                raise TypeError(f"{child!r} can't be part of a pipeline; give messages or pipelines.")
+            messages = child.messages if isinstance(child, pipeline) else [child]
+            self.messages += [message.copy() for message in messages]
+        for message, successor in zip(self.messages, self.messages[1:], strict=False):
+            message.options["pipe_target"] = successor.asdict()
+
+    def __len__(self) -> int:
+        return len(self.messages)
+
+    def __or__(self, other: Message[Any] | pipeline) -> pipeline:
+        return type(self)([*self.messages, other], broker=self.broker)
+
+    def __str__(self) -> str:
+        return f"pipeline([{', '.join(map(str, self.messages))}])"
+
+    def run(self, *, delay: int | timedelta | None = None) -> pipeline:
+        """Send the first message; the others follow as results come."""
+        if self.messages:
+            delay = _longer_delay(delay, self.messages[0].options.get("delay"))
+            self.broker.enqueue(self.messages[0], delay=delay)
+        return self
+
+    @property
+    def completed(self) -> bool:
+        """Whether the last message has a result; raises ResultFailure if it failed."""
+        return not self.messages or self._has_result(self.messages[-1])
+
+    @property
+    def completed_count(self) -> int:
+        """How many messages, from the first on, have results; raises ResultFailure."""
+        for count, message in enumerate(self.messages):
+            if not self._has_result(message):
+                return count
+        return len(self.messages)
+
+    def _has_result(self, message: Message[Any]) -> bool:
+        return _has_result(message, self.broker)
+
+    def get_result(self, *, block: bool = False, timeout: int | None = None) -> Any:
+        """Return the last message's result; see Message.get_result()."""
+        if not self.messages:
+            raise ValueError("An empty pipeline has no result.")
+        backend = self.broker.get_results_backend()
+        return self.messages[-1].get_result(backend=backend, block=block, timeout=timeout)
+
+    def get_results(self, *, block: bool = False, timeout: int | None = None) -> Iterator[Any]:
+        """Yield the result of each message, in order; `timeout` is for all of them together."""
+        return _results_in_order(self.messages, self.broker, block, timeout)
+
+
+class group:  # noqa: N801  (Dramatiq's name)
+    """Messages, pipelines or groups to run side by side.  `broker` is the default if None."""
+
+    def __init__(
+        self,
+        children: Iterable[Message[Any] | pipeline | group],
+        *,
+        broker: Broker | None = None,
+    ) -> None:
+        self.broker = get_broker() if broker is None else broker
+        self.children = list(children)
+
+    def __len__(self) -> int:
+        return len(self.children)
+
+    def __str__(self) -> str:
+        return f"group([{', '.join(map(str, self.children))}])"
+
+    def run(self, *, delay: int | timedelta | None = None) -> group:
+        """Send all children, plain messages in one transaction."""
+        plain = [child for child in self.children if isinstance(child, Message)]
+        undelayed = [m for m in plain if _longer_delay(delay, m.options.get("delay")) is None]
+        self.broker.enqueue_many(undelayed)
+        for child in self.children:
+            if isinstance(child, Message):
+                wait = _longer_delay(delay, child.options.get("delay"))
+                if wait is not None:
+                    self.broker.enqueue(child, delay=wait)
+            else:
+                child.run(delay=delay)
+        return self
+
+    @property
+    def completed(self) -> bool:
+        """Whether all children have results; raises ResultFailure if one failed."""
+        return self.completed_count == len(self)
+
+    @property
+    def completed_count(self) -> int:
+        """How many children have results, in any order; raises ResultFailure."""
+        return sum(
+            _has_result(child, self.broker) if isinstance(child, Message) else child.completed
+            for child in self.children
+        )
+
+    def get_results(self, *, block: bool = False, timeout: int | None = None) -> Iterator[Any]:
+        """Yield each child's result, in order: a pipeline's last, a group's as a list."""
+        return _results_in_order(self.children, self.broker, block, timeout)
+
+    def wait(self, *, timeout: int | None = None) -> None:
+        """Wait until all children have results; raises ResultTimeout or ResultFailure."""
+        for _result in self.get_results(block=True, timeout=timeout):
+            pass
+
+
+def _has_result(message: Message[Any], broker: Broker) -> bool:
+    try:
+        message.get_result(backend=broker.get_results_backend())
+    except ResultMissing:
+        return False
+    return True
+
+
+def _results_in_order(
+    children: Iterable[Any], broker: Broker, block: bool, timeout: int | None
+) -> Iterator[Any]:
+    """Yield results one by one; a timeout is one deadline for all, None 10 s for each."""
+    deadline = None if timeout is None else broker.clock.monotonic() + timeout / 1000
+    for child in children:
+        if deadline is not None:
+            timeout = max(0, round((deadline - broker.clock.monotonic()) * 1000))
+        if isinstance(child, group):
+            yield list(child.get_results(block=block, timeout=timeout))
+        elif isinstance(child, pipeline):
+            yield child.get_result(block=block, timeout=timeout)
+        else:
+            backend = broker.get_results_backend()
+            yield child.get_result(backend=backend, block=block, timeout=timeout)
+
+
+# ------------------------------------------------------------------------------------------
+# Liveness and wake-ups
+#
+# Each worker holds a slot, a row of 64-bit words that other processes of the same database
+# read: who it is, where to ring, until when it sleeps, which messages it is running.  For a
+# file the words are a shared mapping of `<path>-lock`, and a byte-range lock on the slot
+# proves that the worker lives: the kernel drops it when the process dies, whatever clocks
+# say.  In memory the words are an array.  Such locks don't exclude within one process and
+# are lost when any descriptor of the file is closed, so all engines of a process (vendored
+# copies of this module too) share one descriptor, kept in sys.modules.
+# Lost-wake-up rule: a worker says that it sleeps before its last look at the queue.
+# ------------------------------------------------------------------------------------------
+_SLOTS = 128  # Slot 0 is the header: word 0 is the highest slot ever used.
+_SLOT_WORDS = 64
+_OWNER, _PORT, _WAKE_AT, _SERVES, _PID, _RUNNING = range(6)  # Words of a slot; the rest: running.
+_MAX_TRACKED = _SLOT_WORDS - _RUNNING
+
+#: A worker that sleeps until it is rung.
+_FOREVER = 1 << 62
+
+
+class _Bell:
+    """Wakes the worker thread that waits for work, from this process only."""
+
+    port = 0
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def ring(self) -> None:
+        self._event.set()
+
+    def wait(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds for a ring; tell whether there was one."""
+        rung = self._event.wait(timeout)
+        self._event.clear()
+        return rung
+
+    def close(self) -> None:
+        """Let go of what the bell holds."""
+
+
+class _SocketBell(_Bell):
+    """Wakes the waiting worker thread from any process of this machine, by an empty datagram."""
+
+    def __init__(self) -> None:
+        import socket
+
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            self._socket.bind(("127.0.0.1", 0))
+        except OSError:
+            self._socket.close()
+            raise
+        self.port: int = self._socket.getsockname()[1]
+
+    def ring(self) -> None:
+        import socket
+
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"", ("127.0.0.1", self.port))
+
+    def wait(self, timeout: float) -> bool:
+        try:
+            self._socket.settimeout(max(timeout, 0.0))
+            self._socket.recv(16)
+        except OSError:  # Timed out, would block, or closed under us.
+            return False
+        with contextlib.suppress(OSError):  # Rings that queued up mean one look all the same.
+            self._socket.settimeout(0.0)
+            for _ in range(64):
+                self._socket.recv(16)
+        return True
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class _Slots:
+    """The workers of a database in memory."""
+
+    def __init__(self) -> None:
+        import array
+
+        self.words: Any = array.array("q", bytes(8 * _SLOTS * _SLOT_WORDS))
+        self.held: set[int] = set()  # Slots of this process.  Guarded by lock.
+        self.bells: dict[int, _Bell] = {}  # Their bells.
+        self.lock: Any = threading.RLock()
+        self.broken = False
+
+    def make_bell(self) -> _Bell:
+        return _Bell()
+
+    def acquire(self, bell: _Bell, serves: int, tracked: bool) -> _Slot:
+        """Take a free slot; raise BrokerError if there is none."""
+        with self.lock:
+            unused = [i for i in range(1, _SLOTS) if not self.words[i * _SLOT_WORDS + _OWNER]]
+            used = [i for i in range(1, _SLOTS) if i not in unused]
+            for index in unused + used:  # A dead worker's slot tells whom it ran: leave it.
+                if index not in self.held and self._take(index):
+                    break
+            else:
+                raise BrokerError(f"All {_SLOTS - 1} worker slots of this database are taken.")
+            self.held.add(index)
+            self.bells[index] = bell
+            slot = _Slot(self, index, bell, tracked)
+            slot.start(serves)
+            self.words[0] = max(self.words[0], index)
+            return slot
+
+    def free(self, index: int) -> None:
+        """Give a slot of this process back."""
+        with self.lock:
+            self._clear(index)
+            self.bells.pop(index, None)
+            self.held.discard(index)
+            self._give_back(index)
+
+    def seize(self, owner: int) -> _Remains | None:
+        """Take what a worker left behind if it is dead; None while it lives."""
+        index = owner & 0xFF
+        base = index * _SLOT_WORDS
+        with self.lock:
+            current = self.words[base + _OWNER] == owner
+            if index in self.held:
+                return None if current else _Remains(self, index, None, locked=False)
+            if not self._take(index):
+                return None if current else _Remains(self, index, None, locked=False)
+            running = None
+            if current and self.words[base + _RUNNING] >= 0:
+                words = self.words[base + _RUNNING : base + _SLOT_WORDS]
+                running = [word for word in words if word]
+            self.held.add(index)
+            return _Remains(self, index, running, locked=True)
+
+    def wake(self, due_ms: int, bit: int) -> None:
+        """Ring one worker that serves `bit` and sleeps beyond `due_ms`, if there is one."""
+        words = self.words
+        for base in range(_SLOT_WORDS, (words[0] + 1) * _SLOT_WORDS, _SLOT_WORDS):
+            if words[base + _WAKE_AT] > due_ms and words[base + _SERVES] & bit:
+                words[base + _WAKE_AT] = 0
+                self._ring(base)
+                return
+
+    def _ring(self, base: int) -> None:
+        bell = self.bells.get(base // _SLOT_WORDS)
+        if bell is not None:
+            bell.ring()
+
+    def _clear(self, index: int) -> None:
+        for word in range(index * _SLOT_WORDS, (index + 1) * _SLOT_WORDS):
+            self.words[word] = 0
+
+    def _take(self, index: int) -> bool:
+        return True
+
+    def _give_back(self, index: int) -> None:
+        pass
+
+    def is_current(self) -> bool:
+        """Whether this is still what other processes see."""
+        return True
+
+    def close(self) -> None:
+        """Let go of what is not needed while no worker runs."""
+
+
+class _Slot:
+    """A worker's slot: its identity, its bell, and what it tells the others."""
+
+    def __init__(self, slots: _Slots, index: int, bell: _Bell, tracked: bool) -> None:
+        self._slots = slots
+        self._index = index
+        self._base = index * _SLOT_WORDS
+        self._words = slots.words
+        self._tracked = tracked
+        self.bell = bell
+        self.owner = int.from_bytes(os.urandom(6), "big") << 8 | index
+
+    def start(self, serves: int) -> None:
+        """Fill the slot in; the owner last, since it makes the rest valid."""
+        self._words[self._base + _PORT] = self.bell.port
+        self._words[self._base + _PID] = os.getpid()
+        self._words[self._base + _WAKE_AT] = 0
+        self._words[self._base + _RUNNING] = 0 if self._tracked else -1
+        self.serve(serves)
+        self._words[self._base + _OWNER] = self.owner
+
+    def serve(self, serves: int) -> None:
+        """Say which work to ring for: see _Engine.bit()."""
+        self._words[self._base + _SERVES] = serves
+
+    def sleep_until(self, time_ms: int) -> None:
+        """Ask to be rung for work due before `time_ms`; 0 asks for no ring at all."""
+        self._words[self._base + _WAKE_AT] = time_ms
+
+    def run(self, thread: int, row_id: int) -> None:
+        """Say which row a thread is running; 0 for none."""
+        if self._tracked:
+            self._words[self._base + _RUNNING + thread] = row_id
+
+    def is_current(self) -> bool:
+        return self._slots.is_current()
+
+    def release(self) -> None:
+        """Leave: from now on this worker is dead to the others."""
+        self._slots.free(self._index)
+        self.bell.close()
+
+
+class _Remains(NamedTuple):
+    """What a dead worker left: the rows that it was running, None if that is not known."""
+
+    slots: _Slots
+    index: int
+    running: list[int] | None
+    locked: bool
+
+    def release(self) -> None:
+        """Free the slot for another worker, once everything was taken from it."""
+        if self.locked:
+            self.slots.free(self.index)
+
+
+class _SideFile(_Slots):
+    """The workers of a database file, by its side file `<path>-lock`."""
+
+    def __init__(self, path: str, *, create: bool) -> None:
+        self.path = os.path.realpath(path)
+        self.bells = {}
+        self._sender: socket.socket | None = None
+        shared = sys.modules.setdefault(
+            "_dramalite_side_files", types.ModuleType("_dramalite_side_files")
+        ).__dict__
+        self.lock = shared.setdefault("lock", threading.RLock())
+        self._files: dict[str, tuple[int, Any, set[int], tuple[int, int]]] = shared.setdefault(
+            "files", {}
+        )
+        with self.lock:
+            entry = self._files.get(self.path)
+            if entry is None or entry[3] != _file_identity(self.path):
+                entry = self._files[self.path] = self._open(create)
+            self._descriptor, self.words, self.held, self._identity = entry
+
+    def _open(self, create: bool) -> tuple[int, Any, set[int], tuple[int, int]]:
+        import mmap
+
+        flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        descriptor = os.open(self.path, flags | (os.O_CREAT if create else 0), 0o600)
+        size = 8 * _SLOTS * _SLOT_WORDS
+        status = os.fstat(descriptor)
+        if status.st_size < size:
+            # Written, not just sized: a hole could find the disk full when it is stored to.
+            os.lseek(descriptor, status.st_size, os.SEEK_SET)
+            os.write(descriptor, bytes(size - status.st_size))
+        words = memoryview(mmap.mmap(descriptor, size)).cast("q")
+        return descriptor, words, set(), (status.st_dev, status.st_ino)
+
+    def make_bell(self) -> _Bell:
+        try:
+            return _SocketBell()
+        except OSError as error:
+            get_logger("dramalite.worker").warning(
+                "No datagram socket on 127.0.0.1 (%s); new work is found by polling.", error
+            )
+            return _Bell()
+
+    def is_current(self) -> bool:
+        return _file_identity(self.path) == self._identity
+
+    def _ring(self, base: int) -> None:
+        port = self.words[base + _PORT]
+        if not port:
+            super()._ring(base)
+            return
+        if self._sender is None:
+            import socket
+
+            self._sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._sender.setblocking(False)
+        with contextlib.suppress(OSError):  # A lost ring costs a poll's time, no more.
+            self._sender.sendto(b"", ("127.0.0.1", port))
+
+    def _take(self, index: int) -> bool:
+        return _try_lock_byte(self._descriptor, index)
+
+    def _give_back(self, index: int) -> None:
+        _unlock_byte(self._descriptor, index)
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+            self._sender = None
+
+    @staticmethod
+    def forget_all() -> None:
+        """In a forked child: the parent's slots are not ours, nor are its locks."""
+        shared = sys.modules.get("_dramalite_side_files")
+        if shared is not None:
+            shared.__dict__["files"] = {}
+            shared.__dict__["lock"] = threading.RLock()
+
+
+def _file_identity(path: str) -> tuple[int, int] | None:
+    """Device and inode of a file, None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+# ------------------------------------------------------------------------------------------
+# SQLite engine
+#
+# All SQL of the queue.  A message is one row of dramalite_messages, in one of three states;
+# a finished one is deleted, a dead one moves to dramalite_dead.  A row's id is its place in
+# the queue: microseconds of the clock, or one more than the highest there is, so it is never
+# reused and FIFO holds when the clock is set back.  A delayed row gets a new id when it
+# becomes due: retries line up behind the fresh work of their time.
+# Every write is one transaction under `_lock`, which also guards the connections; only the
+# slots' lock is taken under it.  Senders that arrive together share one commit.
+# SQLite's own files are never opened by Python: closing such a descriptor drops its locks.
+# ------------------------------------------------------------------------------------------
+_SCHEMA_VERSION = 1
+_READY, _DELAYED, _CLAIMED = 0, 1, 2  # Written as literals in the SQL, for its partial indexes.
+
+_SCHEMA = (
+    "CREATE TABLE dramalite_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    """CREATE TABLE dramalite_messages (
+        id INTEGER PRIMARY KEY,        -- its place in the queue, about microseconds since 1970
+        state INTEGER NOT NULL,        -- 0 ready, 1 delayed, 2 claimed
+        queue TEXT NOT NULL,
+        actor TEXT NOT NULL,
+        priority INTEGER NOT NULL,     -- lower numbers first
+        eta INTEGER,                   -- due at, milliseconds since 1970, where delayed
+        owner INTEGER,                 -- the worker, where claimed
+        crashes INTEGER NOT NULL,      -- worker processes that died running it
+        crash_limit INTEGER NOT NULL,  -- so many make a dead letter of it
+        message_id TEXT NOT NULL,
+        body BLOB NOT NULL             -- the encoded message
+    )""",
+    """CREATE INDEX dramalite_ready ON dramalite_messages (queue, actor, priority)
+        WHERE state = 0""",
+    """CREATE INDEX dramalite_delayed ON dramalite_messages (eta) WHERE state = 1""",
+    """CREATE INDEX dramalite_claimed ON dramalite_messages (owner) WHERE state = 2""",
+    """CREATE INDEX dramalite_suspects ON dramalite_messages (priority)
+        WHERE state = 0 AND crashes > 0""",
+    "CREATE INDEX dramalite_by_message_id ON dramalite_messages (message_id)",
+    """CREATE TABLE dramalite_dead (
+        id INTEGER PRIMARY KEY,
+        queue TEXT NOT NULL,
+        actor TEXT NOT NULL,
+        message_id TEXT NOT NULL,
+        died_at INTEGER NOT NULL,      -- milliseconds since 1970
+        reason TEXT NOT NULL,
+        body BLOB NOT NULL
+    )""",
+    "CREATE INDEX dramalite_dead_by_age ON dramalite_dead (died_at)",
+    """CREATE TABLE dramalite_results (
+        key TEXT PRIMARY KEY,
+        value BLOB NOT NULL,
+        expires_at INTEGER NOT NULL    -- milliseconds since 1970
+    ) WITHOUT ROWID""",
+    "CREATE INDEX dramalite_results_by_age ON dramalite_results (expires_at)",
+    f"INSERT INTO dramalite_meta VALUES ('schema_version', {_SCHEMA_VERSION})",
+)
+
+_INSERT = """
+    INSERT INTO dramalite_messages (id, state, queue, actor, priority, eta, crashes, crash_limit,
+                                    message_id, body)
+    VALUES (max(?, (SELECT coalesce(max(id), 0) + 1 FROM dramalite_messages)),
+            ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+
+_DUE = """
+    SELECT id FROM dramalite_messages WHERE state = 1 AND eta <= ? ORDER BY eta, id LIMIT 256"""
+
+_PROMOTE = """
+    UPDATE dramalite_messages
+       SET state = 0, id = max(?, (SELECT max(id) + 1 FROM dramalite_messages))
+     WHERE id = ?"""
+
+_NEXT_DUE = "SELECT min(eta) FROM dramalite_messages WHERE state = 1"
+
+# Targets are a JSON object of queue: actor pairs (a queue may come twice).  SQLite reads at
+# most :limit rows of each pair before it goes on to the next.  A suspect, that is a message
+# that was running when a process died, is claimed only where :suspects allows, and alone.
+_CLAIM = """
+    UPDATE dramalite_messages SET state = 2, owner = :owner
+     WHERE id IN (
+        SELECT m.id FROM json_each(:targets) AS t
+          CROSS JOIN dramalite_messages AS m INDEXED BY dramalite_ready
+            ON m.queue = t.key AND m.actor = t.value
+         WHERE m.state = 0
+           AND (m.crashes = 0 OR m.id = (
+                SELECT s.id FROM dramalite_messages AS s INDEXED BY dramalite_suspects
+                 WHERE s.state = 0 AND s.crashes > 0 AND :suspects
+                   AND EXISTS (SELECT 1 FROM json_each(:targets) AS u
+                                WHERE u.key = s.queue AND u.value = s.actor)
+                 ORDER BY s.priority, s.id LIMIT 1))
+         ORDER BY m.priority, m.id LIMIT :limit)
+    RETURNING priority, id, queue, actor, crashes, crash_limit, message_id, body"""
+
+_ACK = """
+    DELETE FROM dramalite_messages
+     WHERE state = 2 AND owner = ? AND id IN (SELECT value FROM json_each(?))"""
+
+_HAND_BACK = """
+    UPDATE dramalite_messages SET state = 0, owner = NULL
+     WHERE state = 2 AND owner = ? AND id IN (SELECT value FROM json_each(?))"""
+
+_BURY = """
+    INSERT INTO dramalite_dead (queue, actor, message_id, died_at, reason, body)
+    VALUES (?, ?, ?, ?, ?, ?)"""
+
+_OWNERS = "SELECT DISTINCT owner FROM dramalite_messages WHERE state = 2"
+
+_COUNT_CRASH = """
+    UPDATE dramalite_messages SET crashes = crashes + 1
+     WHERE state = 2 AND owner = :dead
+       AND (:running IS NULL OR id IN (SELECT value FROM json_each(:running)))"""
+
+_TAKE_OVER_CRASHED = """
+    UPDATE dramalite_messages SET owner = :owner
+     WHERE state = 2 AND owner = :dead AND crashes >= crash_limit
+    RETURNING priority, id, queue, actor, crashes, crash_limit, message_id, body"""
+
+_TAKE_BACK = """
+    UPDATE dramalite_messages SET state = 0, owner = NULL WHERE state = 2 AND owner = :dead"""
+
+_ADOPT = "UPDATE dramalite_messages SET owner = :owner WHERE state = 2 AND owner = :dead"
+
+# The distinct queue and actor pairs of what is ready, by one index seek each.
+_PAIRS = """
+    WITH RECURSIVE pairs(queue, actor) AS (
+        SELECT * FROM (SELECT queue, actor FROM dramalite_messages INDEXED BY dramalite_ready
+                        WHERE state = 0 ORDER BY queue, actor LIMIT 1)
+        UNION ALL
+        SELECT (SELECT queue FROM dramalite_messages INDEXED BY dramalite_ready
+                 WHERE state = 0 AND (queue, actor) > (pairs.queue, pairs.actor)
+                 ORDER BY queue, actor LIMIT 1),
+               (SELECT actor FROM dramalite_messages INDEXED BY dramalite_ready
+                 WHERE state = 0 AND (queue, actor) > (pairs.queue, pairs.actor)
+                 ORDER BY queue, actor LIMIT 1)
+          FROM pairs WHERE pairs.queue IS NOT NULL)
+    SELECT queue, actor FROM pairs WHERE queue IS NOT NULL"""
+
+_COUNTS = "SELECT queue, state, count(*) FROM dramalite_messages GROUP BY queue, state"
+
+_IS_BUSY = """
+    SELECT EXISTS (SELECT 1 FROM dramalite_messages WHERE state = 0 AND queue = :queue)
+        OR EXISTS (SELECT 1 FROM dramalite_messages WHERE state = 2 AND queue = :queue)
+        OR EXISTS (SELECT 1 FROM dramalite_messages WHERE state = 1 AND queue = :queue)"""
+
+_STORE_RESULT = "INSERT OR REPLACE INTO dramalite_results (key, value, expires_at) VALUES (?, ?, ?)"
+
+#: Milliseconds a dead letter is kept: 7 days.
+_DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
+
+#: Bytes of the write-ahead log that make a worker move it into the database, and a sender.
+_WAL_LIMIT = 16 << 20
+_IDLE_WAL_LIMIT = 1 << 20
+_SENDERS_WAL_LIMIT = 48 << 20
+
+#: Seconds to wait for a lock that another program holds on the database.
+_BUSY_TIMEOUT_S = 30.0
+
+
+class _Row(NamedTuple):
+    """A claimed message; rows sort in the order they are to run."""
+
+    priority: int
+    id: int
+    queue: str
+    actor: str
+    crashes: int
+    crash_limit: int
+    message_id: str
+    body: bytes
+
+
+class _Outcome:
+    """What came of a claimed row, and all that is to be committed with it."""
+
+    __slots__ = ("effects", "is_handed_back", "row", "wakes")
+
+    def __init__(self, row: _Row) -> None:
+        self.row = row
+        self.effects: list[tuple[str, tuple[Any, ...]]] = []  # Statements and their values.
+        self.wakes: list[tuple[int, int]] = []  # due_ms and bit of each message it enqueues.
+        self.is_handed_back = False
+
+
+class _Ticket:
+    """Rows that a sender wants stored; whoever holds the lock stores them for all."""
+
+    __slots__ = ("done", "error", "rows")
+
+    def __init__(self, rows: list[tuple[Any, ...]]) -> None:
+        self.rows = rows
+        self.done = False
+        self.error: Exception | None = None
+
+
+class _Engine:
+    """The queue in one SQLite database.  Opened at first use; safe for threads and forks."""
+
+    def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
+        self.path = path
+        self.changed = threading.Condition()  # Notified after commits, while someone waits.
+        self._clock = clock
+        self._durability = durability
+        self._lock = threading.RLock()
+        self._connections: dict[str, sqlite3.Connection] = {}
+        self._identity: tuple[int, int] | None = None
+        self._slots: _Slots | None = None
+        self._slots_looked_for_at = 0.0
+        self._waiting: collections.deque[_Ticket] = collections.deque()
+        self._is_writing = False  # Under _lock: this very thread is inside a write.
+        self._has_orphans = False  # Tickets whose senders could not wait: see insert().
+        self._bits: dict[tuple[str, str], int] = {}
+        self._inserts = 0
+        self._watchers = 0
+        _engines.add(self)
+        _register_fork_hooks()
+
+    # Opening and closing.
+
+    def _connect(self, role: str) -> sqlite3.Connection:
+        """Return this process's connection for a role: "send", "work" or "read"."""
+        if self.path is None:
+            role = "memory"
+        elif self._identity is not None and _file_identity(self.path) != self._identity:
+            self._report_lost_file()
+        connection = self._connections.get(role)
+        if connection is None:
+            connection = self._connections[role] = self._open(role)
+        return connection
+
+    def _report_lost_file(self) -> None:
+        """Let go of a file that was deleted or replaced, and say so."""
+        assert self.path is not None
+        self.close()
+        what = "replaced" if os.path.exists(self.path) else "deleted"
+        raise ConnectionClosed(
+            f"The database {self.path!r} was {what} while it was in use; what it held is gone with "
+            f"it. The next use opens {'the file there now' if what == 'replaced' else 'a new file'}."
+        )
+
+    def _open(self, role: str) -> sqlite3.Connection:
+        import sqlite3
+
+        if sqlite3.sqlite_version_info < (3, 35):
+            raise ConnectionFailed(
+                f"SQLite is {sqlite3.sqlite_version}; dramalite needs 3.35 or newer: "
+                f"use a newer Python build."
+            )
+        if self.path is not None:
+            _prepare_file(self.path)
+        connection: sqlite3.Connection | None = None
+        try:
+            connection = sqlite3.connect(
+                ":memory:" if self.path is None else self.path,
+                timeout=0,
+                isolation_level=None,
+                check_same_thread=False,
+                cached_statements=256,
+            )
+            self._configure(connection, role)
+        except (sqlite3.Error, BrokerError) as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, BrokerError):
+                raise
+            raise ConnectionFailed(self._describe(error)) from error
+        if self.path is not None:
+            self._identity = _file_identity(self.path)
+        return connection
+
+    def _configure(self, connection: sqlite3.Connection, role: str) -> None:
+        """Set a new connection up and make or check the schema."""
+        if self.path is not None:
+            # The schema first: a file that is refused stays as it is.
+            self._check_schema(connection)
+            self._patiently(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchall())
+            connection.execute("PRAGMA wal_autocheckpoint = 0")
+            full = role == "send" and self._durability == "full"
+            connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+            if sys.platform == "darwin" and full:
+                connection.execute("PRAGMA fullfsync = 1")
+            connection.execute("PRAGMA mmap_size = 0")
+        connection.execute("PRAGMA cache_size = -16384")
+        connection.execute("PRAGMA temp_store = MEMORY")
+        connection.execute("PRAGMA trusted_schema = OFF")
+        if not self._check_schema(connection):
+            with self._transaction(connection):
+                if not self._check_schema(connection):
+                    for statement in _SCHEMA:
+                        connection.execute(statement)
+
+    def _check_schema(self, connection: sqlite3.Connection) -> bool:
+        """Tell whether our tables are there; raise ConnectionFailed if they are too new."""
+        found = self._patiently(
+            lambda: connection.execute(
+                "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'dramalite_meta'"
+            ).fetchone()
+        )
+        if found is None:
+            return False
+        row = self._patiently(
+            lambda: connection.execute(
+                "SELECT value FROM dramalite_meta WHERE key = 'schema_version'"
+            ).fetchone()
+        )
+        if row is None or not isinstance(row[0], int) or row[0] > _SCHEMA_VERSION:
+            raise ConnectionFailed(
+                f"The database {self.path!r} has dramalite's schema version "
+                f"{None if row is None else row[0]!r}; this dramalite {__version__} knows up to "
+                f"{_SCHEMA_VERSION}. Use a newer dramalite, or another file."
+            )
+        return True
+
+    def close(self) -> None:
+        """Close the connections; the next use opens them again."""
+        import sqlite3
+
+        with self._lock:
+            for connection in self._connections.values():
+                with contextlib.suppress(sqlite3.Error):  # A full disk must not keep us here.
+                    connection.close()
+            self._connections.clear()
+            self._identity = None
+            if self._slots is not None:
+                self._slots.close()
+            if self.path is not None:
+                self._slots = None
+
+    def forget(self) -> None:
+        """In a forked child: what was inherited is the parent's; keep it, never touch it."""
+        _inherited.append((self._connections, self._slots))
+        self.changed = threading.Condition()
+        self._lock = threading.RLock()
+        if self.path is not None:
+            self._connections = {}
+            self._slots = None
+            self._identity = None
+        self._waiting.clear()
+        self._is_writing = self._has_orphans = False
+        self._watchers = 0
+
+    # Transactions and errors.
+
+    def _patiently(self, run: Callable[[], R]) -> R:
+        """Run a statement, again while another connection holds the lock, up to 30 s."""
+        import sqlite3
+
+        deadline = None
+        nap = 50e-6
+        while True:
+            try:
+                return run()
+            except sqlite3.OperationalError as error:
+                if not _is_busy(error):
+                    raise
+                now = _SYSTEM_CLOCK.monotonic()
+                if deadline is None:
+                    deadline = now + _BUSY_TIMEOUT_S
+                if now > deadline:
+                    raise
+            _SYSTEM_CLOCK.sleep(random.uniform(nap / 2, nap))
+            nap = min(nap * 1.5, 2e-3)
+
+    @contextlib.contextmanager
+    def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
+        """One write transaction: all of it, or after any exception nothing."""
+        import sqlite3
+
+        self._patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
+        try:
+            yield
+            self._patiently(lambda: connection.execute("COMMIT"))
+        except BaseException:
+            if connection.in_transaction:
+                with contextlib.suppress(sqlite3.Error):  # The first error is the one to tell.
+                    connection.execute("ROLLBACK")
+            raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Hold the lock for a write; SQLite's errors become BrokerErrors."""
+        import sqlite3
+
+        with self._lock:
+            self._is_writing = True
+            try:
+                yield
+                while self._has_orphans:
+                    self._has_orphans = False
+                    self._store_waiting()
+            except sqlite3.Error as error:
+                raise BrokerError(self._describe(error)) from error
+            finally:
+                self._is_writing = False
+        if self._watchers:
+            self.notify()
+
+    def _describe(self, error: Exception) -> str:
+        """What SQLite's error means for the user, and what to do."""
+        text = str(error)
+        for sign, advice in _SQLITE_ADVICE:
+            if sign in text:
+                return f"The database {self.path!r} {advice} (SQLite says: {text})"
+        return f"The database {self.path!r} can't be used: {text} ({type(error).__name__})."
+
+    # Sending.
+
+    def row(
+        self, message: Message[Any], body: bytes, priority: int, eta: int | None,
+        crashes: int, crash_limit: int,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        """The values of _INSERT for a message."""
+        return (
+            self._clock().time_ms() * 1000, _READY if eta is None else _DELAYED,
+            _q_name(message.queue_name), message.actor_name, priority, eta, crashes, crash_limit,
+            message.message_id, body,
+        )  # fmt: skip
+
+    def insert(self, rows: list[tuple[Any, ...]]) -> None:
+        """Store rows; they are on disk (by the durability chosen) when this returns.
+
+        A call from a signal handler or finalizer that interrupts a write of this very thread
+        can't wait for it: its rows are stored by that write, before it returns.
+        """
+        ticket = _Ticket(rows)
+        self._waiting.append(ticket)
+        with self._lock:
+            if self._is_writing:
+                self._has_orphans = True
+                return
+            if not ticket.done:
+                with self._writing():
+                    self._store_waiting()
+        if ticket.error is not None:
+            raise ticket.error
+        for row in rows[:1] if len(rows) == 1 else _one_row_a_target(rows):
+            self.wake(0 if row[5] is None else row[5], row[2], row[3])
+
+    def _store_waiting(self) -> None:
+        """Store the rows of all senders that wait, in one commit."""
+        import sqlite3
+
+        tickets = []
+        while self._waiting:
+            tickets.append(self._waiting.popleft())
+        rows = [row for ticket in tickets for row in ticket.rows]
+        error: Exception = BrokerError("The send was interrupted; it is not known to be stored.")
+        stored = False
+        try:
+            connection = self._connect("send")
+            if len(rows) == 1:
+                self._patiently(lambda: connection.execute(_INSERT, rows[0]))
+            elif rows:
+                with self._transaction(connection):
+                    connection.executemany(_INSERT, rows)
+            stored = True
+        except sqlite3.Error as cause:
+            error = BrokerError(self._describe(cause))
+            error.__cause__ = cause
+        except BrokerError as cause:
+            error = cause
+        finally:
+            for ticket in tickets:
+                ticket.error = None if stored else error
+                ticket.done = True
+        self._inserts += len(rows)
+        if self._inserts >= 1024:
+            self._inserts = 0
+            self.checkpoint(_SENDERS_WAL_LIMIT)
+
+    # Working.
+
+    def exchange(
+        self, slot: _Slot, outcomes: list[_Outcome], limit: int, targets: str, suspects: bool
+    ) -> list[_Row]:
+        """In one transaction: write what came of earlier rows, and claim up to `limit` more.
+
+        Returns the claimed rows, best first.  Outcomes of rows that are no longer this
+        worker's change nothing.
+        """
+        with self._writing():
+            connection = self._connect("work")
+            rows: list[Any] = []
+            with self._transaction(connection):
+                if outcomes:
+                    self._apply(connection, slot.owner, outcomes)
+                if limit:
+                    self._promote(connection)
+                    rows = connection.execute(
+                        _CLAIM,
+                        {"owner": slot.owner, "targets": targets, "limit": limit, "suspects": suspects},
+                    ).fetchall()
+        for outcome in outcomes:
+            for due_ms, bit in outcome.wakes:
+                self._wake(due_ms, bit)
+        rows.sort()
+        return [_Row._make(row) for row in rows]
+
+    def _apply(
+        self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]
+    ) -> None:
+        """Write outcomes, each only if its row is still the worker's."""
+        plain = []
+        for outcome in outcomes:
+            if outcome.is_handed_back:
+                connection.execute(_HAND_BACK, (owner, f"[{outcome.row.id}]"))
+            elif not outcome.effects:
+                plain.append(outcome.row.id)
+            elif connection.execute(_ACK, (owner, f"[{outcome.row.id}]")).rowcount:
+                for statement, values in outcome.effects:
+                    connection.execute(statement, values)
+            else:
+                get_logger("dramalite.worker").warning(
+                    "Message %s is no longer this worker's; its outcome is dropped.",
+                    outcome.row.message_id,
+                )
+        if plain:
+            connection.execute(_ACK, (owner, json.dumps(plain)))
+
+    def _promote(self, connection: sqlite3.Connection) -> None:
+        """Make delayed messages ready that are due, in the order of their eta."""
+        now = self._clock().time_ms()
+        due = connection.execute(_DUE, (now,)).fetchall()
+        if due:
+            connection.executemany(_PROMOTE, [(now * 1000, row_id) for (row_id,) in due])
+
+    def hand_back(self, slot: _Slot, rows: list[_Row]) -> None:
+        """Give claimed rows back in their old place, as if they had never been claimed."""
+        with self._writing():
+            ids = json.dumps([row.id for row in rows])
+            self._patiently(lambda: self._connect("work").execute(_HAND_BACK, (slot.owner, ids)))
+        for queue, actor in {(row.queue, row.actor) for row in rows}:
+            self.wake(0, queue, actor)
+
+    def recover(self, slot: _Slot) -> tuple[list[_Row], bool]:
+        """Take back what dead workers had claimed.
+
+        Counts a crash for each message that was running.  Returns those that have reached
+        their limit, claimed by this worker, to be made dead letters of; and whether anybody
+        was found dead.
+        """
+        crashed: list[Any] = []
+        is_news = False
+        if self.path is None:
+            return crashed, is_news
+        if set(self._read(_OWNERS)) <= {(slot.owner,)}:
+            return crashed, is_news
+        with self._writing():
+            connection = self._connect("work")
+            owners = [owner for (owner,) in connection.execute(_OWNERS).fetchall()]
+            for owner in owners:
+                remains = None if owner == slot.owner else self.slots().seize(owner)
+                if remains is None:
+                    continue
+                running = None if remains.running is None else json.dumps(remains.running)
+                values = {"dead": owner, "owner": slot.owner, "running": running}
+                with self._transaction(connection):
+                    connection.execute(_COUNT_CRASH, values)
+                    crashed += connection.execute(_TAKE_OVER_CRASHED, values).fetchall()
+                    taken = connection.execute(_TAKE_BACK, values).rowcount
+                remains.release()
+                is_news = True
+                get_logger("dramalite.worker").warning(
+                    "A worker died; %d of its messages go back to their queues, %d of them were "
+                    "running.", taken, len(remains.running or []),
+                )  # fmt: skip
+        return [_Row._make(row) for row in crashed], is_news
+
+    def adopt(self, slot: _Slot, old_owner: int) -> None:
+        """Make the rows of a worker's old slot those of its new one."""
+        with self._writing():
+            connection = self._connect("work")
+            values = {"owner": slot.owner, "dead": old_owner}
+            self._patiently(lambda: connection.execute(_ADOPT, values))
+
+    # Looking.
+
+    def _read(self, sql: str, values: Any = ()) -> list[tuple[Any, ...]]:
+        """Run a query on the connection that reads, or in memory the only one."""
+        import sqlite3
+
+        with self._lock:
+            try:
+                connection = self._connect("read")
+                return self._patiently(lambda: connection.execute(sql, values).fetchall())
+            except sqlite3.Error as error:
+                raise BrokerError(self._describe(error)) from error
+
+    def data_version(self) -> int:
+        """A number that changes when another connection has changed the database."""
+        return cast(int, self._read("PRAGMA data_version")[0][0])
+
+    def next_due(self) -> int | None:
+        """When the next delayed message is due, milliseconds since 1970; None if there is none."""
+        return cast("int | None", self._read(_NEXT_DUE)[0][0])
+
+    def ready_pairs(self) -> list[tuple[str, str]]:
+        """The distinct (queue, actor) pairs of what is ready."""
+        return cast("list[tuple[str, str]]", self._read(_PAIRS))
+
+    def is_busy(self, queue: str) -> bool:
+        """Tell whether messages of a queue wait, are delayed or run."""
+        return bool(self._read(_IS_BUSY, {"queue": queue})[0][0])
+
+    def counts(self) -> dict[str, dict[int, int]]:
+        """How many messages each queue holds, by state."""
+        counts: dict[str, dict[int, int]] = {}
+        for queue, state, count in self._read(_COUNTS):
+            counts.setdefault(queue, {})[state] = count
+        return counts
+
+    def dead_letters(self) -> list[tuple[str, str, bytes]]:
+        """(queue, reason, body) of the dead letters, oldest first."""
+        rows = self._read("SELECT queue, reason, body FROM dramalite_dead ORDER BY id")
+        return cast("list[tuple[str, str, bytes]]", rows)
+
+    def watch(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Wait until is_done(), looked at again after each change; tell whether it came true.
+
+        Changes by this process are noticed at once, by others within 2 to 20 ms.
+        """
+        deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
+        nap = 2e-3
+        with self.changed:
+            self._watchers += 1
+        try:
+            while not is_done():
+                if deadline is not None and _SYSTEM_CLOCK.monotonic() >= deadline:
+                    return False
+                with self.changed:
+                    left = nap if deadline is None else deadline - _SYSTEM_CLOCK.monotonic()
+                    self.changed.wait(max(0.0, min(nap, left)))
+                nap = min(nap * 1.5, 0.02)
+        finally:
+            with self.changed:
+                self._watchers -= 1
+        return True
+
+    def notify(self) -> None:
+        """Wake those that watch in this process."""
+        with self.changed:
+            self.changed.notify_all()
+
+    # Results.
+
+    def store(self, statement: str, values: tuple[Any, ...]) -> None:
+        """Run one write statement as a transaction of its own."""
+        with self._writing():
+            connection = self._connect("send")
+            self._patiently(lambda: connection.execute(statement, values))
+
+    def result(self, key: str) -> bytes | None:
+        """The stored result of a key, None if there is none or its time has passed."""
+        rows = self._read(
+            "SELECT value FROM dramalite_results WHERE key = ? AND expires_at > ?",
+            (key, self._clock().time_ms()),
+        )
+        return rows[0][0] if rows else None
+
+    # House-keeping.
+
+    def flush(self, queue: str | None) -> None:
+        """Drop what waits or is delayed in a queue; with None in all, and the dead letters."""
+        with self._writing():
+            connection = self._connect("send")
+            with self._transaction(connection):
+                connection.execute(
+                    "DELETE FROM dramalite_messages WHERE state = 0 AND (queue = ?1 OR ?1 IS NULL)",
+                    (queue,),
+                )
+                connection.execute(
+                    "DELETE FROM dramalite_messages WHERE state = 1 AND (queue = ?1 OR ?1 IS NULL)",
+                    (queue,),
+                )
+                connection.execute(
+                    "DELETE FROM dramalite_dead WHERE queue = ?1 OR ?1 IS NULL", (queue,)
+                )
+
+    def prune(self) -> None:
+        """Delete, some at a time, what has been kept for long enough."""
+        now = self._clock().time_ms()
+        old = self._read(
+            """SELECT EXISTS (SELECT 1 FROM dramalite_dead WHERE died_at < ?)
+                   OR EXISTS (SELECT 1 FROM dramalite_results WHERE expires_at < ?)""",
+            (now - _DEAD_LETTER_TTL_MS, now),
+        )
+        if not old[0][0]:
+            return
+        with self._writing():
+            connection = self._connect("work")
+            with self._transaction(connection):
+                connection.execute(
+                    """DELETE FROM dramalite_dead WHERE id IN
+                       (SELECT id FROM dramalite_dead WHERE died_at < ? LIMIT 1000)""",
+                    (now - _DEAD_LETTER_TTL_MS,),
+                )
+                connection.execute(
+                    """DELETE FROM dramalite_results WHERE key IN
+                       (SELECT key FROM dramalite_results WHERE expires_at < ? LIMIT 1000)""",
+                    (now,),
+                )
+
+    def checkpoint(self, limit: int) -> None:
+        """Move the write-ahead log into the database if it is longer than `limit` bytes.
+
+        TRUNCATE only, never automatic: it holds the write lock, and so keeps clear of the
+        WAL-reset bug of SQLite 3.7.0 to 3.51.2 (sqlite.org/wal.html#walresetbug).
+        """
+        import sqlite3
+
+        if self.path is None:
+            return
+        try:
+            if os.stat(self.path + "-wal").st_size <= limit:
+                return
+        except OSError:
+            return
+        with self._lock, contextlib.suppress(sqlite3.Error):  # Not now then; the next will.
+            self._connect("work").execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+    # Waking up.
+
+    def slots(self) -> _Slots:
+        """The slots of this database's workers; makes the side file if need be."""
+        with self._lock:
+            if self._slots is None or not self._slots.is_current():
+                if self.path is None:
+                    self._slots = _Slots()
+                else:
+                    self._connect("work")
+                    try:
+                        self._slots = _SideFile(self.path + "-lock", create=True)
+                    except OSError as error:
+                        raise ConnectionFailed(
+                            f"The side file {self.path + '-lock'!r} can't be used: {error}."
+                        ) from error
+            return self._slots
+
+    def bit(self, queue: str, actor: str) -> int:
+        """The bit that stands for a queue and actor in a worker's word of what it serves."""
+        bit = self._bits.get((queue, actor))
+        if bit is None:
+            import zlib
+
+            bit = 1 << zlib.crc32(f"{queue} {actor}".encode("utf-8", "replace")) % 62
+            self._bits[queue, actor] = bit
+        return bit
+
+    def wake(self, due_ms: int, queue: str, actor: str) -> None:
+        """Ring a worker that sleeps beyond `due_ms` and serves the actor."""
+        self._wake(due_ms, self.bit(queue, actor))
+
+    def _wake(self, due_ms: int, bit: int) -> None:
+        slots = self._slots
+        if slots is None:
+            # No worker has run in this process; look now and then whether one runs elsewhere.
+            now = _SYSTEM_CLOCK.monotonic()
+            if self.path is None or now < self._slots_looked_for_at + 1.0:
+                return
+            self._slots_looked_for_at = now
+            try:
+                slots = self._slots = _SideFile(self.path + "-lock", create=False)
+            except OSError:  # None runs, or it can't be seen from here: it polls.
+                return
+        slots.wake(due_ms, bit)
+
+
+#: A part of SQLite's error text, and what to tell the user.
+_SQLITE_ADVICE = (
+    ("locked", "was kept locked by another program for 30 s; find out which one holds a "
+               "transaction open on it"),
+    ("disk is full", "or its disk is full; nothing was stored. Free some space"),
+    ("readonly", "is read-only; check the permissions of the file and its folder"),
+    ("unable to open", "can't be opened; check the path and the permissions of file and folder"),
+    ("not a database", "is no SQLite database; it was left untouched. Use another path"),
+    ("malformed", "is damaged; stop all its users, keep a copy, and try "
+                  "`sqlite3 FILE .recover`"),
+    ("disk I/O error", "met an I/O error: a full disk, a quota, or failing hardware; nothing was "
+                       "stored"),
+)  # fmt: skip
+
+
+def _is_busy(error: Exception) -> bool:
+    return "locked" in str(error)
+
+
+def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
+    """Of rows for the same queue, actor and eta-or-not, one each: a ring each is enough."""
+    return {(row[2], row[3], row[5]): row for row in reversed(rows)}.values()
+
+
+def _prepare_file(path: str) -> None:
+    """Create the database file for its owner only; say what is wrong with the path if it is."""
+    folder = os.path.dirname(path)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if not os.path.isdir(folder):
+            raise ConnectionFailed(
+                f"The folder {folder!r} of the database {path!r} does not exist; create it first."
+            ) from None
+        try:
+            # Exclusive, so that no connection of this process can have the file open yet.
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            if os.path.islink(path):
+                raise ConnectionFailed(
+                    f"The database {path!r} is a link to nowhere; remove it or mend its target."
+                ) from None
+        except OSError as error:
+            raise ConnectionFailed(f"The database {path!r} can't be created: {error}.") from error
+    except OSError as error:
+        raise ConnectionFailed(f"The database {path!r} can't be used: {error}.") from error
+    else:
+        if not stat.S_ISREG(mode):
+            raise ConnectionFailed(f"The database {path!r} is not a regular file; use another path.")
+
+
+# Forking.  No thread may be inside SQLite at that moment, or its locks stay locked in the
+# child for ever; the child then forgets what it inherited and opens anew at first use.
+
+_engines: weakref.WeakSet[_Engine] = weakref.WeakSet()
+_inherited: list[Any] = []
+_fork_hooks_are_registered = False
+_locked_for_fork: list[Any] = []
+
+
+def _register_fork_hooks() -> None:
+    global _fork_hooks_are_registered
+    if not _fork_hooks_are_registered and hasattr(os, "register_at_fork"):
+        _fork_hooks_are_registered = True
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+        )
+
+
+def _before_fork() -> None:
+    for engine in list(_engines):
+        engine._lock.acquire()
+        _locked_for_fork.append(engine._lock)
+
+
+def _after_fork_in_parent() -> None:
+    while _locked_for_fork:
+        _locked_for_fork.pop().release()
+
+
+def _after_fork_in_child() -> None:
+    global _interrupt_lock, _broker_lock, _event_loop_lock
+    _locked_for_fork.clear()
+    _SideFile.forget_all()
+    _interrupt_lock, _event_loop_lock, _broker_lock = threading.Lock(), threading.Lock(), threading.RLock()
+    _interruptible.clear()
+    for engine in list(_engines):
+        engine.forget()
+
+
+# ------------------------------------------------------------------------------------------
+# Results
+#
+# What actors return, kept for a time.  A result is committed together with the
+# acknowledgement of its message; a failure is stored when the message has failed for good.
+# To add a backend: subclass ResultBackend, override _get() and _store().
+# ------------------------------------------------------------------------------------------
+class _Missing:
+    """Type of Missing."""
+
+    def __repr__(self) -> str:
+        return "Missing"
+
+
+#: What a result backend's _get() returns where there is nothing.
+Missing: Any = _Missing()
+
+#: Milliseconds that get_result() waits where no timeout is given.
+_DEFAULT_RESULT_TIMEOUT_MS = 10_000
+
+#: Milliseconds a result is kept where no ttl is given: 10 minutes.
+_DEFAULT_RESULT_TTL_MS = 600_000
+
+#: How Dramatiq marks a stored failure.
+_FAILURE_MARK = "dramatiq.results.Result"
+
+
+class ResultBackend:
+    """Base of stores of results."""
+
+    def __init__(
+        self,
+        *,
+        namespace: str = "dramatiq-results",
+        encoder: Encoder | None = None,
+        use_namespace_prefix_keys: bool = False,
+    ) -> None:
+        self.namespace = namespace
+        self.encoder = get_encoder() if encoder is None else encoder
+        self.use_namespace_prefix_keys = use_namespace_prefix_keys
+
+    def get_result(
+        self, message: Any, *, block: bool = False, timeout: int | None = None
+    ) -> Any:
+        """Return a message's result; reading does not consume it.
+
+        With `block`, waits up to `timeout` milliseconds (10,000 if None), then raises
+        ResultTimeout; without, raises ResultMissing.  A stored failure raises ResultFailure.
+        """
+        key = self.build_message_key(message)
+        if timeout is None:
+            timeout = _DEFAULT_RESULT_TIMEOUT_MS
+        value = self._wait(key, timeout) if block else self._get(key)
+        if value is Missing:
+            raise (ResultTimeout if block else ResultMissing)(message)
+        return self.unwrap_result(value)
+
+    def store_result(self, message: Any, result: Any, ttl: int) -> None:
+        """Keep a result for `ttl` milliseconds."""
+        self._store(self.build_message_key(message), result, ttl)
+
+    def store_exception(self, message: Any, exception: BaseException, ttl: int) -> None:
+        """Keep a failure for `ttl` milliseconds."""
+        failure = {"type": type(exception).__name__, "msg": _error_text(exception)}
+        self._store(self.build_message_key(message), {"__t": _FAILURE_MARK, "exn": failure}, ttl)
+
+    def build_message_key(self, message: Any) -> str:
+        """The key of a message's result: the MD5 of its names and id, or these themselves."""
+        import hashlib
+
+        queue_name = _q_name(message.queue_name)
+        key = f"{self.namespace}:{queue_name}:{message.actor_name}:{message.message_id}"
+        if self.use_namespace_prefix_keys:
+            return key
+        return hashlib.md5(key.encode("utf-8"), usedforsecurity=False).hexdigest()
+
+    def unwrap_result(self, value: Any) -> Any:
+        """Return a stored value; raise ResultFailure if it is a failure."""
+        if isinstance(value, dict) and value.get("__t") == _FAILURE_MARK:
+            if "exn" not in value:
+                return value.get("res")
+            kind, text = value["exn"]["type"], value["exn"]["msg"]
+            raise ResultFailure(f"actor raised {kind}: {text}", kind, text)
+        return value
+
+    def _wait(self, key: str, timeout: int) -> Any:
+        """Look for a key until it is there or `timeout` milliseconds have passed."""
+        deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
+        nap = 0.01
+        while (value := self._get(key)) is Missing:
+            left = deadline - _SYSTEM_CLOCK.monotonic()
+            if left <= 0:
+                break
+            _SYSTEM_CLOCK.sleep(min(nap, left))
+            nap = min(nap * 2, 0.5)
+        return value
+
+    def _get(self, key: str) -> Any:
+        """Return what was stored under a key, or Missing."""
+        raise NotImplementedError
+
+    def _store(self, key: str, value: Any, ttl: int) -> None:
+        """Store a value under a key for `ttl` milliseconds."""
+        raise NotImplementedError
+
+
+class SQLiteResultBackend(ResultBackend):
+    """Results in the database of a broker; what Results() uses if it is given no backend."""
+
+    def __init__(self, broker: _EngineBroker, **options: Any) -> None:
+        super().__init__(**options)
+        self.broker = broker
+
+    def _get(self, key: str) -> Any:
+        value = self.broker._engine.result(key)
+        return Missing if value is None else self.encoder.decode(value)
+
+    def _store(self, key: str, value: Any, ttl: int) -> None:
+        expires_at = self.broker.clock.time_ms() + ttl
+        self.broker._write(_STORE_RESULT, (key, self.encoder.encode(value), expires_at))
+
+    def _wait(self, key: str, timeout: int) -> Any:
+        found: list[Any] = []
+
+        def look() -> bool:
+            value = self._get(key)
+            if value is not Missing:
+                found.append(value)
+            return bool(found)
+
+        self.broker._engine.watch(look, timeout / 1000)
+        return found[0] if found else Missing
+
+
+class Results(Middleware):
+    """Stores what actors return, where store_results is on, for result_ttl milliseconds."""
+
+    def __init__(
+        self,
+        *,
+        backend: ResultBackend | None = None,
+        store_results: bool = False,
+        result_ttl: int | None = None,
+    ) -> None:
+        self.logger = get_logger("dramalite.results.middleware", type(self))
+        self._backend = backend
+        self.store_results = store_results
+        ttl = _check_duration(result_ttl, "result_ttl")
+        self.result_ttl = _DEFAULT_RESULT_TTL_MS if ttl is None else ttl
+
+    @property
+    def backend(self) -> ResultBackend:
+        """The backend; one given to Results(), or the one of the broker it was added to."""
+        if self._backend is None:
+            raise RuntimeError("This Results middleware has no backend and was added to no broker.")
+        return self._backend
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"store_results", "result_ttl"}
+
+    def _settings(self, broker: Broker, message: MessageProxy) -> tuple[bool, int]:
+        """Whether to store, and for how long: the message's option, the actor's, or ours."""
+        stores = _option(broker, message, "store_results", self.store_results)
+        return bool(stores), _option(broker, message, "result_ttl", self.result_ttl)
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        if exception is not None or message.failed:
+            return
+        stores, ttl = self._settings(broker, message)
+        if stores:
+            try:
+                self.backend.store_result(message, result, ttl)
+            except (TypeError, ValueError) as error:
+                _fail_for_result(broker, message, error)
+        elif result is not None and not _hands_result_on(broker, message):
+            self.logger.warning(
+                "Actor %r returned a value that is not None, but store_results is off: "
+                "the value has been discarded.",
+                message.actor_name,
+            )
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        stores, ttl = self._settings(broker, message)
+        if stores and not message.failed:
+            self.backend.store_result(message, None, ttl)
+
+    def after_nack(self, broker: Broker, message: MessageProxy) -> None:
+        stores, ttl = self._settings(broker, message)
+        if stores and message.failed:
+            exception = message._exception or RuntimeError("The message failed.")
+            self.backend.store_exception(message, exception, ttl)
+
+
+def _option(broker: Broker, message: MessageProxy, name: str, default: Any) -> Any:
+    """A message's option; where it has none its actor's, and where that has none `default`."""
+    if name in message.options:
+        return message.options[name]
+    actor = broker.actors.get(message.actor_name)
+    return default if actor is None else actor.options.get(name, default)
+
+
+def _hands_result_on(broker: Broker, message: MessageProxy) -> bool:
+    """Tell whether a pipeline or a callback gets the message's result."""
+    return bool(
+        message.options.get("pipe_target") or _option(broker, message, "on_success", None)
+    )
+
+
+def _fail_for_result(broker: Broker, message: MessageProxy, error: Exception) -> None:
+    """The actor has run, but what it returned can't be kept: fail at once and say why."""
+    refusal = type(error)(f"The result of actor {message.actor_name!r} can't be kept: {error}")
+    broker.logger.error("Message %s failed: %s", message.message_id, refusal)
+    message.fail()
+    message.stuff_exception(refusal)
+
+
+# ------------------------------------------------------------------------------------------
+# Age limit
+# ------------------------------------------------------------------------------------------
+class AgeLimit(Middleware):
+    """Makes dead letters of messages that are older than max_age when their turn comes."""
+
+    def __init__(self, *, max_age: int | timedelta | None = None) -> None:
+        self.logger = get_logger("dramalite.middleware.age_limit", type(self))
+        self.max_age = _check_duration(max_age, "max_age")
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"max_age"}
+
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        max_age = message.options.get("max_age") or _option(broker, message, "max_age", self.max_age)
+        if not max_age:
+            return
+        if broker.clock.time_ms() - message.message_timestamp >= max_age:
+            self.logger.warning(
+                "Message %s of %s is older than %s ms; it becomes a dead letter.",
+                message.message_id, message.actor_name, max_age,
+            )  # fmt: skip
+            message.fail()
+            raise SkipMessage("Message age limit exceeded")
+
+
+# ------------------------------------------------------------------------------------------
+# Time limit
+#
+# Deadlines of running actors.  One watching thread per middleware, started by the first
+# deadline, sleeps until the earliest; it holds _lock for moments only.
+# ------------------------------------------------------------------------------------------
+class TimeLimitExceeded(Interrupt):
+    """Raised in an actor that runs for longer than its time_limit."""
+
+
+class TimeLimit(Middleware):
+    """Raises TimeLimitExceeded in actors that run longer than time_limit (10 minutes).
+
+    The exception is raised at the actor's next bytecode: a blocking C call (a sleep, a socket,
+    a query) delays it until the call returns.  `interval` is the longest time in milliseconds
+    between two looks at the deadlines.
+    """
+
+    def __init__(self, *, time_limit: int | timedelta = 600_000, interval: int = 1000) -> None:
+        self.logger = get_logger("dramalite.middleware.time_limit", type(self))
+        self.time_limit = _check_time_limit(time_limit, "time_limit")
+        self.interval_s = interval / 1000
+        self._lock = threading.Condition(threading.Lock())  # Guards all below.
+        self._deadlines: dict[int, float] = {}  # By thread, those not yet passed.
+        self._passed: dict[int, float] = {}  # By thread: when the interrupt was raised.
+        self._wakes_at = 0.0
+        self._thread: threading.Thread | None = None
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"time_limit"}
+
+    def after_process_boot(self, broker: Broker) -> None:
+        if current_platform not in supported_platforms:
+            import warnings
+
+            warnings.warn(
+                f"TimeLimit cannot kill threads on your current platform ({current_platform!r}).",
+                category=RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        limit = message.options.get("time_limit") or _option(
+            broker, message, "time_limit", self.time_limit
+        )
+        if limit is None or limit == float("inf"):
+            return
+        deadline = broker.clock.monotonic() + limit / 1000
+        if self._passed:  # A thread that was given up may have had this one's ident.
+            self._passed.pop(threading.get_ident(), None)
+        self._deadlines[threading.get_ident()] = deadline
+        if deadline < self._wakes_at or self._thread is None or not self._thread.is_alive():
+            self._watch(broker.clock, deadline)
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        self._deadlines.pop(threading.get_ident(), None)
+        if self._passed:
+            self._passed.pop(threading.get_ident(), None)
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        self.after_process_message(broker, message)
+
+    def stuck_threads(self, clock: Clock, grace_s: float) -> list[int]:
+        """The threads that were interrupted `grace_s` seconds ago and still run their actor."""
+        now = clock.monotonic()
+        return [thread for thread, at in list(self._passed.items()) if now >= at + grace_s]
+
+    def _watch(self, clock: Clock, deadline: float) -> None:
+        """Have the watching thread wake up for this deadline."""
+        with self._lock:
+            self._wakes_at = min(self._wakes_at, deadline)
+            if self._thread is None or not self._thread.is_alive():
+                self._wakes_at = deadline
+                self._thread = threading.Thread(
+                    target=self._enforce, args=(clock,), name="dramalite-time-limit", daemon=True
+                )
+                self._thread.start()
+            self._lock.notify()
+
+    def _enforce(self, clock: Clock) -> None:
+        """Raise the exception in each thread whose deadline passes; for ever, in its own thread."""
+        while True:
+            now = clock.monotonic()
+            late = [t for t, deadline in list(self._deadlines.items()) if deadline <= now]
+            for thread in late:
+                self._exceed(thread, now)
+            with self._lock:
+                earliest = min(list(self._deadlines.values()), default=float("inf"))
+                self._wakes_at = min(earliest, now + self.interval_s)
+                self._lock.wait(max(0.0, self._wakes_at - clock.monotonic()))
+
+    def _exceed(self, thread: int, now: float) -> None:
+        if self._deadlines.pop(thread, None) is not None:
+            self._passed[thread] = now
+            if _interrupt(thread, TimeLimitExceeded):
+                self.logger.warning(
+                    "Time limit exceeded. Raising exception in worker thread %r.", thread
+                )
+
+
+# ------------------------------------------------------------------------------------------
+# Shutdown notifications
+# ------------------------------------------------------------------------------------------
+class Shutdown(Interrupt):
+    """Raised in an actor that asked for it when its worker stops; it is then run again later."""
+
+
+class ShutdownNotifications(Middleware):
+    """Raises Shutdown in the running actors that have notify_shutdown, when the worker stops."""
+
+    def __init__(self, notify_shutdown: bool = False) -> None:
+        self.logger = get_logger("dramalite.middleware.shutdown", type(self))
+        self.notify_shutdown = notify_shutdown
+        self._notified: set[int] = set()  # Threads whose actor wants to know.
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"notify_shutdown"}
+
+    def should_notify(self, actor: Actor[Any, Any] | None, message: Any) -> bool:
+        """The first of message, actor and middleware that says anything."""
+        wanted = message.options.get("notify_shutdown")
+        if wanted is None and actor is not None:
+            wanted = actor.options.get("notify_shutdown")
+        return bool(self.notify_shutdown if wanted is None else wanted)
+
+    def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        self.logger.debug("Sending shutdown notification to worker threads...")
+        for thread in list(self._notified & worker.thread_ids):
+            self._notified.discard(thread)
+            if _interrupt(thread, Shutdown):
+                self.logger.info(
+                    "Worker shutdown notification. Raising exception in worker thread %r.", thread
+                )
+
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        if self.should_notify(broker.actors.get(message.actor_name), message):
+            self._notified.add(threading.get_ident())
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        self._notified.discard(threading.get_ident())
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        self._notified.discard(threading.get_ident())
+
+
+# ------------------------------------------------------------------------------------------
+# Callbacks
+# ------------------------------------------------------------------------------------------
+class Callbacks(Middleware):
+    """Sends on_success(message_data, result) or on_failure(message_data, exception_data).
+
+    on_failure comes for every failed attempt; see on_retry_exhausted of Retries for the last.
+    """
+
+    def __init__(self) -> None:
+        self.logger = get_logger("dramalite.middleware.callbacks", type(self))
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"on_failure", "on_success"}
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        name = "on_success" if exception is None else "on_failure"
+        callback = message.options.get(name) or _option(broker, message, name, None)
+        if not callback or (exception is None and message._exception is not None):
+            return
+        if exception is not None:
+            result = {"type": type(exception).__name__, "message": _error_text(exception)}
+        try:
+            _send_callback(broker, callback, message, result)
+        except (TypeError, ValueError) as error:
+            if exception is None:
+                _fail_for_result(broker, message, error)
+            else:
+                raise
+
+
+def _send_callback(broker: Broker, callback: str, message: MessageProxy, value: Any) -> None:
+    """Send a callback actor the message's data and a value; an unknown one is logged."""
+    try:
+        actor = broker.get_actor(callback)
+    except ActorNotFound:
+        broker.logger.critical(
+            "Callback actor %r of message %s is not declared; the callback is lost.",
+            callback, message.message_id, exc_info=True,
+        )  # fmt: skip
+        return
+    actor.send(message.asdict(), value)
+
+
+# ------------------------------------------------------------------------------------------
+# Pipelines
+# ------------------------------------------------------------------------------------------
+class Pipelines(Middleware):
+    """Sends the next message of a pipeline, with the result as its last argument."""
+
+    def __init__(self) -> None:
+        self.logger = get_logger("dramalite.middleware.pipelines", type(self))
+        self._told: set[str] = set()  # Actors whose signature was warned of.
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"pipe_ignore", "pipe_target"}
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        target = message.options.get("pipe_target")
+        if exception is not None or message.failed or not target:
+            return
+        successor: Message[Any] = Message(**target)
+        if not self._ignores_result(broker, successor):
+            successor = successor.copy(args=(*successor.args, result))
+        try:
+            broker.enqueue(successor, delay=successor.options.get("delay") or None)
+        except (TypeError, ValueError) as error:
+            _fail_for_result(broker, message, error)
+
+    def _ignores_result(self, broker: Broker, successor: Message[Any]) -> bool:
+        """Tell whether the next actor does not get the result, by option or by its signature."""
+        actor = broker.actors.get(successor.actor_name)
+        if successor.options.get("pipe_ignore"):
+            return True
+        if actor is None:
+            return False
+        if "pipe_ignore" not in successor.options and actor.options.get("pipe_ignore"):
+            return True
+        if not _only_fits_without(actor.fn, successor):
+            return False
+        if actor.actor_name not in self._told:
+            self._told.add(actor.actor_name)
+            self.logger.warning(
+                "Actor %r takes no further argument, so the pipeline's result is not passed to it. "
+                "Say so with pipe_ignore=True: Dramatiq would fail here.",
+                actor.actor_name,
+            )
+        return True
+
+
+def _only_fits_without(fn: Callable[..., Any], message: Message[Any]) -> bool:
+    """Tell whether the message's arguments fit a function, but not with one more at the end."""
+    try:
+        signature = inspect.signature(fn)
+        signature.bind(*message.args, **message.kwargs)
+    except (TypeError, ValueError):
+        return False
+    try:
+        signature.bind(*message.args, None, **message.kwargs)
+    except TypeError:
+        return True
+    return False
+
+
+# ------------------------------------------------------------------------------------------
+# Retries
+#
+# Exponential backoff with jitter from the broker's random source, as Dramatiq computes it.
+# ------------------------------------------------------------------------------------------
+_MAX_BACKOFF_MS = 7 * 24 * 3600 * 1000
+_MAX_BACKOFF_EXPONENT = 32
+
+
+def _backoff_ms(attempt: int, min_ms: int, max_ms: int, rng: random.Random) -> int:
+    """Milliseconds before retry number `attempt` (from 0): doubling, jittered, bounded.
+
+    min * 2^attempt, times 1 to 2; where that is over max, max times 0.5 to 1.
+    """
+    max_ms = min(max_ms, _MAX_BACKOFF_MS)
+    delay = int(min_ms * 2 ** min(attempt, _MAX_BACKOFF_EXPONENT) * rng.uniform(1, 2))
+    return delay if delay <= max_ms else int(max_ms * rng.uniform(0.5, 1))
+
+
+class Retries(Middleware):
+    """Runs failed messages again, with backoff, up to max_retries times; then dead letters.
+
+    `retry_when(retries_so_far, exception)` decides in place of max_retries where it is given.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_retries: int | None = 20,
+        min_backoff: int | timedelta | None = None,
+        max_backoff: int | timedelta | None = None,
+        retry_when: Callable[[int, BaseException], bool] | None = None,
+    ) -> None:
+        self.logger = get_logger("dramalite.middleware.retries", type(self))
+        self.max_retries = _check_count(max_retries, "max_retries")
+        shortest = _check_duration(min_backoff, "min_backoff")
+        longest = _check_duration(max_backoff, "max_backoff")
+        self.min_backoff = 15_000 if shortest is None else shortest
+        self.max_backoff = _MAX_BACKOFF_MS if longest is None else longest
+        self.retry_when = retry_when
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {
+            "max_retries", "min_backoff", "max_backoff", "retry_when", "throws",
+            "on_retry_exhausted",
+        }  # fmt: skip
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        if exception is None or message.failed:
+            return
+        try:
+            self._decide(broker, message, exception)
+        except Exception:  # retry_when is foreign code: whatever it does, nothing is lost.
+            self.logger.critical(
+                "The retry of message %s failed; it becomes a dead letter.",
+                message.message_id, exc_info=True,
+            )  # fmt: skip
+            message.fail()
+
+    def _decide(self, broker: Broker, message: MessageProxy, exception: BaseException) -> None:
+        """Retry the message, or fail it for good."""
+        throws = message.options.get("throws") or _option(broker, message, "throws", None)
+        if throws and isinstance(exception, throws):
+            self.logger.info("Aborting message %r.", message.message_id)
+            message.fail()
+            return
+        if isinstance(exception, Shutdown):  # Not the message's fault: no retry is counted.
+            broker.enqueue(cast(Any, message))
+            return
+        attempt = message.options.get("retries", 0)
+        message.options["retries"] = attempt + 1
+        message.options["traceback"] = _traceback_text(exception)
+        message.options["requeue_timestamp"] = broker.clock.time_ms()
+        max_retries = _option(broker, message, "max_retries", self.max_retries)
+        if self._is_exhausted(broker, message, attempt, max_retries, exception):
+            self._give_up(broker, message, attempt, max_retries)
+        else:
+            delay = self._delay_ms(broker, message, attempt, exception)
+            self.logger.info("Retrying message %r in %d milliseconds.", message.message_id, delay)
+            broker.enqueue(cast(Any, message), delay=delay)
+
+    def _is_exhausted(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        attempt: int,
+        max_retries: int | None,
+        exception: BaseException,
+    ) -> bool:
+        actor = broker.actors.get(message.actor_name)
+        options = {} if actor is None else actor.options
+        retry_when = options.get("retry_when", self.retry_when)
+        if retry_when is not None:
+            return not retry_when(attempt, exception)
+        return max_retries is not None and attempt >= max_retries
+
+    def _give_up(
+        self, broker: Broker, message: MessageProxy, attempt: int, max_retries: int | None
+    ) -> None:
+        self.logger.warning("Retries exceeded for message %r.", message.message_id)
+        message.fail()
+        name = "on_retry_exhausted"
+        callback = message.options.get(name) or _option(broker, message, name, None)
+        if callback:
+            retries = {"retries": attempt, "max_retries": max_retries}
+            _send_callback(broker, callback, message, retries)
+
+    def _delay_ms(
+        self, broker: Broker, message: MessageProxy, attempt: int, exception: BaseException
+    ) -> int:
+        if isinstance(exception, Retry) and exception.delay is not None:
+            return cast(int, exception.delay)
+        shortest = _option(broker, message, "min_backoff", None)
+        longest = _option(broker, message, "max_backoff", None)
+        return _backoff_ms(
+            attempt,
+            self.min_backoff if shortest is None else shortest,
+            self.max_backoff if longest is None else longest,
+            broker.random,
+        )
+
+
+# ------------------------------------------------------------------------------------------
+# Current message
+# ------------------------------------------------------------------------------------------
+_current_message: contextvars.ContextVar[MessageProxy | None] = contextvars.ContextVar(
+    "dramalite_current_message", default=None
+)
+
+
+class CurrentMessage(Middleware):
+    """Lets an actor see the message that it is running for."""
+
+    @classmethod
+    def get_current_message(cls) -> MessageProxy | None:
+        """Return the message that runs in this thread or task, None outside of actors."""
+        return _current_message.get()
+
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        _current_message.set(message)
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        _current_message.set(None)
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        _current_message.set(None)
+
+
+#: What a broker gets where no middleware is given, in this order.
+default_middleware: list[type[Middleware]] = [
+    AgeLimit, TimeLimit, ShutdownNotifications, Callbacks, Pipelines, Retries,
+]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------
+# Brokers
+#
+# One engine in two places: SQLiteBroker keeps it in a file, MemoryBroker in memory;
+# StubBroker is a MemoryBroker with exactly Dramatiq's default middleware.
+# While a worker runs the hooks of a message, what its thread enqueues or stores is not
+# written but collected in the message's outcome, to be committed with it.
+# ------------------------------------------------------------------------------------------
+#: Bytes that an encoded message may have, where the broker is given no other limit.
+_MAX_MESSAGE_SIZE = 1 << 20
+
+
+class _Collecting(threading.local):
+    """The outcome that this thread collects into, if it does."""
+
+    outcome: _Outcome | None = None
+
+
+class _EngineBroker(Broker):
+    """What the brokers on the SQLite engine share."""
+
+    own_actor_options = frozenset({"max_crashes", "on_crash"})
+
+    #: The only workers are in this process: a message for an actor unknown here can't wait.
+    _is_private = True
+
+    def __init__(
+        self,
+        path: str | None,
+        *,
+        middleware: list[Middleware] | None = None,
+        durability: str = "full",
+        max_message_size: int = _MAX_MESSAGE_SIZE,
+        max_crashes: int = 3,
+        clock: Clock | None = None,
+        random: random.Random | None = None,
+    ) -> None:
+        if durability not in ("full", "normal"):
+            raise ValueError(f'durability is {durability!r}; give "full" or "normal".')
+        self._engine = _Engine(path, durability, lambda: self.clock)
+        self._collecting = _Collecting()
+        self._built_in: list[Middleware] = []
+        self.max_message_size = max_message_size
+        self.max_crashes = cast(int, _check_crash_limit(max_crashes, "max_crashes"))
+        #: Dead letters of this process by queue, for tests; see also `dead_letters`.
+        self._buried: dict[str, list[MessageProxy]] = collections.defaultdict(list)
+        self._pairs: set[tuple[str, str]] = set()  # (queue, actor) of what was sent from here.
+        super().__init__(middleware)
+        if middleware is None:
+            self._built_in = [item for item in self.middleware if type(item) in _BUILT_IN]
+        if clock is not None:
+            self.clock = clock
+        if random is not None:
+            self.random = random
+
+    def _default_middleware(self) -> list[Middleware]:
+        return [kind() for kind in (*default_middleware, *_BUILT_IN)]
+
+    def add_middleware(
+        self,
+        middleware: Middleware,
+        *,
+        before: type[Middleware] | None = None,
+        after: type[Middleware] | None = None,
+    ) -> None:
+        for item in self._built_in:
+            if isinstance(middleware, type(item)):  # The user's own takes its place.
+                self.middleware.remove(item)
+                self._built_in.remove(item)
+                break
+        if isinstance(middleware, Results) and middleware._backend is None:
+            middleware._backend = SQLiteResultBackend(self)
+        super().add_middleware(middleware, before=before, after=after)
+
+    def _make_queue(self, queue_name: str) -> _QueueView:
+        return _QueueView(self, queue_name)
+
+    # Sending.
+
+    def enqueue(self, message: Message[R], *, delay: int | timedelta | None = None) -> Message[R]:
+        """Store a message, due after `delay` milliseconds; it is stored when this returns.
+
+        Returns it as it was stored: with a delay, a copy in the delay queue with its `eta`.
+        Raises TypeError or ValueError if it can't be encoded or is too large, QueueNotFound in
+        memory for a queue that no actor declared, BrokerError if it can't be stored.
+        """
+        message, values = self._prepare(message, delay)
+        self._write_rows([values])
+        self.emit_after("enqueue", message, delay)
+        return message
+
+    def enqueue_many(self, messages: Iterable[Message[Any]]) -> list[Message[Any]]:
+        """Store messages in one transaction, all or none; return them as they were stored."""
+        prepared = [self._prepare(message, None) for message in messages]
+        self._write_rows([values for _message, values in prepared])
+        if self._hooks["after_enqueue"]:
+            for message, _values in prepared:
+                self.emit_after("enqueue", message, None)
+        return [message for message, _values in prepared]
+
+    def _prepare(
+        self, message: Message[Any], delay: int | timedelta | None
+    ) -> tuple[Message[Any], tuple[Any, ...]]:
+        """Check and encode a message; return it, as it will be stored, with its row's values."""
+        if isinstance(message, MessageProxy):
+            message = message._message
+        if delay is not None:
+            wait = _milliseconds(delay, f"Actor {message.actor_name!r}: delay")
+            eta = self.clock.time_ms() + wait
+            queue_name = _dq_name(message.queue_name)
+            message = message.copy(queue_name=queue_name, options={"eta": eta})
+        self._check_queue(message.queue_name)
+        if self._hooks["before_enqueue"]:
+            self.emit_before("enqueue", message, delay)
+        return message, self._row(message, self._encode(message))
+
+    def _check_queue(self, queue_name: str) -> None:
+        if self._is_private and _q_name(queue_name) not in self.queues:
+            raise QueueNotFound(queue_name)
+
+    def _encode(self, message: Message[Any]) -> bytes:
+        try:
+            body = _encoder.encode(message.asdict())
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"Message for actor {message.actor_name!r}: {error}") from None
+        if len(body) > self.max_message_size:
+            raise ValueError(
+                f"Message for actor {message.actor_name!r} has {len(body)} bytes; max_message_size is "
+                f"{self.max_message_size}. Send a path or a key instead, or raise the limit."
+            )
+        return body
+
+    def _row(self, message: Message[Any], body: bytes) -> tuple[Any, ...]:
+        """The row of a message; its own options go before its actor's."""
+        options = message.options
+        actor = self.actors.get(message.actor_name)
+        defaults = {} if actor is None else actor.options
+        priority = options.get("priority")
+        if priority is None:
+            priority = 0 if actor is None else actor.priority
+        crash_limit = options.get("max_crashes") or defaults.get("max_crashes") or self.max_crashes
+        if "fail" in (options.get("on_crash"), defaults.get("on_crash")):
+            crash_limit = 1
+        crashes = 0
+        outcome = self._collecting.outcome
+        if outcome is not None and outcome.row.message_id == message.message_id:
+            crashes = outcome.row.crashes  # A retry: it stays the same message.
+        row = self._engine.row(message, body, priority, self._eta(options), crashes, crash_limit)
+        if actor is None and self._is_private:
+            return (*row[:3], "", *row[4:])  # Any worker may have it, to bury it.
+        self._pairs.add((row[2], message.actor_name))
+        return row
+
+    def _eta(self, options: dict[str, Any]) -> int | None:
+        """When a message is due, milliseconds since 1970; None for at once."""
+        eta = options.get("eta")
+        if eta is None:
+            return None
+        if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta < _FOREVER:
+            self.logger.warning("Invalid eta value for message: %r; it is due at once.", eta)
+            return None
+        return int(eta)
+
+    def _write_rows(self, rows: list[tuple[Any, ...]]) -> None:
+        outcome = self._collecting.outcome
+        if outcome is None:
+            self._engine.insert(rows)
+            return
+        for row in rows:
+            outcome.effects.append((_INSERT, row))
+            outcome.wakes.append((0 if row[5] is None else row[5], self._engine.bit(row[2], row[3])))
+
+    def _write(self, statement: str, values: tuple[Any, ...]) -> None:
+        """Run one statement: now, or with the outcome of the message being processed."""
+        if self._collecting.outcome is None:
+            self._engine.store(statement, values)
+        else:
+            self._collecting.outcome.effects.append((statement, values))
+
+    @contextlib.contextmanager
+    def _collect(self, outcome: _Outcome | None) -> Iterator[None]:
+        """Collect what this thread writes into `outcome`; with None, write it at once."""
+        before = self._collecting.outcome
+        self._collecting.outcome = outcome
+        try:
+            yield
+        finally:
+            self._collecting.outcome = before
+
+    # Looking and emptying.
+
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 30_000) -> Consumer:
+        self._check_queue(queue_name)
+        return _EngineConsumer(self, queue_name, prefetch, timeout)
+
+    def join(self, queue_name: str, *, timeout: int | None = None) -> None:
+        """Wait until a queue holds nothing that waits, is delayed or runs.
+
+        Raises QueueJoinTimeout after `timeout` milliseconds, QueueNotFound for a queue that no
+        actor declared.
+        """
+        queue_name = _q_name(queue_name)
+        if queue_name not in self.queues:
+            raise QueueNotFound(queue_name)
+        seconds = None if timeout is None else timeout / 1000
+        if not self._engine.watch(lambda: not self._engine.is_busy(queue_name), seconds):
+            counts = self._engine.counts().get(queue_name, {})
+            raise QueueJoinTimeout(
+                f"Queue {queue_name!r} is not done after {timeout} ms: {counts.get(_READY, 0)} wait, "
+                f"{counts.get(_DELAYED, 0)} are delayed, {counts.get(_CLAIMED, 0)} run."
+            )
+
+    def flush(self, queue_name: str) -> None:
+        """Drop what waits or is delayed in a queue, and its dead letters; not what runs."""
+        if _q_name(queue_name) not in self.queues:
+            raise QueueNotFound(queue_name)
+        self._engine.flush(_q_name(queue_name))
+        if _q_name(queue_name) in self._buried:
+            self._buried[_q_name(queue_name)].clear()
+
+    def flush_all(self) -> None:
+        """Drop what waits or is delayed in all queues, and all dead letters; not what runs."""
+        self._engine.flush(None)
+        for letters in self._buried.values():
+            letters.clear()
+
+    @property
+    def dead_letters_by_queue(self) -> dict[str, list[MessageProxy]]:
+        """The dead letters of each queue, oldest first, as they were last processed."""
+        letters: dict[str, list[MessageProxy]] = collections.defaultdict(list)
+        for queue, _reason, body in self._engine.dead_letters():
+            with contextlib.suppress(DecodeError):  # Bytes that are no message have no proxy.
+                letters[queue].append(MessageProxy(Message.decode(body)))
+        return letters
+
+    @property
+    def dead_letters(self) -> list[MessageProxy]:
+        """All dead letters, queue by queue."""
+        return [letter for letters in self.dead_letters_by_queue.values() for letter in letters]
+
+    def close(self) -> None:
+        """Close the database; the next use opens it again."""
+        self._engine.close()
+
+
+class _QueueView:
+    """A queue as Dramatiq's tests see it: a queue.Queue of encoded messages."""
+
+    def __init__(self, broker: _EngineBroker, name: str) -> None:
+        self._broker = broker
+        self._name = name
+
+    def qsize(self) -> int:
+        """How many messages wait."""
+        return self._broker._engine.counts().get(self._name, {}).get(_READY, 0)
+
+    @property
+    def unfinished_tasks(self) -> int:
+        """How many messages wait, are delayed or run."""
+        return sum(self._broker._engine.counts().get(self._name, {}).values())
+
+    def put(self, body: bytes) -> None:
+        """Put an encoded message, or anything else, into the queue."""
+        engine = self._broker._engine
+        try:
+            values = self._broker._row(Message.decode(body), body)
+        except DecodeError:
+            message: Message[Any] = Message(self._name, "", (), {}, {})
+            values = engine.row(message, body, 0, None, 0, self._broker.max_crashes)
+        engine.insert([values])
+
+
+class _EngineConsumer(Consumer):
+    """A consumer of one queue, for code that does without Worker."""
+
+    def __init__(self, broker: _EngineBroker, queue_name: str, prefetch: int, timeout: int) -> None:
+        self._broker = broker
+        self._queue = _q_name(queue_name)
+        self._prefetch = prefetch
+        self._timeout_s = timeout / 1000
+        slots = broker._engine.slots()
+        self._slot = slots.acquire(slots.make_bell(), 0, tracked=False)
+        self._claimed: dict[int, tuple[MessageProxy, _Row]] = {}  # By id() of the proxy.
+
+    def __next__(self) -> MessageProxy | None:
+        if not self._broker._engine.watch(self._claim, self._timeout_s):
+            return None
+        return next(reversed(self._claimed.values()))[0]
+
+    def _claim(self) -> bool:
+        if len(self._claimed) >= self._prefetch:
+            return False
+        pairs = [(self._queue, name) for name in (*self._broker.actors, "")]
+        rows = self._broker._engine.exchange(self._slot, [], 1, _targets(pairs), True)
+        for row in rows:
+            try:
+                proxy = MessageProxy(_decode_row(row))
+            except DecodeError as error:
+                self._finish(row, (_bury(row, row.body, str(error), self._broker.clock),))
+                return False
+            self._claimed[id(proxy)] = proxy, row
+        return bool(rows)
+
+    def _finish(self, row: _Row, effects: Iterable[tuple[str, tuple[Any, ...]]]) -> None:
+        outcome = _Outcome(row)
+        outcome.effects.extend(effects)
+        self._broker._engine.exchange(self._slot, [outcome], 0, "{}", False)
+
+    def ack(self, message: MessageProxy) -> None:
+        claimed = self._claimed.pop(id(message), None)
+        if claimed is not None:
+            self._finish(claimed[1], ())
+
+    def nack(self, message: MessageProxy) -> None:
+        claimed = self._claimed.pop(id(message), None)
+        if claimed is not None:
+            reason = "It was rejected by a consumer."
+            self._finish(claimed[1], (_bury(claimed[1], claimed[1].body, reason, self._broker.clock),))
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        claimed = [self._claimed.pop(id(message), None) for message in messages]
+        rows = [item[1] for item in claimed if item is not None]
+        self._broker._engine.hand_back(self._slot, rows)
+
+    def close(self) -> None:
+        self.requeue([proxy for proxy, _row in self._claimed.values()])
+        self._slot.release()
+
+
+def _targets(pairs: Iterable[tuple[str, str]]) -> str:
+    """The JSON of (queue, actor) pairs that _CLAIM wants."""
+    return "{" + ",".join(f"{json.dumps(q)}:{json.dumps(a)}" for q, a in pairs) + "}"
+
+
+def _bury(row: _Row, body: bytes, reason: str, clock: Clock) -> tuple[str, tuple[Any, ...]]:
+    """The statement, and its values, that make a dead letter of a row."""
+    now = clock.time_ms()
+    return _BURY, (row.queue, row.actor, row.message_id, now, _cut(reason, _MAX_TRACEBACK_CHARS), body)
+
+
+def _decode_row(row: _Row) -> Message[Any]:
+    """The message of a row, as an actor is to see it: in its own queue, without an eta."""
+    if not isinstance(row.body, bytes):
+        raise DecodeError("The stored body is not bytes.", row.body, TypeError(type(row.body)))
+    message = Message.decode(row.body)
+    if "eta" in message.options:
+        del message.options["eta"]
+    if message.queue_name.endswith((".DQ", ".XQ")):
+        message = message._replace(queue_name=_q_name(message.queue_name))
+    return message
+
+
+class SQLiteBroker(_EngineBroker):
+    """A broker in one SQLite file, which may be an application's own database.
+
+    The file is opened at first use.  `durability` is "full" (a message survives a power cut
+    once send() has returned) or "normal" (it survives the death of any process; a power cut may
+    take the last moments).  A message is refused over `max_message_size` bytes, and becomes a
+    dead letter when `max_crashes` worker processes have died while running it.  `clock` and
+    `random` are the engine's sources of time and jitter.
+    """
+
+    _is_private = False
+
+    def __init__(self, path: str | os.PathLike[str] = "dramalite.db", **options: Any) -> None:
+        path = os.fspath(path)
+        if not path or "\0" in path:
+            raise ValueError(f"The path {path!r} names no file; give that of the database.")
+        if path == ":memory:":
+            raise ValueError("':memory:' is no file; use MemoryBroker().")
+        self.path = os.path.abspath(path)
+        super().__init__(self.path, **options)
+
+    def __repr__(self) -> str:
+        return f"SQLiteBroker({self.path!r})"
+
+
+class MemoryBroker(_EngineBroker):
+    """A broker in memory, for this process alone: the same engine, gone with the process."""
+
+    def __init__(
+        self, middleware: list[Middleware] | None = None, *, fail_fast_default: bool = False,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(None, middleware=middleware, **options)
+        self.fail_fast_default = fail_fast_default
+
+    @property
+    def dead_letters_by_queue(self) -> dict[str, list[MessageProxy]]:
+        """The dead letters of each queue, oldest first, with the exceptions that they died of."""
+        return self._buried
+
+    def join(
+        self, queue_name: str, *, timeout: int | None = None, fail_fast: bool | None = None
+    ) -> None:
+        """Wait until a queue holds nothing that waits, is delayed or runs.
+
+        With `fail_fast` (the default of a StubBroker) then raises the exception of the queue's
+        first dead letter.  Raises QueueJoinTimeout after `timeout` milliseconds.
+        """
+        super().join(queue_name, timeout=timeout)
+        if self.fail_fast_default if fail_fast is None else fail_fast:
+            for letter in self._buried.get(_q_name(queue_name), [])[:1]:
+                raise letter._exception or DramaliteError(f"Message {letter.message_id} failed.")
+
+
+class StubBroker(MemoryBroker):
+    """A MemoryBroker with exactly Dramatiq's default middleware, whose join() raises failures."""
+
+    def __init__(
+        self, middleware: list[Middleware] | None = None, *, fail_fast_default: bool = True,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(middleware, fail_fast_default=fail_fast_default, **options)
+
+    def _default_middleware(self) -> list[Middleware]:
+        return [kind() for kind in default_middleware]
+
+
+#: What SQLiteBroker and MemoryBroker have beyond the default; one that the user adds replaces it.
+_BUILT_IN: tuple[type[Middleware], ...] = (CurrentMessage, Results)
+
+
+# ------------------------------------------------------------------------------------------
+# Message processing
+#
+# One message, from its claimed row to its outcome, in two steps: run() calls the actor,
+# conclude() the after_* hooks.  Both collect; neither writes, waits or knows of threads, so
+# that workers and simulations share them.
+# ------------------------------------------------------------------------------------------
+class _Job:
+    """A claimed message on its way through a worker."""
+
+    __slots__ = (
+        "exception", "is_concluding", "is_given_up", "message", "outcome", "result", "row", "started",
+    )  # fmt: skip
+
+    def __init__(self, row: _Row, started: float = 0.0) -> None:
+        self.row = row
+        self.started = started  # Monotonic seconds.
+        self.is_concluding = False  # Its thread is past the actor.
+        self.is_given_up = False  # Its thread's outcome no longer counts.
+        self.outcome = _Outcome(row)
+        self.message: MessageProxy | None = None  # None where the row can't be decoded.
+        self.result: Any = None
+        self.exception: BaseException | None = None
+
+
+class _Processor:
+    """Processes the messages of one broker."""
+
+    def __init__(self, broker: _EngineBroker) -> None:
+        self._broker = broker
+        self._logger = get_logger("dramalite.worker", "WorkerThread")
+
+    def run(self, job: _Job) -> None:
+        """Decode the message, call the before hooks and the actor; keep what comes of it."""
+        broker = self._broker
+        try:
+            message = job.message = MessageProxy(_decode_row(job.row))
+        except DecodeError as error:
+            job.exception = error
+            return
+        self._logger.debug("Received message %s with id %r.", message, message.message_id)
+        try:
+            actor = broker.get_actor(message.actor_name)
+            if broker._hooks["before_process_message"]:
+                with broker._collect(job.outcome):
+                    broker.emit_before("process_message", message)
+            if not message.failed:
+                job.result = self._call(actor, message)
+        except ActorNotFound as error:
+            message.fail()
+            job.exception = error
+        except BaseException as error:  # The actor is foreign code; sys.exit() is its failure too.
+            job.exception = error
+
+    def _call(self, actor: Actor[Any, Any], message: MessageProxy) -> Any:
+        args = message.args
+        if args and type(args[0]) is dict and _is_message_data(args[0]):
+            args = (MessageData(args[0]), *args[1:])
+        call = actor.fn if not actor.logger.isEnabledFor(logging.DEBUG) else actor
+        return _call_interruptibly(call, args, message.kwargs)
+
+    def crash(self, row: _Row) -> _Outcome:
+        """The outcome of a message whose workers died as often as it allows."""
+        job = _Job(row)
+        times = "once" if row.crashes == 1 else f"{row.crashes} times"
+        try:
+            job.message = MessageProxy(_decode_row(row))
+            job.message.fail()
+        except DecodeError as error:
+            job.exception = error
+        else:
+            job.exception = WorkerCrashed(
+                f"The worker process died {times} while running this message; it is not run again."
+            )
+        return self.conclude(job)
+
+    def conclude(self, job: _Job) -> _Outcome:
+        """Call the after hooks; return all that is to be committed for the message."""
+        broker, outcome, message = self._broker, job.outcome, job.message
+        with broker._collect(outcome):
+            if message is None:
+                self._logger.error(
+                    "Message %s can't be decoded; it becomes a dead letter: %s",
+                    job.row.message_id, job.exception,
+                )  # fmt: skip
+                reason = f"It can't be decoded: {_error_text(cast(BaseException, job.exception))}"
+                outcome.effects = [_bury(job.row, job.row.body, reason, broker.clock)]
+                return outcome
+            self._process_result(job, message)
+            if message.failed:
+                broker.emit_before("nack", message)
+                outcome.effects.append(self._dead_letter(job, message))
+                broker.emit_after("nack", message)
+            else:
+                if broker._hooks["before_ack"]:
+                    broker.emit_before("ack", message)
+                if broker._hooks["after_ack"]:
+                    broker.emit_after("ack", message)
+                message.clear_exception()
+        job.exception = None
+        return outcome
+
+    def _process_result(self, job: _Job, message: MessageProxy) -> None:
+        """Log what came of the message and tell the middleware."""
+        broker, exception = self._broker, job.exception
+        if exception is None:
+            if job.result is not None:
+                self._check_use(message)
+            broker.emit_after("process_message", message, result=job.result)
+            return
+        message.stuff_exception(exception)
+        if isinstance(exception, SkipMessage):
+            self._logger.warning("Message %s was skipped: %s", message, exception)
+            if not message.failed:
+                message.clear_exception()
+            broker.emit_after("skip_message", message)
+        elif isinstance(exception, ActorNotFound) and message.failed:
+            self._logger.error(
+                "Message %s is for the unknown actor %r; it becomes a dead letter.",
+                message.message_id, message.actor_name, exc_info=exception,
+            )  # fmt: skip
+        else:
+            self._log_failure(message, exception)
+            broker.emit_after("process_message", message, exception=exception)
+
+    def _check_use(self, message: MessageProxy) -> None:
+        if _hands_result_on(self._broker, message):
+            return
+        if not any(isinstance(item, Results) for item in self._broker.middleware):
+            self._logger.warning(
+                "Actor %r returned a value that is not None. Consider adding the Results middleware "
+                "to your broker, or it is lost.",
+                message.actor_name,
+            )
+
+    def _log_failure(self, message: MessageProxy, exception: BaseException) -> None:
+        throws = message.options.get("throws") or _option(self._broker, message, "throws", None)
+        text = _error_text(exception)
+        if isinstance(exception, RateLimitExceeded):
+            self._logger.debug("Rate limit exceeded in message %s: %s.", message, text)
+        elif throws and isinstance(exception, throws):
+            self._logger.info("Failed to process message %s with expected exception %s.", message, text)
+        elif not isinstance(exception, Retry):
+            self._logger.error(
+                "Failed to process message %s of %s with unhandled exception:\n%s",
+                message.message_id, message.actor_name, _traceback_text(exception),
+            )  # fmt: skip
+
+    def _dead_letter(self, job: _Job, message: MessageProxy) -> tuple[str, tuple[Any, ...]]:
+        """Bury the message as it is now, with its last traceback; or its bytes as they were."""
+        exception = job.exception if message._exception is None else message._exception
+        reason = "It was marked as failed."
+        if exception is not None:
+            reason = f"{type(exception).__name__}: {_error_text(exception)}"
+        try:
+            body = message._message.encode()
+        except (TypeError, ValueError):
+            body = job.row.body
+        self._broker._buried[job.row.queue].append(message)
+        return _bury(job.row, body, reason, self._broker.clock)
+
+
+# ------------------------------------------------------------------------------------------
+# Worker
+#
+# Threads that take claimed rows from a heap and process them.  There is no thread that
+# feeds them: whoever finds the heap empty runs one exchange with the engine, which writes
+# all that has been finished and claims the next batch.  If there is nothing, one thread
+# waits at the bell, the others on _cond.  A batch is some 5 ms of work by the running
+# average, or one message for each free thread where they take longer.
+# A maintenance thread ticks every 5 ms while claimed rows or outcomes lie about, else every
+# second: it writes late outcomes, wakes helpers, hands back rows that nobody comes to run,
+# takes back what dead workers held.
+# Lock order: _exchange_lock, the engine's lock, _cond.
+# ------------------------------------------------------------------------------------------
+_BATCH_S = 0.005  # Work that a batch may hold, by the running average.
+_MAX_BATCH = 128
+_HELP_S = 0.001  # Work in the heap that makes it worth waking another thread.
+_STALE_S = 0.05  # A claimed row that nobody started for so long is handed back.
+_POLL_S = 0.25  # Between looks for work that no bell announced,
+_SHORT_POLL_S = 0.05  # and where bells were seen not to arrive.
+_TICK_S = 0.005
+_IDLE_TICK_S = 1.0
+_STUCK_GRACE_S = 5.0  # After a time limit's interrupt, before the thread is given up.
+_EXIT_GRACE_MS = 1000  # For running messages, when the interpreter exits under a worker.
+
+
+class Worker:
+    """Runs the messages of a broker in threads of this process.
+
+        with dramalite.Worker(broker, worker_threads=2):
+            ...
+
+    `queues` limits it to queues of these names.  It takes no signals and can be started and
+    stopped in any thread; what was not started by then goes back to its queue.
+    `worker_timeout` (milliseconds) bounds how long an idle thread waits between looks.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        *,
+        queues: Iterable[str] | None = None,
+        worker_timeout: int = 1000,
+        worker_threads: int = 8,
+    ) -> None:
+        if not isinstance(broker, _EngineBroker):
+            raise TypeError(f"{broker!r} can't be worked on here; give a broker of dramalite.")
+        if worker_threads < 1:
+            raise ValueError(f"worker_threads is {worker_threads!r}; give 1 or more.")
+        self.logger = get_logger("dramalite.worker", type(self))
+        self.broker = broker
+        self.worker_threads = worker_threads
+        self.worker_timeout = worker_timeout
+        self._queues = frozenset(queues or ())
+        self._engine = broker._engine
+        self._processor = _Processor(broker)
+        self._exchange_lock = threading.Lock()
+        self._cond = threading.Condition(threading.Lock())  # Guards the rest.
+        self._slot: _Slot | None = None
+        self._threads: dict[int, threading.Thread] = {}  # By index, those that count.
+        self._maintainer: threading.Thread | None = None
+        #: Called when a thread had to be given up; the command line replaces the process then.
+        self.on_stuck: Callable[[], None] | None = None
+        self._tick = threading.Event()
+        self._reset()
+
+    def _reset(self) -> None:
+        self._heap: list[_Row] = []
+        self._running: dict[int, _Job] = {}  # By thread index.
+        self._finished: list[_Outcome] = []
+        self._finished_at = 0.0  # When the oldest of them was.
+        self._popped_at = 0.0
+        self._suspects = 0  # Claimed rows that were running when a process died.
+        self._idle = 0  # Threads that wait on _cond for something to do.
+        self._is_waited_for = False  # One thread waits at the bell,
+        self._wait_ends_ms = 0  # until then, or a ring.
+        self._average_s = 0.01  # Running average of a job's time; cautious at first.
+        self._poll_s = _POLL_S
+        self._is_paused = False
+        self._is_stopping = False
+        self._error_at = 0.0  # When trouble with the database was last logged.
+        self._targets = "{}"
+        self._declared: tuple[int, ...] = ()  # How much was declared when targets were made.
+        self._unknown: set[str] = set()  # Actors that messages were seen of, and nobody here knows.
+        self._seen_version = 0  # Of the database, before the last look for work.
+        self._strangers_version = 0  # The same, before the last look for strangers.
+        self._was_polled = False  # The last look was due to no ring.
+        self._pid = os.getpid()
+
+    # Public face.
+
+    def start(self) -> None:
+        """Start the threads; returns at once.  Raises BrokerError if the database can't be used."""
+        if self._maintainer is not None:
+            raise RuntimeError("The worker is running already.")
+        self._reset()
+        self.broker.emit_before("worker_boot", self)
+        slots = self._engine.slots()
+        tracked = self.worker_threads <= _MAX_TRACKED
+        self._slot = slots.acquire(slots.make_bell(), 0, tracked)
+        self._find_targets()
+        self._maintainer = threading.Thread(
+            target=self._maintain, name="dramalite-maintenance", daemon=True
+        )
+        self._maintainer.start()
+        for index in range(self.worker_threads):
+            self._start_thread(index)
+        _live_workers.add(self)
+        _register_exit_hook()
+        self.broker.emit_after("worker_boot", self)
+
+    def _start_thread(self, index: int) -> None:
+        thread = threading.Thread(
+            target=self._work, args=(index,), name=f"dramalite-worker-{index}", daemon=True
+        )
+        self._threads[index] = thread
+        thread.start()
+
+    def stop(self, timeout: int = 600_000) -> None:
+        """Stop: what runs may finish within `timeout` milliseconds, else it is handed back.
+
+        What is handed back runs again later; its outcome here, if it still comes, is dropped.
+        """
+        if self._maintainer is None or self._slot is None:
+            return
+        deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
+        self.broker.emit_before("worker_shutdown", self)
+        self.logger.debug("Stopping.")
+        with self._cond:
+            self._is_stopping = True
+            unstarted, self._heap = self._heap, []
+            self._cond.notify_all()
+        self._slot.bell.ring()
+        self._release(unstarted)
+        for thread in list(self._threads.values()):
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - _SYSTEM_CLOCK.monotonic()))
+        self._give_up_running()
+        self._tick.set()
+        self._maintainer.join()
+        self._exchange(limit=0)
+        self._slot.release()
+        self._maintainer = None
+        self._threads.clear()
+        _live_workers.discard(self)
+        self.broker.emit_after("worker_shutdown", self)
+        self.logger.debug("Stopped.")
+
+    def _give_up_running(self) -> None:
+        """Hand back what still runs; from now on those threads' outcomes don't count."""
+        with self._cond:
+            for job in self._running.values():
+                job.is_given_up = True
+                self.logger.warning(
+                    "Message %s of %s is still running; it is handed back and will run again.",
+                    job.row.message_id, job.row.actor,
+                )  # fmt: skip
+                outcome = _Outcome(job.row)
+                outcome.is_handed_back = True
+                self._finished.append(outcome)
+            self._running.clear()
+
+    def pause(self) -> None:
+        """Start no more messages; returns when those that run have ended."""
+        with self._cond:
+            self._is_paused = True
+            unstarted, self._heap = self._heap, []
+        self._release(unstarted)
+        with self._cond:
+            self._cond.wait_for(lambda: not self._running)
+        self._exchange(limit=0)
+
+    def resume(self) -> None:
+        """Go on after pause()."""
+        with self._cond:
+            self._is_paused = False
+            self._cond.notify_all()
+        if self._slot is not None:
+            self._slot.bell.ring()
+
+    def join(self) -> None:
+        """Wait until nothing that this worker has claimed is waiting, running or unwritten.
+
+        It does not look at what waits in the database: see Broker.join().
+        """
+        with self._cond:
+            self._cond.wait_for(lambda: not self._heap and not self._running)
+        self._exchange(limit=0)
+
+    def __enter__(self) -> Worker:
+        self.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.stop()
+
+    @property
+    def thread_ids(self) -> set[int]:
+        """The idents of the worker threads."""
+        return {thread.ident for thread in list(self._threads.values()) if thread.ident is not None}
+
+    # A worker thread.
+
+    def _work(self, index: int) -> None:
+        """What worker thread `index` does until the worker stops, or the thread is given up."""
+        thread = threading.current_thread()
+        self.broker.emit_after("worker_thread_boot", thread)
+        while True:
+            job = self._next_job(index)
+            if job is None or not self._run(index, job):
+                break
+        self.broker.emit_before("worker_thread_shutdown", thread)
+
+    def _next_job(self, index: int) -> _Job | None:
+        """Wait for the next message; None means that the thread is to end."""
+        while True:
+            with self._cond:
+                if self._is_stopping:
+                    return None
+                if self._heap:
+                    return self._pop(index)
+            if not self._exchange():
+                self._wait()
+
+    def _pop(self, index: int) -> _Job:
+        """Take the best row from the heap; with more to do than this thread can soon, call help."""
+        self._popped_at = _SYSTEM_CLOCK.monotonic()
+        job = self._running[index] = _Job(heapq.heappop(self._heap), self._popped_at)
+        if self._idle and (
+            len(self._heap) * self._average_s > _HELP_S or not (self._heap or self._is_waited_for)
+        ):
+            self._cond.notify()
+        return job
+
+    def _run(self, index: int, job: _Job) -> bool:
+        """Process a message; False if it was taken from this thread meanwhile."""
+        assert self._slot is not None
+        self._slot.run(index, job.row.id)
+        self._processor.run(job)
+        if os.getpid() != self._pid:
+            os._exit(0)  # The job forked and its child returned here: there it ends.
+        with self._cond:
+            if job.is_given_up:
+                return False
+            job.is_concluding = True
+        outcome = self._processor.conclude(job)
+        now = _SYSTEM_CLOCK.monotonic()
+        with self._cond:
+            if job.is_given_up:
+                return False
+            self._slot.run(index, 0)
+            del self._running[index]
+            self._finish(outcome, now)
+            taken = now - job.started
+            self._average_s += (taken - self._average_s) * (0.3 if taken > self._average_s else 0.1)
+            if not self._running and (self._is_paused or not self._heap):
+                self._cond.notify_all()  # For pause() and join().
+        return True
+
+    def _finish(self, outcome: _Outcome, now: float) -> None:
+        """Keep an outcome for the next exchange.  Call with _cond held."""
+        if not self._finished:
+            self._finished_at = now
+        self._finished.append(outcome)
+        if outcome.row.crashes:
+            self._suspects -= 1
+
+    # Exchanges with the engine.
+
+    def _exchange(self, limit: int | None = None) -> bool:
+        """Write what is finished and claim a batch; tell whether the heap has something now."""
+        assert self._slot is not None
+        with self._exchange_lock:
+            with self._cond:
+                if self._heap and limit is None:
+                    return True
+                limit = self._limit() if limit is None else limit
+                suspects = self._suspects == 0
+                outcomes, self._finished = self._finished, []
+            if limit:
+                self._find_targets()
+                self._seen_version = self._engine.data_version()
+                self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
+            try:
+                rows = self._engine.exchange(self._slot, outcomes, limit, self._targets, suspects)
+            except BrokerError as error:
+                self._keep(outcomes, error)
+                rows = []
+            full = bool(rows) and len(rows) == limit
+            with self._cond:
+                for row in rows:
+                    heapq.heappush(self._heap, row)
+                self._suspects += sum(row.crashes > 0 for row in rows)
+                found = bool(self._heap)
+                unwanted: list[_Row] = []
+                if rows:
+                    self._was_rung_late()
+                    if self._is_stopping or self._is_paused:
+                        unwanted, self._heap = self._heap, []
+                    # With nothing found it stays said: a thread is about to wait.
+                    self._slot.sleep_until(self._wait_ends_ms if self._is_waited_for else 0)
+                    if len(rows) > 1:
+                        self._tick.set()
+            self._release(unwanted)
+        if full:  # There may be more than this worker takes: pass the ring on.
+            self._engine.wake(0, rows[-1].queue, rows[-1].actor)
+        return found
+
+    def _was_rung_late(self) -> None:
+        """Work was found: if by polling, bells don't arrive here, so poll more often."""
+        if self._was_polled:
+            self._poll_s = _SHORT_POLL_S
+            self._was_polled = False
+
+    def _limit(self) -> int:
+        """How many messages to claim.  Call with _cond held."""
+        if self._is_paused or self._is_stopping:
+            return 0
+        free = self.worker_threads - len(self._running)
+        return max(free, min(_MAX_BATCH, int(_BATCH_S / max(self._average_s, 1e-6))))
+
+    def _keep(self, outcomes: list[_Outcome], error: BrokerError) -> None:
+        """The database failed: keep the outcomes for the next try, and say so once a minute."""
+        with self._cond:
+            if not isinstance(error, ConnectionClosed):  # With the file, its rows are gone.
+                self._finished = outcomes + self._finished
+            now = _SYSTEM_CLOCK.monotonic()
+            is_news = now > self._error_at + 60.0 or not self._error_at
+            if is_news:
+                self._error_at = now
+        if is_news:
+            self.logger.error(
+                "%s %d finished messages are not written yet; going on trying.", error, len(outcomes)
+            )
+
+    def _release(self, rows: list[_Row]) -> None:
+        """Give claimed rows back that were not started."""
+        assert self._slot is not None
+        if not rows:
+            return
+        with self._cond:
+            self._suspects -= sum(row.crashes > 0 for row in rows)
+        try:
+            self._engine.hand_back(self._slot, rows)
+        except BrokerError as error:
+            outcomes = [_Outcome(row) for row in rows]
+            for outcome in outcomes:
+                outcome.is_handed_back = True
+            self._keep(outcomes, error)
+
+    # Waiting.
+
+    def _wait(self) -> None:
+        """Wait until there may be work: one thread at the bell, the others on the condition."""
+        with self._cond:
+            if self._heap or self._is_stopping:
+                return
+            if self._is_waited_for or self._is_paused:
+                self._idle += 1
+                self._cond.wait()
+                self._idle -= 1
+                return
+            self._is_waited_for = True
+            self._wait_ends_ms = _FOREVER
+        try:
+            self._wait_at_the_bell()
+        except BrokerError as error:
+            self._keep([], error)
+            _SYSTEM_CLOCK.sleep(_POLL_S)
+        finally:
+            with self._cond:
+                self._is_waited_for = False
+
+    def _wait_at_the_bell(self) -> None:
+        """Wait for a ring, the next delayed message, or a change that no ring announced."""
+        assert self._slot is not None
+        clock = self.broker.clock
+        due = self._engine.next_due()
+        with self._cond:
+            self._wait_ends_ms = _FOREVER if due is None else due
+            self._slot.sleep_until(self._wait_ends_ms)
+        while not self._is_stopping:
+            wait_s = min(self._poll_s, self.worker_timeout / 1000)
+            if due is not None:
+                wait_s = min(wait_s, (due - clock.time_ms()) / 1000)
+            if wait_s > 0 and self._slot.bell.wait(wait_s):
+                self._poll_s = _POLL_S
+                return
+            if self._finished or (due is not None and due <= clock.time_ms()):
+                return
+            if self._engine.data_version() != self._seen_version:
+                self._was_polled = True
+                return
+
+    # Maintenance.
+
+    def _maintain(self) -> None:
+        """What the maintenance thread does until the worker has stopped."""
+        thread = threading.current_thread()
+        self.broker.emit_after("consumer_thread_boot", thread)
+        house_kept_at = 0.0
+        while True:
+            with self._cond:
+                is_stopped = self._is_stopping and not self._running
+                is_busy = bool(self._heap or self._finished)
+            if is_stopped:
+                break
+            try:
+                now = _SYSTEM_CLOCK.monotonic()
+                if is_busy:
+                    self._look_after_threads(now)
+                if now >= house_kept_at + _IDLE_TICK_S:
+                    house_kept_at = now
+                    self._keep_house()
+            except BrokerError as error:
+                self._keep([], error)
+            self._tick.wait(_TICK_S if is_busy and not self._error_at else _IDLE_TICK_S)
+            self._tick.clear()
+        self.broker.emit_before("consumer_thread_shutdown", thread)
+
+    def _look_after_threads(self, now: float) -> None:
+        """Write outcomes that lie about, call help, and hand back what nobody comes to run."""
+        with self._cond:
+            is_late = bool(self._finished) and now > self._finished_at + _TICK_S
+            stale: list[_Row] = []
+            if self._heap and self._idle:
+                self._cond.notify()
+            elif self._heap and now > self._popped_at + _STALE_S:
+                stale, self._heap = self._heap, []
+        self._release(stale)
+        if is_late:
+            self._exchange(limit=0)
+
+    def _keep_house(self) -> None:
+        """Once a second: the dead, the stuck, the strange, the file."""
+        assert self._slot is not None
+        self._check_slot()
+        self._replace_stuck_threads()
+        crashed, is_news = self._engine.recover(self._slot)
+        for row in crashed:
+            outcome = self._processor.crash(row)
+            with self._cond:
+                self._finish(outcome, _SYSTEM_CLOCK.monotonic())
+                self._suspects += 1  # It was none of this worker's claims.
+        if is_news:
+            self._exchange(limit=0)
+            self._slot.bell.ring()
+        self._look_for_strangers()
+        self._engine.checkpoint(_WAL_LIMIT if self._running else _IDLE_WAL_LIMIT)
+        self._engine.prune()
+        with self._cond:
+            if self._idle and not self._is_waited_for:
+                self._cond.notify()
+
+    def _check_slot(self) -> None:
+        """If the side file was deleted or replaced, get a slot in the one that others see."""
+        assert self._slot is not None
+        if self._slot.is_current():
+            return
+        self.logger.error("The side file of %r was deleted or replaced; making a new one.", self.broker)
+        slots = self._engine.slots()
+        old, bell = self._slot, self._slot.bell
+        with self._exchange_lock:
+            self._slot = slots.acquire(bell, 0, self.worker_threads <= _MAX_TRACKED)
+            self._engine.adopt(self._slot, old.owner)
+            self._declared = ()
+            self._find_targets()
+        bell.ring()
+
+    def _replace_stuck_threads(self) -> None:
+        """Conclude messages whose time limit can't end them, and start other threads."""
+        limits = [item for item in self.broker.middleware if isinstance(item, TimeLimit)]
+        stuck = {t for item in limits for t in item.stuck_threads(self.broker.clock, _STUCK_GRACE_S)}
+        for index, thread in list(self._threads.items()):
+            if thread.ident in stuck:
+                self._give_up_thread(index)
+
+    def _give_up_thread(self, index: int) -> None:
+        """Fail the message that a thread can't be stopped in, and replace the thread."""
+        with self._cond:
+            job = self._running.get(index)
+            if job is None or job.is_concluding or self._is_stopping:
+                return
+            job.is_given_up = True
+        self.logger.error(
+            "Message %s of %s goes on %d s after its time limit, in a call that can't be interrupted: "
+            "it is failed, and its thread replaced.",
+            job.row.message_id, job.row.actor, _STUCK_GRACE_S,
+        )  # fmt: skip
+        job.exception = TimeLimitExceeded()
+        outcome = self._processor.conclude(job)
+        with self._cond:
+            del self._running[index]
+            self._finish(outcome, _SYSTEM_CLOCK.monotonic())
+            self._cond.notify_all()
+        self._exchange(limit=0)
+        self._start_thread(index)
+        if self.on_stuck is not None:
+            self.on_stuck()
+
+    def _find_targets(self) -> None:
+        """Work out which queues and actors to claim for, if anything was declared since."""
+        assert self._slot is not None
+        broker = self.broker
+        declared = (len(broker.actors), len(broker.queues), len(broker._pairs))
+        if declared == self._declared:
+            return
+        self._declared = declared
+        pairs = {(actor.queue_name, name) for name, actor in list(broker.actors.items())}
+        pairs |= {(q, a) for q, a in list(broker._pairs) if a in broker.actors and q in broker.queues}
+        pairs |= {(queue, "") for queue in list(broker.queues)}
+        if self._queues:
+            pairs = {pair for pair in pairs if pair[0] in self._queues}
+        self._targets = _targets(sorted(pairs))
+        self._slot.serve(functools.reduce(int.__or__, (self._engine.bit(*p) for p in pairs), 0))
+
+    def _look_for_strangers(self) -> None:
+        """Find ready messages outside of our targets: known actors in other queues, unknown ones."""
+        version = self._engine.data_version()
+        if version == self._strangers_version:
+            return
+        self._strangers_version = version
+        broker = self.broker
+        for queue, name in self._engine.ready_pairs():
+            if queue not in broker.queues or (self._queues and queue not in self._queues):
+                continue
+            if name in broker.actors:
+                broker._pairs.add((queue, name))
+            elif name and name not in self._unknown:
+                self._unknown.add(name)
+                self.logger.error(
+                    "Queue %r holds messages for actor %r, which this worker does not know; they "
+                    "are left for one that does.",
+                    queue, name,
+                )  # fmt: skip
+
+
+_live_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+_exit_hook_is_registered = False
+
+
+def _register_exit_hook() -> None:
+    """Have workers that still run stopped before the interpreter goes."""
+    global _exit_hook_is_registered
+    if not _exit_hook_is_registered:
+        import atexit
+
+        _exit_hook_is_registered = True
+        atexit.register(_stop_live_workers)
+
+
+def _stop_live_workers() -> None:
+    for worker in list(_live_workers):
+        if worker._pid == os.getpid():
+            worker.stop(timeout=_EXIT_GRACE_MS)
+
+# ------------------------------------------------------------------------------------------
+# Command line
+#
+# `worker` is two kinds of processes.  The supervisor takes signals, starts the worker
+# processes, replaces those that die, and tells them to stop; it imports no user code.  A
+# worker process is the same command once more with --child: it imports the user's modules
+# and runs a Worker.  They talk through the child's standard input, a pipe: a line "stop", or
+# its end, which means that the supervisor is gone.
+# ------------------------------------------------------------------------------------------
+_EXIT_OK, _EXIT_KILLED, _EXIT_IMPORT, _EXIT_CONNECTION, _EXIT_PID_FILE = range(5)
+
+#: A worker process that could not start ends with one of these, plus 100: a restart won't help.
+_BOOT_FAILURE = 100
+
+#: Milliseconds that running messages get in a worker process whose supervisor is gone.
+_ORPHAN_GRACE_MS = 1000
+
+#: Seconds before a dead worker process is replaced, by the number of early deaths in a row.
+_RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
+_STABLE_AFTER_S = 30.0
+
+#: Seconds from the request to stop at once to SIGKILL.
+_KILL_GRACE_S = 1.0
+
+
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="dramalite", description="Background tasks in one file: Dramatiq's API on SQLite."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    worker = commands.add_parser(
+        "worker",
+        help="run the actors of your modules",
+        description="Run the actors of your modules until stopped by Ctrl+C or SIGTERM.",
+    )
+    worker.add_argument("--version", action="version", version=__version__)
+    worker.add_argument("broker", metavar="MODULE[:BROKER]", help="a module of actors, and its broker")
+    worker.add_argument("modules", nargs="*", metavar="MODULE", help="more modules to import")
+    worker.add_argument(
+        "--processes", "-p", type=_count, default=os.cpu_count() or 1, metavar="N",
+        help="worker processes (default: the number of CPUs, %(default)s)",
+    )  # fmt: skip
+    worker.add_argument(
+        "--threads", "-t", type=_count, default=8, metavar="N",
+        help="threads per process (default: %(default)s)",
+    )  # fmt: skip
+    worker.add_argument(
+        "--queues", "-Q", nargs="*", metavar="Q", help="work on these queues only (default: all)"
+    )
+    worker.add_argument(
+        "--path", "-P", nargs="*", default=["."], metavar="DIR",
+        help="where to import modules from (default: the current folder)",
+    )  # fmt: skip
+    worker.add_argument("--pid-file", metavar="FILE", help="write the process id here")
+    worker.add_argument("--log-file", metavar="FILE", help="append the log here (default: stderr)")
+    worker.add_argument("--verbose", "-v", action="count", default=0, help="log debug messages too")
+    worker.add_argument(
+        "--worker-shutdown-timeout", type=_count, default=600_000, metavar="MS",
+        help="how long running messages may take when stopping (default: %(default)s ms)",
+    )  # fmt: skip
+    worker.add_argument("--child", type=int, metavar="N", help=argparse.SUPPRESS)
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+def main(args: list[str] | argparse.Namespace | None = None) -> int:
+    """Run the command line; return the exit code."""
+    import argparse
+
+    namespace = args if isinstance(args, argparse.Namespace) else _parser().parse_args(args)
+    if namespace.child is not None:
+        return _WorkerProcess(namespace).run()
+    return _Supervisor(namespace, _child_command(args)).run()
+
+
+def _child_command(args: Any) -> list[str]:
+    """The command that starts this very program again, to which --child N is added."""
+    if args is None:
+        return [sys.executable, *sys.orig_argv[1:]]
+    if not isinstance(args, list):
+        raise TypeError("Give the arguments as a list of strings to start worker processes.")
+    return [sys.executable, "-m", __name__, *args]
+
+
+def _set_up_logging(verbose: int) -> None:
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format=_LOG_FORMAT)
+
+
+class _Supervisor:
+    """Keeps worker processes running.  Events come in through one queue, from signal handlers
+    and from a thread per child that waits for its end."""
+
+    def __init__(self, namespace: argparse.Namespace, command: list[str]) -> None:
+        import queue
+
+        self._namespace = namespace
+        self._command = command
+        self._logger = get_logger("dramalite.MainProcess")
+        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._started_at: dict[int, float] = {}
+        self._early_deaths: dict[int, int] = collections.defaultdict(int)
+        self._restarts: dict[int, float] = {}  # When to start a child again.
+        self._stops = 0  # How often a stop was asked for.
+        self._exit_code = _EXIT_OK
+
+    def run(self) -> int:
+        """Supervise until stopped; return the exit code."""
+        if not self._open_log():
+            return _EXIT_IMPORT
+        _set_up_logging(self._namespace.verbose)
+        try:
+            with _pid_file(self._namespace.pid_file):
+                self._catch_signals()
+                self._logger.info("dramalite %s is booting up.", __version__)
+                for index in range(self._namespace.processes):
+                    self._start(index)
+                while self._children or (self._restarts and not self._stops):
+                    self._handle(*self._next_event())
+                self._logger.info("Bye.")
+                return self._exit_code
+        except _PidFileError as error:
+            self._logger.critical("%s", error)
+            return _EXIT_PID_FILE
+
+    def _open_log(self) -> bool:
+        """Send standard output and error to the log file, children's too."""
+        if self._namespace.log_file is None:
+            return True
+        try:
+            descriptor = os.open(
+                self._namespace.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
+            )
+        except OSError as error:
+            print(f"dramalite: the log file can't be opened: {error}", file=sys.stderr)
+            return False
+        for stream in (1, 2):
+            os.dup2(descriptor, stream)
+        os.close(descriptor)
+        return True
+
+    def _catch_signals(self) -> None:
+        import signal
+
+        def stop(number: int, _frame: Any) -> None:
+            self._events.put(("stop", number))
+
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), stop)
+
+    def _next_event(self) -> tuple[str, Any]:
+        """The next event; a restart that is due counts as one."""
+        import queue
+
+        while True:
+            now = _SYSTEM_CLOCK.monotonic()
+            due = min(self._restarts.values(), default=None)
+            if due is not None and due <= now:
+                index = min(self._restarts, key=lambda i: self._restarts[i])
+                return "start", index
+            wait_s = None if due is None else due - now
+            if _WINDOWS:  # A wait without end there can't be interrupted by Ctrl+C.
+                wait_s = min(0.5, 0.5 if wait_s is None else wait_s)
+            with contextlib.suppress(queue.Empty):
+                return self._events.get(timeout=wait_s)
+
+    def _handle(self, event: str, value: Any) -> None:
+        if event == "start":
+            del self._restarts[value]
+            self._start(value)
+        elif event == "exit":
+            self._bury_child(*value)
+        elif event == "kill":
+            for child in self._children.values():
+                child.kill()
+        else:
+            self._stop(value)
+
+    def _start(self, index: int) -> None:
+        import subprocess
+
+        child = subprocess.Popen(
+            [*self._command, "--child", str(index)], stdin=subprocess.PIPE, bufsize=0
+        )
+        self._children[index] = child
+        self._started_at[index] = _SYSTEM_CLOCK.monotonic()
+        threading.Thread(target=self._await_exit, args=(index, child), daemon=True).start()
+
+    def _await_exit(self, index: int, child: subprocess.Popen[bytes]) -> None:
+        self._events.put(("exit", (index, child.wait())))
+
+    def _bury_child(self, index: int, code: int) -> None:
+        """A child has ended: replace it, unless it was to end or can't start at all."""
+        child = self._children.pop(index)
+        assert child.stdin is not None
+        child.stdin.close()
+        if code in (_BOOT_FAILURE + _EXIT_IMPORT, _BOOT_FAILURE + _EXIT_CONNECTION):
+            self._exit_code = code - _BOOT_FAILURE
+            if not self._stops:
+                self._stop(None)
+            return
+        if self._stops:
+            return
+        lived_s = _SYSTEM_CLOCK.monotonic() - self._started_at[index]
+        early = self._early_deaths[index] = (
+            0 if lived_s > _STABLE_AFTER_S else self._early_deaths[index] + 1
+        )
+        delay_s = _RESTART_DELAYS_S[min(max(early - 1, 0), len(_RESTART_DELAYS_S) - 1)]
+        if code == _EXIT_OK:
+            self._logger.info("Worker process %d left (PID %d); starting another.", index, child.pid)
+        else:
+            self._logger.critical(
+                "Worker process %d (PID %d) died with %s; starting another in %.1f s.",
+                index, child.pid, _describe_exit(code), delay_s,
+            )  # fmt: skip
+        self._restarts[index] = _SYSTEM_CLOCK.monotonic() + delay_s
+
+    def _stop(self, number: int | None) -> None:
+        """Ask the children to stop; the second time, at once."""
+        self._stops += 1
+        if number is not None:
+            import signal
+
+            name = signal.Signals(number).name
+            self._logger.info("Stopping on %s; once more to stop at once.", name)
+        order = b"stop\n" if self._stops == 1 else b"kill\n"
+        for child in self._children.values():
+            assert child.stdin is not None
+            with contextlib.suppress(OSError):  # It has ended by itself.
+                child.stdin.write(order)
+        if self._stops > 1 and self._children:
+            self._exit_code = _EXIT_KILLED
+            timer = threading.Timer(_KILL_GRACE_S, self._events.put, [("kill", None)])
+            timer.daemon = True
+            timer.start()
+
+
+def _describe_exit(code: int) -> str:
+    """An exit code in words: the name of the signal where it was one."""
+    if code < 0:
+        import signal
+
+        with contextlib.suppress(ValueError):
+            return signal.Signals(-code).name
+    return f"exit code {code}"
+
+
+class _PidFileError(Exception):
+    """The pid file can't be used; the text says why."""
+
+
+@contextlib.contextmanager
+def _pid_file(path: str | None) -> Iterator[None]:
+    """Hold a file with our process id; raise _PidFileError if another process holds it."""
+    if path is None:
+        yield
+        return
+    _check_pid_file(path)
+    try:
+        with open(path, "w", encoding="ascii") as file:
+            os.chmod(path, 0o644)
+            file.write(str(os.getpid()))
+    except OSError as error:
+        raise _PidFileError(f"The pid file {path!r} can't be written: {error}.") from error
+    try:
+        yield
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+
+
+def _check_pid_file(path: str) -> None:
+    try:
+        with open(path, encoding="ascii") as file:
+            pid = int(file.read().strip())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        raise _PidFileError(f"The pid file {path!r} holds no process id; check and remove it.") from None
+    except OSError as error:
+        raise _PidFileError(f"The pid file {path!r} can't be read: {error}.") from error
+    if pid != os.getpid() and pid > 0 and _process_is_alive(pid):
+        raise _PidFileError(f"The pid file {path!r} belongs to process {pid}, which is running.")
+
+
+class _WorkerProcess:
+    """A worker process: imports the user's modules, runs a Worker, obeys the supervisor."""
+
+    def __init__(self, namespace: argparse.Namespace) -> None:
+        import queue
+
+        self._namespace = namespace
+        self._logger = get_logger("dramalite", f"WorkerProcess({namespace.child})")
+        self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def run(self) -> int:
+        """Work until told to stop; ends the process, for threads left by jobs must not hold it."""
+        self._detach_from_terminal()
+        _set_up_logging(self._namespace.verbose)
+        code = self._work()
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):  # Closed by a job, or a full disk.
+                stream.flush()
+        os._exit(code)
+
+    def _work(self) -> int:
+        try:
+            broker = self._import()
+        except Exception:  # The user's modules are foreign code.
+            self._logger.exception("The modules can't be imported; fix this and start again.")
+            return _BOOT_FAILURE + _EXIT_IMPORT
+        worker = Worker(
+            broker, queues=self._namespace.queues, worker_threads=self._namespace.threads
+        )
+        worker.on_stuck = lambda: self._events.put("retire")
+        try:
+            worker.start()
+        except BrokerError as error:
+            self._logger.critical("%s", error)
+            return _BOOT_FAILURE + _EXIT_CONNECTION
+        self._logger.info("Worker process is ready for action.")
+        timeout = self._namespace.worker_shutdown_timeout
+        if self._next_event() == "orphaned":
+            self._logger.warning("The supervisor is gone; leaving.")
+            timeout = min(timeout, _ORPHAN_GRACE_MS)
+        self._logger.info("Stopping worker process...")
+        threading.Thread(target=self._await_kill, daemon=True).start()
+        worker.stop(timeout)
+        return _EXIT_OK
+
+    def _detach_from_terminal(self) -> None:
+        """Take our pipe from standard input, leave Ctrl+C to the supervisor, hear SIGTERM."""
+        import signal
+
+        control = os.dup(0)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        threading.Thread(
+            target=self._listen, args=(control,), name="dramalite-control", daemon=True
+        ).start()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: self._events.put("stop"))
+        for name in ("SIGHUP", "SIGBREAK"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+    def _listen(self, control: int) -> None:
+        """Turn the supervisor's orders into events."""
+        while order := os.read(control, 64):
+            for word in order.decode("ascii").split():
+                self._events.put(word)
+        self._events.put("orphaned")
+
+    def _next_event(self) -> str:
+        import queue
+
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._events.get(timeout=0.5 if _WINDOWS else None)
+
+    def _await_kill(self) -> None:
+        """While stopping: a second order ends the process at once."""
+        while self._next_event() not in ("kill", "stop"):
+            pass
+        os._exit(_EXIT_KILLED)
+
+    def _import(self) -> _EngineBroker:
+        """Import the modules; return the broker that the first argument names."""
+        for path in self._namespace.path or ():
+            sys.path.insert(0, os.path.abspath(path))
+        module_name, _, attribute = self._namespace.broker.partition(":")
+        module = _import_module(module_name)
+        broker = _find_broker(module, module_name, attribute) if attribute else get_broker()
+        broker.emit_after("process_boot")
+        for name in self._namespace.modules:
+            _import_module(name)
+        if not isinstance(broker, _EngineBroker):
+            raise ImportError(f"{broker!r} is not a broker that dramalite can work on.")
+        return broker
+
+
+def _import_module(name: str) -> types.ModuleType:
+    import importlib
+
+    module = importlib.import_module(name)
+    ours = sys.modules[__name__]
+    for other in list(sys.modules.values()):
+        path = getattr(other, "__file__", None)
+        is_main = other.__name__ in ("__main__", "__mp_main__")
+        if other is not ours and not is_main and path is not None and path == ours.__file__:
+            raise ImportError(
+                f"Module {name!r} imports dramalite as {other.__name__!r}, but the command runs it as "
+                f"{__name__!r}; start it with `python -m {other.__name__} worker ...`."
+            )
+    return module
+
+
+def _find_broker(module: types.ModuleType, module_name: str, path: str) -> Broker:
+    """Follow an attribute path to a broker, or to a function that sets the default one."""
+    value: Any = module
+    for name in path.split("."):
+        try:
+            value = getattr(value, name)
+        except AttributeError:
+            raise ImportError(f"Module {module_name!r} does not define a {path!r} variable.") from None
+    if callable(value) and not isinstance(value, Broker):
+        value()
+        return get_broker()
+    if not isinstance(value, Broker):
+        raise ImportError(f"'{module_name}:{path}' is not a Broker.")
+    return value
+
+
+# ------------------------------------------------------------------------------------------
+# Hand-over
+#
+# `python -m dramalite` runs this file as __main__, while the user's modules import it under
+# its real name (vendored: app.vendor.dramalite).  Only one copy may hold the actors, so
+# __main__ imports the real one and hands over to it.
+# ------------------------------------------------------------------------------------------
+def _hand_over() -> int:
+    """Run main() of the copy of this module that user code imports."""
+    import importlib
+    import importlib.util
+
+    spec = globals()["__spec__"]
+    name = os.path.splitext(os.path.basename(__file__))[0] if spec is None else spec.name
+    if spec is None:
+        # Run by its path, perhaps with -I, where the folder is not searched.
+        location = importlib.util.spec_from_file_location(name, os.path.abspath(__file__))
+        assert location is not None and location.loader is not None
+        module = importlib.util.module_from_spec(location)
+        sys.modules[name] = module
+        location.loader.exec_module(module)
+    else:
+        module = importlib.import_module(name)
+    return cast(int, module.main())
+
+
+if __name__ == "__main__":
+    sys.exit(_hand_over())
+
+# ------------------------------------------------------------------------------------------
+# Licence: MIT
+#
+# Copyright (c) 2026 the dramalite authors
+#
+# Permission is hereby granted, free of charge, to any person obtaining a copy of this
+# software and associated documentation files (the "Software"), to deal in the Software
+# without restriction, including without limitation the rights to use, copy, modify, merge,
+# publish, distribute, sublicense, and/or sell copies of the Software, and to permit persons
+# to whom the Software is furnished to do so, subject to the following conditions:
+#
+# The above copyright notice and this permission notice shall be included in all copies or
+# substantial portions of the Software.
+#
+# THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED,
+# INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR
+# PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR COPYRIGHT HOLDERS BE LIABLE
+# FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
+# OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
+# DEALINGS IN THE SOFTWARE.
+# ------------------------------------------------------------------------------------------
