@@ -29,7 +29,9 @@ Contents
     Actors
     Composition
     Liveness and wake-ups
+    SQL
     SQLite engine
+    Forking
     Results
     Age limit
     Time limit
@@ -48,6 +50,7 @@ Contents
 
 from __future__ import annotations
 
+import abc
 import collections
 import contextlib
 import contextvars
@@ -119,9 +122,8 @@ __all__ = [
     "main",
 ]  # fmt: skip
 
-P = ParamSpec("P")
-R = TypeVar("R")
-F = TypeVar("F", bound=Callable[..., Any])
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
 # ------------------------------------------------------------------------------------------
@@ -338,19 +340,18 @@ class Clock:
 
 _SYSTEM_CLOCK = Clock()
 
-#: The longest delay that is accepted: about 136 years.
-MAX_DELAY_MS = 1 << 42
+#: The longest duration that is accepted, the largest integer that all JSON readers keep.
+_MAX_DURATION_MS = 1 << 53
 
 
 def _milliseconds(value: Any, what: str) -> int:
-    """Convert an int, a whole float or a timedelta to milliseconds, not negative."""
-    if isinstance(value, timedelta):
-        value = int(value.total_seconds() * 1000)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Convert an int, a float or a timedelta to milliseconds, not negative."""
+    number = value.total_seconds() * 1000 if isinstance(value, timedelta) else value
+    if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{what} is {value!r}; give milliseconds as an int, or a timedelta.")
-    if not 0 <= value <= MAX_DELAY_MS:
-        raise ValueError(f"{what} is {value!r} ms; give 0 to {MAX_DELAY_MS}.")
-    return int(value)
+    if not 0 <= number <= _MAX_DURATION_MS:
+        raise ValueError(f"{what} is {value!r}; give 0 to {_MAX_DURATION_MS} milliseconds.")
+    return int(number)
 
 
 # ------------------------------------------------------------------------------------------
@@ -376,22 +377,21 @@ def get_logger(module: str, name: str | type | None = None) -> logging.Logger:
 # From message data to bytes and back.  Invariant of JSONEncoder: what it accepts comes back
 # equal (tuples as lists); everything else is refused with the place of the culprit.
 # ------------------------------------------------------------------------------------------
-class Encoder:
+class Encoder(abc.ABC):
     """Turns message data into bytes and back.  Subclass it for another format."""
 
+    @abc.abstractmethod
     def encode(self, data: Any) -> bytes:
         """Return the data as bytes; raise TypeError or ValueError if it can't be kept."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decode(self, data: bytes) -> Any:
         """Return what encode() was given; raise DecodeError if these bytes can't be read."""
-        raise NotImplementedError
 
 
 #: How deep lists and dicts may nest in the arguments of a message.
 _MAX_DEPTH = 100
 _ATOMS = frozenset({str, int, float, bool, type(None)})
-_STRING = frozenset({str})
 _to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
 _from_json = json.JSONDecoder().decode
 
@@ -406,28 +406,27 @@ def _is_plain(value: Any, depth: int) -> bool:
 
     A message inside a message (pipe_target, callbacks) counts its own depth anew.
     """
+    items: Iterable[Any]
     if isinstance(value, dict):
-        if depth > _MAX_DEPTH:
+        for key in value:
+            if type(key) is not str:
+                return False
+        items = value.values()
+        below = 1 if _is_message_data(value) else depth + 1
+    elif isinstance(value, (list, tuple)):
+        items, below = value, depth + 1
+    else:
+        return isinstance(value, (str, int, float)) or value is None
+    if depth > _MAX_DEPTH:
+        return False
+    for item in items:
+        if type(item) not in _ATOMS and not _is_plain(item, below):
             return False
-        if not _STRING.issuperset(map(type, value)):
-            return False
-        if not _ATOMS.issuperset(map(type, value.values())):
-            below = 1 if _is_message_data(value) else depth + 1
-            return all(_is_plain(item, below) for item in value.values())
-        return True
-    if isinstance(value, (list, tuple)):
-        if depth > _MAX_DEPTH:
-            return False
-        return _ATOMS.issuperset(map(type, value)) or all(
-            _is_plain(item, depth + 1) for item in value
-        )
-    return isinstance(value, (str, int, float)) or value is None
+    return True
 
 
 def _explain_refusal(value: Any, place: str, depth: int) -> None:
     """Raise the TypeError or ValueError that says what in `value` JSON can't keep, and where."""
-    kind = type(value).__name__
-    shown = _cut(repr(value), 200) if depth <= _MAX_DEPTH else "..."
     if depth > _MAX_DEPTH:
         raise ValueError(f"{place[:60]}... nests deeper than {_MAX_DEPTH} levels; flatten it.")
     if isinstance(value, dict):
@@ -435,28 +434,30 @@ def _explain_refusal(value: Any, place: str, depth: int) -> None:
         for key, item in value.items():
             if type(key) is not str:
                 raise TypeError(
-                    f"{place or 'data'} has the key {key!r}, a {type(key).__name__}; "
-                    f"JSON keys are strings: use str(key)."
+                    f"{place or 'data'} has the key {key!r}, which is no string but of type "
+                    f"{type(key).__name__}; JSON keys are strings: use str(key)."
                 )
+            _explain_refusal(key, f"{place}, a key", below)
             _explain_refusal(item, f"{place}[{key!r}]" if place else key, below)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
             _explain_refusal(item, f"{place}[{index}]", depth + 1)
     elif isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
+        if not value.isascii() and re.search("[\ud800-\udfff]", value):
             raise ValueError(
-                f"{place} is {shown}, with a lone surrogate, which is no text; "
-                f"replace it or send bytes as base64."
-            ) from None
+                f"{place} is {value[:200]!r}, with a lone surrogate, which is no text; "
+                f"replace it, or send bytes as base64."
+            )
     elif value is not None and not isinstance(value, (int, float)):
-        raise TypeError(f"{place} is a {kind}, {shown}, which JSON can't carry; convert it first.")
+        raise TypeError(
+            f"{place} is a {type(value).__name__}, {_cut(repr(value), 200)}, which JSON can't "
+            f"carry; convert it first."
+        )
     else:
         try:
             _to_json(value)
         except ValueError as error:
-            raise ValueError(f"{place} is {shown[:60]}, which JSON can't carry: {error}.") from None
+            raise ValueError(f"{place} is a number that JSON can't carry: {error}.") from None
 
 
 class JSONEncoder(Encoder):
@@ -579,7 +580,7 @@ def _fresh_message_id() -> str:
 
 
 @dataclasses.dataclass(frozen=True, order=True)
-class Message(Generic[R]):
+class Message(Generic[_R]):
     """A call that was, or will be, sent to an actor.
 
     Fields can't be assigned, but `options` is a live dict that middleware may change.
@@ -633,12 +634,12 @@ class Message(Generic[R]):
 
     _asdict = asdict
 
-    def _replace(self, **changes: Any) -> Message[R]:
+    def _replace(self, **changes: Any) -> Message[_R]:
         """Return a message with these fields changed."""
-        changed: Message[R] = type(self)(**{**self.asdict(), **changes})
+        changed: Message[_R] = type(self)(**{**self.asdict(), **changes})
         return _bound(changed, self._broker)
 
-    def copy(self, **attributes: Any) -> Message[R]:
+    def copy(self, **attributes: Any) -> Message[_R]:
         """Return a message with these fields changed; `options` are merged over its own."""
         options = {**self.options, **attributes.pop("options", {})}
         return self._replace(**attributes, options=options)
@@ -655,8 +656,11 @@ class Message(Generic[R]):
         """
         try:
             fields = _encoder.decode(data)
-            message: Message[Any] = cls(**{**fields, "args": tuple(fields["args"])})
-            _check_field_types(message)
+            if not _is_well_formed(fields):
+                _check_fields(fields)
+            fields["args"] = tuple(fields["args"])
+            message: Message[Any] = object.__new__(cls)
+            message.__dict__.update(fields)
         except Exception as error:  # An encoder is foreign code; any failure means the same.
             reason = _error_text(error) or type(error).__name__
             raise DecodeError(f"Could not decode message: {reason}", data, error) from error
@@ -668,7 +672,7 @@ class Message(Generic[R]):
         backend: ResultBackend | None = None,
         block: bool = False,
         timeout: int | None = None,
-    ) -> R:
+    ) -> _R:
         """Return what the actor returned.
 
         With `block`, waits up to `timeout` milliseconds (10,000 if None) and raises
@@ -678,31 +682,50 @@ class Message(Generic[R]):
         if backend is None:
             broker = get_broker() if self._broker is None else self._broker
             backend = broker.get_results_backend()
-        return cast(R, backend.get_result(self, block=block, timeout=timeout))
+        return cast(_R, backend.get_result(self, block=block, timeout=timeout))
 
 
 Message._fields = tuple(field.name for field in dataclasses.fields(Message))
 
 
-def _bound(message: Message[R], broker: Broker | None) -> Message[R]:
+def _bound(message: Message[_R], broker: Broker | None) -> Message[_R]:
     """Remember on the message which broker it belongs to."""
     if broker is not None:
         object.__setattr__(message, "_broker", broker)
     return message
 
 
-def _check_field_types(message: Message[Any]) -> None:
-    """Raise TypeError if a decoded field is of the wrong type."""
-    for name, kind in _FIELD_TYPES:
-        value = getattr(message, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise TypeError(f"{name} is a {type(value).__name__}, not {kind.__name__}")
-
-
 _FIELD_TYPES: tuple[tuple[str, type], ...] = (
-    ("queue_name", str), ("actor_name", str), ("kwargs", dict), ("options", dict),
+    ("queue_name", str), ("actor_name", str), ("args", list), ("kwargs", dict), ("options", dict),
     ("message_id", str), ("message_timestamp", int),
 )  # fmt: skip
+
+
+def _is_well_formed(fields: Any) -> bool:
+    """Tell whether decoded data are exactly a message's fields, each of its type."""
+    if type(fields) is not dict or fields.keys() != _WIRE_FIELDS:
+        return False
+    for name, kind in _FIELD_TYPES:
+        if type(fields[name]) is not kind:
+            return False
+    return True
+
+
+def _check_fields(fields: Any) -> None:
+    """Add the fields that may be missing; raise TypeError for what else is not well-formed."""
+    if not isinstance(fields, dict):
+        raise TypeError(f"it is a {type(fields).__name__}, not an object")
+    fields.setdefault("message_id", _fresh_message_id())
+    fields.setdefault("message_timestamp", _SYSTEM_CLOCK.time_ms())
+    if fields.keys() != _WIRE_FIELDS:
+        wrong = sorted(fields.keys() ^ _WIRE_FIELDS)
+        raise TypeError(f"these fields are missing or unknown: {', '.join(map(str, wrong))}")
+    for name, kind in _FIELD_TYPES:
+        value = fields[name]
+        if name == "args" and isinstance(value, tuple):
+            continue  # As pickle keeps them.
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
 
 
 class MessageData(dict[str, Any]):
@@ -729,6 +752,7 @@ class MessageProxy:
     def __init__(self, message: Message[Any]) -> None:
         self.__dict__.update(message.__dict__)
         self.failed = False
+        self.reason: str | None = None  # Why it is a dead letter, where it is one.
         self._message = message
         self._exception: BaseException | None = None
 
@@ -893,8 +917,8 @@ class Interrupt(BaseException):
     """Base of what is raised in an actor from outside; no Exception, so that few catch it."""
 
 
-current_platform = sys.implementation.name.replace("cpython", "CPython")
-supported_platforms = frozenset({"CPython"})
+_CURRENT_PLATFORM = sys.implementation.name.replace("cpython", "CPython")
+_SUPPORTED_PLATFORMS = frozenset({"CPython"})
 
 _interrupt_lock = threading.Lock()  # Guards the two sets below.
 _interruptible: set[int] = set()  # Threads inside an actor's body.
@@ -908,11 +932,11 @@ def raise_thread_exception(thread_id: int, exception: type[BaseException] | Base
     """
     logger = get_logger("dramalite.threading")
     kind = exception if isinstance(exception, type) else type(exception)
-    if current_platform not in supported_platforms:
+    if _CURRENT_PLATFORM not in _SUPPORTED_PLATFORMS:
         logger.critical(
             "Setting thread exceptions (%s) is not supported for your current platform (%r).",
             kind.__name__,
-            current_platform,
+            _CURRENT_PLATFORM,
         )
         return
     if _set_async_exception(thread_id, exception) == 0:
@@ -1007,7 +1031,7 @@ class Broker:
         self.actors: dict[str, Actor[Any, Any]] = {}
         self.queues: Any = {}
         self.delay_queues: set[str] = set()
-        self.actor_options: set[str] = set(self.own_actor_options)
+        self.actor_options: set[str] = set()
         self.middleware: list[Middleware] = []
         self.clock = _SYSTEM_CLOCK
         self.random = random.Random()
@@ -1073,7 +1097,7 @@ class Broker:
         A MiddlewareError stops the chain and reaches the caller; other errors are logged.
         """
         name = "before_" + signal
-        for hook in self._hooks[name]:
+        for hook in self._hooks_named(name):
             try:
                 hook(self, *args, **kwargs)
             except MiddlewareError:
@@ -1084,11 +1108,18 @@ class Broker:
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
         """Call the hook after_<signal> of all middleware, in reverse; errors are logged."""
         name = "after_" + signal
-        for hook in reversed(self._hooks[name]):
+        for hook in reversed(self._hooks_named(name)):
             try:
                 hook(self, *args, **kwargs)
             except Exception:  # The others may hold locks or timers to release.
                 self.logger.critical("Hook %s of %r failed; going on.", name, hook, exc_info=True)
+
+    def _hooks_named(self, name: str) -> tuple[Callable[..., None], ...]:
+        """The methods of the middleware for a hook, also for one of the user's own."""
+        hooks = self._hooks.get(name)
+        if hooks is None:
+            return tuple(getattr(item, name) for item in self.middleware if hasattr(item, name))
+        return hooks
 
     # Actors and queues.
 
@@ -1147,7 +1178,7 @@ class Broker:
 
     # To be provided by brokers.
 
-    def enqueue(self, message: Message[R], *, delay: int | timedelta | None = None) -> Message[R]:
+    def enqueue(self, message: Message[_R], *, delay: int | timedelta | None = None) -> Message[_R]:
         """Store a message, due after `delay` milliseconds; return it as it was stored."""
         raise NotImplementedError
 
@@ -1273,12 +1304,12 @@ def _get_event_loop_thread() -> _EventLoopThread:
         return _event_loop_thread
 
 
-def async_to_sync(fn: Callable[P, Coroutine[Any, Any, R]]) -> Callable[P, R]:
+def async_to_sync(fn: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, _R]:
     """Make a plain function of a coroutine function; it runs on the event loop's thread."""
 
     @functools.wraps(fn)
-    def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        return cast(R, _get_event_loop_thread().run_coroutine(fn(*args, **kwargs)))
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        return cast(_R, _get_event_loop_thread().run_coroutine(fn(*args, **kwargs)))
 
     return run
 
@@ -1392,7 +1423,7 @@ def _check_options(options: Mapping[str, Any], actor_name: str) -> dict[str, Any
     return checked
 
 
-class Actor(Generic[P, R]):
+class Actor(Generic[_P, _R]):
     """A function that can be sent messages; made by the decorator `actor`.
 
     Calling it runs the function here and now.  Raises ValueError if the broker already has
@@ -1401,7 +1432,7 @@ class Actor(Generic[P, R]):
 
     def __init__(
         self,
-        fn: Callable[P, Any],
+        fn: Callable[_P, Any],
         *,
         broker: Broker,
         actor_name: str,
@@ -1411,7 +1442,9 @@ class Actor(Generic[P, R]):
     ) -> None:
         module = getattr(fn, "__module__", None) or "_"
         self.logger = get_logger(module, actor_name)
-        self.fn: Callable[P, R] = async_to_sync(fn) if _is_coroutine_function(fn) else fn
+        self.fn: Callable[_P, _R] = (
+            async_to_sync(fn) if inspect.iscoroutinefunction(fn) else fn
+        )
         self.broker = broker
         self.actor_name = actor_name
         self.queue_name = queue_name
@@ -1430,20 +1463,20 @@ class Actor(Generic[P, R]):
         self._declare_on(broker)
         self.broker = broker
 
-    def message(self, *args: P.args, **kwargs: P.kwargs) -> Message[R]:
+    def message(self, *args: _P.args, **kwargs: _P.kwargs) -> Message[_R]:
         """Make a message without sending it."""
         return self.message_with_options(args=args, kwargs=kwargs)
 
     def message_with_options(
         self, *, args: Iterable[Any] = (), kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> Message[R]:
+    ) -> Message[_R]:
         """Make a message with options of its own, which go before the actor's.
 
         Raises TypeError or ValueError for an option of a wrong type or value.
         """
         clock = self.broker.clock
         time_ms = clock.time_ms()
-        message: Message[R] = Message(
+        message: Message[_R] = Message(
             self.queue_name,
             self.actor_name,
             tuple(args),
@@ -1454,7 +1487,7 @@ class Actor(Generic[P, R]):
         )
         return _bound(message, self.broker)
 
-    def send(self, *args: P.args, **kwargs: P.kwargs) -> Message[R]:
+    def send(self, *args: _P.args, **kwargs: _P.kwargs) -> Message[_R]:
         """Send a message: when this returns, it is stored and will be run.
 
         Raises TypeError or ValueError for arguments that JSON can't carry, BrokerError if the
@@ -1469,23 +1502,24 @@ class Actor(Generic[P, R]):
         kwargs: dict[str, Any] | None = None,
         delay: int | timedelta | None = None,
         **options: Any,
-    ) -> Message[R]:
+    ) -> Message[_R]:
         """Send a message that is due after `delay` (milliseconds or timedelta), with options."""
         if delay is not None:
             delay = _milliseconds(delay, f"Actor {self.actor_name!r}: delay")
         message = self.message_with_options(args=args, kwargs=kwargs, **options)
         return self.broker.enqueue(message, delay=delay)
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+    def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function here and now: no message, no middleware, no retries."""
         if not self.logger.isEnabledFor(logging.DEBUG):
             return self.fn(*args, **kwargs)
-        started = time.perf_counter()
+        started = _SYSTEM_CLOCK.monotonic()
         self.logger.debug("Received args=%r kwargs=%r.", args, kwargs)
         try:
             return self.fn(*args, **kwargs)
         finally:
-            self.logger.debug("Completed after %.2f ms.", (time.perf_counter() - started) * 1000)
+            taken_ms = (_SYSTEM_CLOCK.monotonic() - started) * 1000
+            self.logger.debug("Completed after %.2f ms.", taken_ms)
 
     def __repr__(self) -> str:
         return f"Actor({self.fn!r}, queue_name={self.queue_name!r}, actor_name={self.actor_name!r})"
@@ -1494,15 +1528,9 @@ class Actor(Generic[P, R]):
         return f"Actor({self.actor_name})"
 
 
-def _is_coroutine_function(fn: Any) -> bool:
-    return inspect.iscoroutinefunction(fn) or inspect.iscoroutinefunction(
-        getattr(fn, "perform", None) if isinstance(fn, GenericActor) else None
-    )
-
-
 def _check_option_names(options: Mapping[str, Any], actor_name: str, broker: Broker) -> None:
     """Raise ValueError if no middleware of the broker understands one of these options."""
-    unknown = sorted(set(options) - broker.actor_options)
+    unknown = sorted(set(options) - broker.actor_options - broker.own_actor_options)
     if unknown:
         raise ValueError(
             f"Actor {actor_name!r} has undefined options: {', '.join(unknown)}. Did you forget to "
@@ -1511,9 +1539,9 @@ def _check_option_names(options: Mapping[str, Any], actor_name: str, broker: Bro
 
 
 @overload
-def actor(fn: Callable[P, Coroutine[Any, Any, R]], /) -> Actor[P, R]: ...
+def actor(fn: Callable[_P, Coroutine[Any, Any, _R]], /) -> Actor[_P, _R]: ...
 @overload
-def actor(fn: Callable[P, R], /) -> Actor[P, R]: ...
+def actor(fn: Callable[_P, _R], /) -> Actor[_P, _R]: ...
 @overload
 def actor(
     fn: None = None,
@@ -1565,9 +1593,9 @@ if TYPE_CHECKING:
         """What @actor(...) returns, for type checkers: the signature is kept."""
 
         @overload
-        def __call__(self, fn: Callable[P, Coroutine[Any, Any, R]], /) -> Actor[P, R]: ...
+        def __call__(self, fn: Callable[_P, Coroutine[Any, Any, _R]], /) -> Actor[_P, _R]: ...
         @overload
-        def __call__(self, fn: Callable[P, R], /) -> Actor[P, R]: ...
+        def __call__(self, fn: Callable[_P, _R], /) -> Actor[_P, _R]: ...
         def __call__(self, fn: Any, /) -> Any: ...
 
 
@@ -1575,8 +1603,8 @@ class _GenericActorMeta(type):
     """Makes an actor of each concrete subclass of GenericActor, and of its name an instance."""
 
     def __new__(
-        mcs, name: str, bases: tuple[type, ...], namespace: dict[str, Any]
-    ) -> _GenericActorMeta:
+        mcs: type[_GenericActorMeta], name: str, bases: tuple[type, ...], namespace: dict[str, Any]
+    ) -> Any:
         cls = super().__new__(mcs, name, bases, namespace)
         meta = cls._meta_options()
         if meta.pop("abstract", False):
@@ -1584,7 +1612,7 @@ class _GenericActorMeta(type):
         registry = meta.pop("actor", actor)
         instance = cast(Any, cls)()
         instance.__actor__ = registry(instance, **meta)
-        return cast(Any, instance)
+        return instance
 
     def _meta_options(cls) -> dict[str, Any]:
         """Meta's public attributes, inherited ones too; `abstract` counts only where it stands."""
@@ -1621,6 +1649,8 @@ class GenericActor(metaclass=_GenericActorMeta):
         return getattr(self.__dict__["__actor__"], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if inspect.iscoroutinefunction(self.perform):
+            return async_to_sync(self.perform)(*args, **kwargs)
         return self.perform(*args, **kwargs)
 
     def perform(self, *args: Any, **kwargs: Any) -> Any:
@@ -2096,19 +2126,17 @@ def _file_identity(path: str) -> tuple[int, int] | None:
 
 
 # ------------------------------------------------------------------------------------------
-# SQLite engine
+# SQL
 #
-# All SQL of the queue.  A message is one row of dramalite_messages, in one of three states;
-# a finished one is deleted, a dead one moves to dramalite_dead.  A row's id is its place in
-# the queue: microseconds of the clock, or one more than the highest there is, so it is never
-# reused and FIFO holds when the clock is set back.  A delayed row gets a new id when it
-# becomes due: retries line up behind the fresh work of their time.
-# Every write is one transaction under `_lock`, which also guards the connections; only the
-# slots' lock is taken under it.  Senders that arrive together share one commit.
-# SQLite's own files are never opened by Python: closing such a descriptor drops its locks.
+# The tables and statements of the queue.  A message is one row of dramalite_messages, in one
+# of three states; a finished one is deleted, a dead one moves to dramalite_dead.  A row's id
+# is its place in the queue: microseconds of the clock, or one more than the highest there is,
+# so it is never reused and FIFO holds when the clock is set back.  A delayed row gets a new
+# id when it becomes due: retries line up behind the fresh work of their time.
+# States are written as literals, which lets SQLite use the partial indexes.
 # ------------------------------------------------------------------------------------------
 _SCHEMA_VERSION = 1
-_READY, _DELAYED, _CLAIMED = 0, 1, 2  # Written as literals in the SQL, for its partial indexes.
+_READY, _DELAYED, _CLAIMED = 0, 1, 2
 
 _SCHEMA = (
     "CREATE TABLE dramalite_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -2198,6 +2226,9 @@ _BURY = """
     INSERT INTO dramalite_dead (queue, actor, message_id, died_at, reason, body)
     VALUES (?, ?, ?, ?, ?, ?)"""
 
+_DEAD_LETTERS = """
+    SELECT queue, actor, message_id, died_at, reason, body FROM dramalite_dead ORDER BY id"""
+
 _OWNERS = "SELECT DISTINCT owner FROM dramalite_messages WHERE state = 2"
 
 _COUNT_CRASH = """
@@ -2230,6 +2261,12 @@ _PAIRS = """
           FROM pairs WHERE pairs.queue IS NOT NULL)
     SELECT queue, actor FROM pairs WHERE queue IS NOT NULL"""
 
+_TAKE = """
+    DELETE FROM dramalite_messages WHERE id = (
+        SELECT id FROM dramalite_messages WHERE state = 0 AND queue = ?
+         ORDER BY priority, id LIMIT 1)
+    RETURNING body"""
+
 _COUNTS = "SELECT queue, state, count(*) FROM dramalite_messages GROUP BY queue, state"
 
 _IS_BUSY = """
@@ -2239,6 +2276,14 @@ _IS_BUSY = """
 
 _STORE_RESULT = "INSERT OR REPLACE INTO dramalite_results (key, value, expires_at) VALUES (?, ?, ?)"
 
+# ------------------------------------------------------------------------------------------
+# SQLite engine
+#
+# The queue's operations on one database, in a file or in memory.
+# Every write is one transaction under `_lock`, which also guards the connections; only the
+# slots' lock is taken under it.  Senders that arrive together share one commit.
+# SQLite's own files are never opened by Python: closing such a descriptor drops its locks.
+# ------------------------------------------------------------------------------------------
 #: Milliseconds a dead letter is kept: 7 days.
 _DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
 
@@ -2435,7 +2480,7 @@ class _Engine:
 
     # Transactions and errors.
 
-    def _patiently(self, run: Callable[[], R]) -> R:
+    def _patiently(self, run: Callable[..., _R], *args: Any) -> _R:
         """Run a statement, again while another connection holds the lock, up to 30 s."""
         import sqlite3
 
@@ -2443,7 +2488,7 @@ class _Engine:
         nap = 50e-6
         while True:
             try:
-                return run()
+                return run(*args)
             except sqlite3.OperationalError as error:
                 if not _is_busy(error):
                     raise
@@ -2460,10 +2505,10 @@ class _Engine:
         """One write transaction: all of it, or after any exception nothing."""
         import sqlite3
 
-        self._patiently(lambda: connection.execute("BEGIN IMMEDIATE"))
+        self._patiently(connection.execute, "BEGIN IMMEDIATE")
         try:
             yield
-            self._patiently(lambda: connection.execute("COMMIT"))
+            self._patiently(connection.execute, "COMMIT")
         except BaseException:
             if connection.in_transaction:
                 with contextlib.suppress(sqlite3.Error):  # The first error is the one to tell.
@@ -2479,7 +2524,7 @@ class _Engine:
             self._is_writing = True
             try:
                 yield
-                while self._has_orphans:
+                if self._has_orphans:
                     self._has_orphans = False
                     self._store_waiting()
             except sqlite3.Error as error:
@@ -2523,31 +2568,37 @@ class _Engine:
                 self._has_orphans = True
                 return
             if not ticket.done:
-                with self._writing():
+                self._is_writing = True
+                try:
                     self._store_waiting()
+                finally:
+                    self._is_writing = False
         if ticket.error is not None:
             raise ticket.error
-        for row in rows[:1] if len(rows) == 1 else _one_row_a_target(rows):
-            self.wake(0 if row[5] is None else row[5], row[2], row[3])
+        for row in rows if len(rows) == 1 else _one_row_a_target(rows):
+            self._wake(row[5] or 0, self.bit(row[2], row[3]))
+        if self._watchers:
+            self.notify()
 
     def _store_waiting(self) -> None:
-        """Store the rows of all senders that wait, in one commit."""
+        """Store the rows of all senders that wait, in one commit.  Call with _lock held."""
         import sqlite3
 
-        tickets = []
+        tickets = [self._waiting.popleft()]
+        rows = tickets[0].rows
         while self._waiting:
             tickets.append(self._waiting.popleft())
-        rows = [row for ticket in tickets for row in ticket.rows]
-        error: Exception = BrokerError("The send was interrupted; it is not known to be stored.")
-        stored = False
+            rows = rows + tickets[-1].rows
+        error: Exception | None = BrokerError("The send was interrupted; it may not be stored.")
         try:
             connection = self._connect("send")
             if len(rows) == 1:
-                self._patiently(lambda: connection.execute(_INSERT, rows[0]))
+                # One statement, hence atomic by itself, also for a signal handler between two.
+                self._patiently(connection.execute, _INSERT, rows[0])
             elif rows:
                 with self._transaction(connection):
                     connection.executemany(_INSERT, rows)
-            stored = True
+            error = None
         except sqlite3.Error as cause:
             error = BrokerError(self._describe(cause))
             error.__cause__ = cause
@@ -2555,12 +2606,15 @@ class _Engine:
             error = cause
         finally:
             for ticket in tickets:
-                ticket.error = None if stored else error
+                ticket.error = error
                 ticket.done = True
         self._inserts += len(rows)
         if self._inserts >= 1024:
             self._inserts = 0
             self.checkpoint(_SENDERS_WAL_LIMIT)
+        if self._has_orphans:
+            self._has_orphans = False
+            self._store_waiting()
 
     # Working.
 
@@ -2622,7 +2676,7 @@ class _Engine:
         """Give claimed rows back in their old place, as if they had never been claimed."""
         with self._writing():
             ids = json.dumps([row.id for row in rows])
-            self._patiently(lambda: self._connect("work").execute(_HAND_BACK, (slot.owner, ids)))
+            self._patiently(self._connect("work").execute, _HAND_BACK, (slot.owner, ids))
         for queue, actor in {(row.queue, row.actor) for row in rows}:
             self.wake(0, queue, actor)
 
@@ -2665,7 +2719,7 @@ class _Engine:
         with self._writing():
             connection = self._connect("work")
             values = {"owner": slot.owner, "dead": old_owner}
-            self._patiently(lambda: connection.execute(_ADOPT, values))
+            self._patiently(connection.execute, _ADOPT, values)
 
     # Looking.
 
@@ -2703,10 +2757,9 @@ class _Engine:
             counts.setdefault(queue, {})[state] = count
         return counts
 
-    def dead_letters(self) -> list[tuple[str, str, bytes]]:
-        """(queue, reason, body) of the dead letters, oldest first."""
-        rows = self._read("SELECT queue, reason, body FROM dramalite_dead ORDER BY id")
-        return cast("list[tuple[str, str, bytes]]", rows)
+    def dead_letters(self) -> list[tuple[str, str, str, int, str, bytes]]:
+        """(queue, actor, message_id, died_at, reason, body) of the dead letters, oldest first."""
+        return cast("list[tuple[str, str, str, int, str, bytes]]", self._read(_DEAD_LETTERS))
 
     def watch(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
         """Wait until is_done(), looked at again after each change; tell whether it came true.
@@ -2741,7 +2794,7 @@ class _Engine:
         """Run one write statement as a transaction of its own."""
         with self._writing():
             connection = self._connect("send")
-            self._patiently(lambda: connection.execute(statement, values))
+            self._patiently(connection.execute, statement, values)
 
     def result(self, key: str) -> bytes | None:
         """The stored result of a key, None if there is none or its time has passed."""
@@ -2750,6 +2803,12 @@ class _Engine:
             (key, self._clock().time_ms()),
         )
         return rows[0][0] if rows else None
+
+    def take(self, queue: str) -> list[bytes]:
+        """Remove the first ready message of a queue; its body, if there was one."""
+        with self._writing():
+            rows = self._patiently(self._connect("send").execute, _TAKE, (queue,)).fetchall()
+        return [body for (body,) in rows]
 
     # House-keeping.
 
@@ -2840,6 +2899,12 @@ class _Engine:
             self._bits[queue, actor] = bit
         return bit
 
+    def ring_all(self) -> None:
+        """Have the workers of this process look for work."""
+        if self._slots is not None:
+            for bell in list(self._slots.bells.values()):
+                bell.ring()
+
     def wake(self, due_ms: int, queue: str, actor: str) -> None:
         """Ring a worker that sleeps beyond `due_ms` and serves the actor."""
         self._wake(due_ms, self.bit(queue, actor))
@@ -2910,9 +2975,12 @@ def _prepare_file(path: str) -> None:
             raise ConnectionFailed(f"The database {path!r} is not a regular file; use another path.")
 
 
-# Forking.  No thread may be inside SQLite at that moment, or its locks stay locked in the
-# child for ever; the child then forgets what it inherited and opens anew at first use.
-
+# ------------------------------------------------------------------------------------------
+# Forking
+#
+# No thread may be inside SQLite when the process forks, or its locks stay locked in the child
+# for ever.  The child forgets what it inherited and opens anew at first use.
+# ------------------------------------------------------------------------------------------
 _engines: weakref.WeakSet[_Engine] = weakref.WeakSet()
 _inherited: list[Any] = []
 _fork_hooks_are_registered = False
@@ -3233,11 +3301,11 @@ class TimeLimit(Middleware):
         return {"time_limit"}
 
     def after_process_boot(self, broker: Broker) -> None:
-        if current_platform not in supported_platforms:
+        if _CURRENT_PLATFORM not in _SUPPORTED_PLATFORMS:
             import warnings
 
             warnings.warn(
-                f"TimeLimit cannot kill threads on your current platform ({current_platform!r}).",
+                f"TimeLimit cannot kill threads on your current platform ({_CURRENT_PLATFORM!r}).",
                 category=RuntimeWarning,
                 stacklevel=2,
             )
@@ -3724,12 +3792,16 @@ class _EngineBroker(Broker):
             middleware._backend = SQLiteResultBackend(self)
         super().add_middleware(middleware, before=before, after=after)
 
+    def declare_actor(self, actor: Actor[Any, Any]) -> None:
+        super().declare_actor(actor)
+        self._engine.ring_all()  # Workers that run already serve it from now on.
+
     def _make_queue(self, queue_name: str) -> _QueueView:
         return _QueueView(self, queue_name)
 
     # Sending.
 
-    def enqueue(self, message: Message[R], *, delay: int | timedelta | None = None) -> Message[R]:
+    def enqueue(self, message: Message[_R], *, delay: int | timedelta | None = None) -> Message[_R]:
         """Store a message, due after `delay` milliseconds; it is stored when this returns.
 
         Returns it as it was stored: with a delay, a copy in the delay queue with its `eta`.
@@ -3829,16 +3901,6 @@ class _EngineBroker(Broker):
         else:
             self._collecting.outcome.effects.append((statement, values))
 
-    @contextlib.contextmanager
-    def _collect(self, outcome: _Outcome | None) -> Iterator[None]:
-        """Collect what this thread writes into `outcome`; with None, write it at once."""
-        before = self._collecting.outcome
-        self._collecting.outcome = outcome
-        try:
-            yield
-        finally:
-            self._collecting.outcome = before
-
     # Looking and emptying.
 
     def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 30_000) -> Consumer:
@@ -3880,9 +3942,13 @@ class _EngineBroker(Broker):
     def dead_letters_by_queue(self) -> dict[str, list[MessageProxy]]:
         """The dead letters of each queue, oldest first, as they were last processed."""
         letters: dict[str, list[MessageProxy]] = collections.defaultdict(list)
-        for queue, _reason, body in self._engine.dead_letters():
-            with contextlib.suppress(DecodeError):  # Bytes that are no message have no proxy.
-                letters[queue].append(MessageProxy(Message.decode(body)))
+        for queue, actor, message_id, died_at, reason, body in self._engine.dead_letters():
+            try:
+                message = Message.decode(body)
+            except DecodeError:
+                message = _stand_in(queue, actor, message_id, died_at, reason)
+            letters[queue].append(MessageProxy(message))
+            letters[queue][-1].reason = reason
         return letters
 
     @property
@@ -3910,6 +3976,20 @@ class _QueueView:
     def unfinished_tasks(self) -> int:
         """How many messages wait, are delayed or run."""
         return sum(self._broker._engine.counts().get(self._name, {}).values())
+
+    def get(self, block: bool = True, timeout: float | None = None) -> bytes:
+        """Take the first message that waits; queue.Empty after `timeout` seconds."""
+        import queue
+
+        taken: list[bytes] = []
+
+        def take() -> bool:
+            taken.extend(self._broker._engine.take(self._name))
+            return bool(taken)
+
+        if not self._broker._engine.watch(take, timeout if block else 0.0):
+            raise queue.Empty
+        return taken[0]
 
     def put(self, body: bytes) -> None:
         """Put an encoded message, or anything else, into the queue."""
@@ -3977,6 +4057,11 @@ class _EngineConsumer(Consumer):
     def close(self) -> None:
         self.requeue([proxy for proxy, _row in self._claimed.values()])
         self._slot.release()
+
+
+def _stand_in(queue: str, actor: str, message_id: str, time_ms: int, reason: str) -> Message[Any]:
+    """A message in place of bytes that are none."""
+    return Message(queue, actor, (), {}, {"traceback": reason}, message_id, time_ms)
 
 
 def _targets(pairs: Iterable[tuple[str, str]]) -> str:
@@ -4117,8 +4202,11 @@ class _Processor:
         try:
             actor = broker.get_actor(message.actor_name)
             if broker._hooks["before_process_message"]:
-                with broker._collect(job.outcome):
+                broker._collecting.outcome = job.outcome
+                try:
                     broker.emit_before("process_message", message)
+                finally:
+                    broker._collecting.outcome = None
             if not message.failed:
                 job.result = self._call(actor, message)
         except ActorNotFound as error:
@@ -4151,29 +4239,45 @@ class _Processor:
 
     def conclude(self, job: _Job) -> _Outcome:
         """Call the after hooks; return all that is to be committed for the message."""
-        broker, outcome, message = self._broker, job.outcome, job.message
-        with broker._collect(outcome):
-            if message is None:
-                self._logger.error(
-                    "Message %s can't be decoded; it becomes a dead letter: %s",
-                    job.row.message_id, job.exception,
-                )  # fmt: skip
-                reason = f"It can't be decoded: {_error_text(cast(BaseException, job.exception))}"
-                outcome.effects = [_bury(job.row, job.row.body, reason, broker.clock)]
-                return outcome
-            self._process_result(job, message)
-            if message.failed:
-                broker.emit_before("nack", message)
-                outcome.effects.append(self._dead_letter(job, message))
-                broker.emit_after("nack", message)
+        broker, outcome = self._broker, job.outcome
+        broker._collecting.outcome = outcome
+        try:
+            if job.message is None:
+                self._bury_undecodable(job)
             else:
-                if broker._hooks["before_ack"]:
-                    broker.emit_before("ack", message)
-                if broker._hooks["after_ack"]:
-                    broker.emit_after("ack", message)
-                message.clear_exception()
+                self._process_result(job, job.message)
+                self._acknowledge(job, job.message)
+        finally:
+            broker._collecting.outcome = None
         job.exception = None
         return outcome
+
+    def _bury_undecodable(self, job: _Job) -> None:
+        self._logger.error(
+            "Message %s can't be decoded; it becomes a dead letter: %s",
+            job.row.message_id, job.exception,
+        )  # fmt: skip
+        row, clock = job.row, self._broker.clock
+        reason = f"It can't be decoded: {_error_text(cast(BaseException, job.exception))}"
+        job.outcome.effects.append(_bury(row, row.body, reason, clock))
+        stand_in = _stand_in(row.queue, row.actor, row.message_id, clock.time_ms(), reason)
+        letter = MessageProxy(stand_in)
+        letter.reason, letter._exception = reason, job.exception
+        self._broker._buried[row.queue].append(letter)
+
+    def _acknowledge(self, job: _Job, message: MessageProxy) -> None:
+        """Call the ack hooks, or for a failed message the nack hooks and make it a dead letter."""
+        broker = self._broker
+        if message.failed:
+            broker.emit_before("nack", message)
+            job.outcome.effects.append(self._dead_letter(job, message))
+            broker.emit_after("nack", message)
+            return
+        if broker._hooks["before_ack"]:
+            broker.emit_before("ack", message)
+        if broker._hooks["after_ack"]:
+            broker.emit_after("ack", message)
+        message.clear_exception()
 
     def _process_result(self, job: _Job, message: MessageProxy) -> None:
         """Log what came of the message and tell the middleware."""
@@ -4217,8 +4321,9 @@ class _Processor:
             self._logger.info("Failed to process message %s with expected exception %s.", message, text)
         elif not isinstance(exception, Retry):
             self._logger.error(
-                "Failed to process message %s of %s with unhandled exception:\n%s",
-                message.message_id, message.actor_name, _traceback_text(exception),
+                "Failed to process message %s of %s with unhandled exception: %s",
+                message.message_id, message.actor_name, text,
+                exc_info=exception if len(text) < _MAX_ERROR_CHARS else None,
             )  # fmt: skip
 
     def _dead_letter(self, job: _Job, message: MessageProxy) -> tuple[str, tuple[Any, ...]]:
@@ -4231,6 +4336,7 @@ class _Processor:
             body = message._message.encode()
         except (TypeError, ValueError):
             body = job.row.body
+        message.reason = reason
         self._broker._buried[job.row.queue].append(message)
         return _bury(job.row, body, reason, self._broker.clock)
 
@@ -4811,6 +4917,9 @@ _ORPHAN_GRACE_MS = 1000
 _RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _STABLE_AFTER_S = 30.0
 
+#: Signals to stop that come within so many seconds are one request.
+_SAME_STOP_S = 0.1
+
 #: Seconds from the request to stop at once to SIGKILL.
 _KILL_GRACE_S = 1.0
 
@@ -4902,7 +5011,8 @@ class _Supervisor:
         self._started_at: dict[int, float] = {}
         self._early_deaths: dict[int, int] = collections.defaultdict(int)
         self._restarts: dict[int, float] = {}  # When to start a child again.
-        self._stops = 0  # How often a stop was asked for.
+        self._stops = 0  # How often a stop was asked for,
+        self._stopped_at = 0.0  # and when last.
         self._exit_code = _EXIT_OK
 
     def run(self) -> int:
@@ -5019,7 +5129,11 @@ class _Supervisor:
 
     def _stop(self, number: int | None) -> None:
         """Ask the children to stop; the second time, at once."""
+        now = _SYSTEM_CLOCK.monotonic()
+        if self._stops and now < self._stopped_at + _SAME_STOP_S:
+            return  # One request that came twice: to us and to our process group.
         self._stops += 1
+        self._stopped_at = now
         if number is not None:
             import signal
 
@@ -5143,7 +5257,7 @@ class _WorkerProcess:
             target=self._listen, args=(control,), name="dramalite-control", daemon=True
         ).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: self._events.put("stop"))
+        signal.signal(signal.SIGTERM, lambda *_: self._events.put("terminate"))
         for name in ("SIGHUP", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -5163,8 +5277,11 @@ class _WorkerProcess:
                 return self._events.get(timeout=0.5 if _WINDOWS else None)
 
     def _await_kill(self) -> None:
-        """While stopping: a second order ends the process at once."""
-        while self._next_event() not in ("kill", "stop"):
+        """While stopping: an order to end the process at once.
+
+        A service manager may signal us beside the supervisor: that is not a second order.
+        """
+        while self._next_event() != "kill":
             pass
         os._exit(_EXIT_KILLED)
 

@@ -1,0 +1,33 @@
+"""The benchmark runs and prints figures; how good they are is not a matter of tests."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCH = Path(__file__).with_name("bench.py")
+
+CHEAP = ("sends", "threads", "bulk", "drain", "memory-brokers", "production", "latency", "import")
+
+
+def test_the_benchmark_prints_a_figure_for_each_cheap_scenario(tmp_path: Path) -> None:
+    report = tmp_path / "figures.json"
+    command = [sys.executable, BENCH, *CHEAP, "--quick", "--repeat", "1", "--json", report]
+
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    found = json.loads(report.read_text())
+    assert found["failures"] == {}
+    assert len(found["figures"]) == 21
+    assert all(figure["median"] > 0 for figure in found["figures"])
+    assert all(figure["name"] in done.stdout for figure in found["figures"])
+
+
+def test_the_benchmark_refuses_a_name_it_does_not_have() -> None:
+    done = subprocess.run([sys.executable, BENCH, "nonesuch"], capture_output=True, text=True)
+
+    assert done.returncode == 2
+    assert "nonesuch" in done.stderr

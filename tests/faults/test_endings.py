@@ -1,0 +1,375 @@
+"""A send at any moment of a script's life, its end included: stored or a clear error, and no hang."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+
+JOBS = """
+    @dramalite.actor(max_retries=0)
+    def job(number):
+        note("ran", number)
+
+    @dramalite.actor(max_retries=0)
+    def hold(seconds):
+        note("holding", seconds)
+        time.sleep(seconds)
+        note("held", seconds)
+
+    def send(number):
+        \"\"\"Send and note what came of it; only a clear error may come instead.\"\"\"
+        try:
+            job.send(number)
+        except dramalite.DramatiqError as error:
+            note("refused", number, type(error).__name__)
+        else:
+            note("stored", number)
+"""
+
+
+@pytest.fixture
+def place(place):
+    place.jobs(JOBS)
+    return place
+
+
+def assert_noted_is_stored(place, at_least):
+    """What was noted as stored is in the file, and all else was refused clearly."""
+    assert len(place.notes("stored")) + len(place.notes("refused")) >= at_least, place.story()
+    assert place.waiting() == len(place.notes("stored")), place.story()
+    assert [tree.tail() for tree in place.trees if "Traceback" in tree.output() or "Exception ignored" in tree.output()] == []
+
+
+@pytest.mark.parametrize("used_before", [True, False], ids=["used before", "first use"])
+def test_a_send_in_an_exit_handler_is_stored(place, used_before):
+    place.script(f"import atexit, jobs\nif {used_before}: jobs.send(0)\natexit.register(jobs.send, 1)", seconds=10)
+
+    assert place.notes("stored", 1)
+    assert_noted_is_stored(place, 1)
+
+
+def test_a_send_in_an_exit_handler_registered_before_the_import_is_stored(place):
+    place.script("import atexit\natexit.register(lambda: jobs.send(1))\nimport jobs\njobs.send(0)\njobs.broker.close()", seconds=10)
+
+    assert_noted_is_stored(place, 2)
+
+
+def test_a_send_while_modules_are_torn_down_is_stored_or_a_clear_error(place):
+    place.script(
+        """
+        import jobs
+
+        class Farewell:
+            send = staticmethod(jobs.send)  # Kept, since globals may be gone by then.
+
+            def __init__(self, number):
+                self.number = number
+
+            def __del__(self):
+                self.send(self.number)
+
+        jobs.farewell = Farewell(1)
+        farewell = Farewell(2)
+        loop = [Farewell(3)]
+        loop.append(loop)
+        jobs.send(0)
+        """,
+        seconds=10,
+    )
+
+    assert place.notes("stored", 0)
+    assert place.waiting() == len(place.notes("stored"))
+
+
+def test_a_send_in_a_finalizer_of_the_garbage_collector_is_stored(place):
+    place.script(
+        """
+        import gc
+        import jobs
+
+        class Cycle:
+            def __init__(self, number):
+                self.number, self.me = number, self
+
+            def __del__(self):
+                jobs.send(f"gc-{self.number}")
+
+        gc.set_threshold(5, 2, 2)  # So that it strikes in the middle of sends.
+        for number in range(150):
+            Cycle(number)
+            jobs.send(number)
+        gc.collect()
+        """,
+        seconds=20,
+    )
+
+    assert len(place.notes("stored")) == 300
+    assert_noted_is_stored(place, 300)
+
+
+def test_a_send_in_a_callback_of_the_garbage_collector_is_stored(place):
+    place.script(
+        """
+        import gc
+        import jobs
+
+        sent = []
+
+        def callback(phase, info):
+            if len(sent) < 200:
+                sent.append(phase)
+                jobs.send(f"{phase}-{len(sent)}")
+
+        jobs.send(0)
+        gc.callbacks.append(callback)
+        gc.set_threshold(3, 2, 2)
+        for number in range(1, 150):
+            jobs.send(number)
+        gc.callbacks.clear()
+        """,
+        seconds=20,
+    )
+
+    assert len(place.notes("stored", 149)) == 1
+    assert_noted_is_stored(place, 151)
+
+
+def test_a_send_in_a_signal_handler_that_interrupts_a_send_is_stored(place):
+    place.script(
+        """
+        import signal
+        import jobs
+
+        from_handler = []
+
+        def handler(*_):
+            if len(from_handler) < 150:
+                from_handler.append(1)
+                jobs.send(f"signal-{len(from_handler)}")
+
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0007)
+        number = 0
+        while len(from_handler) < 150:
+            jobs.send(number)
+            number += 1
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        """,
+        seconds=30,
+    )
+
+    assert len(place.notes("stored")) > 150
+    assert_noted_is_stored(place, 151)
+
+
+def test_an_exception_from_a_signal_handler_in_the_middle_of_a_send_breaks_nothing(place):
+    place.script(
+        """
+        import signal
+        import jobs
+
+        class Alarm(Exception):
+            pass
+
+        def handler(*_):
+            raise Alarm
+
+        signal.signal(signal.SIGALRM, handler)
+        interrupted = number = 0
+        while interrupted < 100:
+            number += 1
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0.0001 + number % 13 * 0.00003)
+                for _ in range(20):
+                    jobs.job.send(number)
+            except Alarm:
+                interrupted += 1
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        jobs.send("afterwards")
+        jobs.broker.close()
+        """,
+        seconds=30,
+    )
+
+    assert place.notes("stored", "afterwards")
+    assert place.sound()
+
+
+def test_daemon_threads_that_send_while_the_interpreter_ends_do_not_keep_it(place):
+    place.script(
+        """
+        import itertools, threading
+        import jobs
+
+        def keep_sending(name):
+            for number in itertools.count():
+                jobs.send(f"{name}-{number}")
+
+        for name in range(3):
+            threading.Thread(target=keep_sending, args=(name,), daemon=True).start()
+        jobs.until(lambda: jobs.noted("stored") > 20)
+        """,
+        seconds=10,
+    )
+
+    stored = place.waiting()
+    assert len(place.notes("stored")) <= stored <= len(place.notes("stored")) + 3
+    assert place.sound()
+
+
+def test_a_thread_that_outlives_the_main_thread_can_send(place):
+    place.script(
+        """
+        import threading
+        import jobs
+
+        def later():
+            threading.main_thread().join()
+            jobs.send(1)
+
+        threading.Thread(target=later).start()
+        """,
+        seconds=10,
+    )
+
+    assert place.notes("stored", 1)
+    assert_noted_is_stored(place, 1)
+
+
+@pytest.mark.parametrize(
+    "ending",
+    ["os._exit(0)", "sys.exit(0)", "os.kill(os.getpid(), signal.SIGTERM)", "os.kill(os.getpid(), signal.SIGKILL)", "raise KeyError", "os.abort()"],
+)
+def test_what_was_sent_is_stored_however_the_script_ends(place, ending):
+    tree = place.start_script(f"import os, signal, sys\nimport jobs\nfor number in range(5): jobs.send(number)\n{ending}")
+    tree.wait(10)
+
+    assert len(place.notes("stored")) == 5
+    assert place.waiting() == 5
+    assert place.sound()
+
+
+@pytest.mark.parametrize("state", ["idle", "working", "paused", "never used"])
+def test_a_worker_in_the_program_that_is_not_stopped_does_not_keep_the_interpreter(place, state):
+    place.script(
+        f"""
+        import dramalite
+        import jobs
+
+        state = {state!r}
+        if state != "never used":
+            jobs.job.send(0)
+        worker = dramalite.Worker(jobs.broker, worker_threads=2)
+        worker.start()
+        if state != "never used":
+            jobs.until(lambda: jobs.noted("ran") == 1)
+        if state == "working":
+            jobs.hold.send(30)
+            jobs.until(lambda: jobs.noted("holding"))
+        if state == "paused":
+            worker.pause()
+        """,
+        seconds=8,
+    )
+
+    assert place.notes("held") == []
+    assert place.waiting() == (1 if state == "working" else 0)
+    assert [tree.tail() for tree in place.trees if "Fatal" in tree.output() or "Traceback" in tree.output()] == []
+
+
+def test_work_that_was_running_when_the_program_ended_is_done_by_the_next(place):
+    place.script(
+        """
+        import dramalite
+        import jobs
+
+        jobs.hold.send(1.5)
+        dramalite.Worker(jobs.broker, worker_threads=2).start()
+        jobs.until(lambda: jobs.noted("holding"))
+        """,
+        seconds=8,
+    )
+    place.worker()
+    place.drained()
+
+    assert len(place.notes("holding")) == 2
+    assert len(place.notes("held")) == 1
+
+
+def test_a_worker_started_in_a_daemon_thread_does_not_keep_the_interpreter(place):
+    place.script(
+        """
+        import threading
+        import dramalite
+        import jobs
+
+        def serve():
+            with dramalite.Worker(jobs.broker, worker_threads=2):
+                threading.Event().wait()
+
+        threading.Thread(target=serve, daemon=True).start()
+        jobs.job.send(1)
+        jobs.until(lambda: jobs.noted("ran") == 1)
+        """,
+        seconds=8,
+    )
+
+    assert place.waiting() == 0
+
+
+def test_a_worker_in_a_thread_takes_no_signals(place):
+    place.script(
+        """
+        import signal, threading
+        import dramalite
+        import jobs
+
+        before = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+        with dramalite.Worker(jobs.broker, worker_threads=2):
+            jobs.job.send(1)
+            jobs.until(lambda: jobs.noted("ran") == 1)
+            assert before == [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+        assert before == [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+        """,
+        seconds=10,
+    )
+
+    assert place.waiting() == 0
+
+
+def test_ctrl_c_in_a_program_with_a_worker_ends_it_at_once(place):
+    tree = place.start_script(
+        """
+        import dramalite
+        import jobs
+
+        with dramalite.Worker(jobs.broker, worker_threads=2):
+            jobs.job.send(1)
+            jobs.until(lambda: False, 30)
+        """
+    )
+    place.wait_until(lambda: place.notes("ran", 1), "the worker in the program works")
+    tree.signal(signal.SIGINT)
+
+    assert tree.wait(8) in (1, -signal.SIGINT, 130)
+    assert re.search("KeyboardInterrupt", tree.output())
+
+
+def test_a_closed_broker_says_so_or_opens_again(place):
+    place.script(
+        """
+        import jobs
+
+        jobs.send(1)
+        jobs.broker.close()
+        jobs.broker.close()
+        jobs.send(2)
+        """,
+        seconds=10,
+    )
+
+    assert place.notes("stored", 1)
+    assert_noted_is_stored(place, 2)

@@ -1,0 +1,583 @@
+"""What can stand at the path of a database, and what can happen to it: clear errors, nothing harmed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+import sqlite3
+import stat
+import tempfile
+from pathlib import Path
+
+import pytest
+
+JOBS = """
+    @dramalite.actor(max_retries=0)
+    def job(number, load=""):
+        note("ran", number)
+"""
+
+#: Sends and tells what came of it, in a process of its own, so that a hang is an error and no hang.
+SENDER = """
+    import sys
+    import dramalite
+    import jobs
+
+    try:
+        jobs.job.send(sys.argv[1])
+    except dramalite.BrokerError as error:
+        print("refused:", " ".join(str(error).split()))
+    else:
+        print("stored")
+    jobs.broker.close()
+"""
+
+
+@pytest.fixture
+def place(place):
+    place.jobs(JOBS)
+    return place
+
+
+def outcome_of_a_send(place, number=1, **extra):
+    """What a send in a process of its own says; a hang or any other exception fails the test."""
+    return place.script(SENDER, str(number), seconds=10, **extra).output().strip()
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def side_files(path):
+    return {name for name in (f"{path}-wal", f"{path}-shm", f"{path}-journal") if os.path.exists(name)}
+
+
+def make_queue(place, messages):
+    """A closed database that holds messages; all of it is in the one file."""
+    place.script(f"import jobs\nfor number in range({messages}): jobs.job.send(number, 'x' * 1000)\njobs.broker.close()")
+    with contextlib.closing(place.connect()) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
+
+# What is no queue is refused and not touched
+
+
+def text_file(path):
+    path.write_text("Dear diary,\n" * 500)
+
+
+def program(path):
+    path.write_bytes(b"\x7fELF" + bytes(range(256)) * 64)
+
+
+def nearly_sqlite(path):
+    path.write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
+
+
+def short_file(path):
+    path.write_bytes(b"x\n")
+
+
+def single_byte(path):
+    path.write_bytes(b"x")  # SQLite itself takes such a file for an empty one.
+
+
+@pytest.mark.parametrize("make", [text_file, program, nearly_sqlite, short_file, single_byte])
+def test_a_file_that_is_no_database_is_refused_and_left_as_it_is(place, make):
+    make(place.db)
+    before = digest(place.db)
+    said = outcome_of_a_send(place)
+
+    assert said.startswith("refused:")
+    assert str(place.db) in said
+    assert digest(place.db) == before
+    assert side_files(place.db) == set()
+
+
+def folder(path):
+    path.mkdir()
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def dangling_link(path):
+    path.symlink_to(path.parent / "nowhere" / "queue.db")
+
+
+def link_to_itself(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize("make", [folder, fifo, dangling_link, link_to_itself])
+def test_what_cannot_be_a_database_is_a_clear_error_at_once(place, make):
+    make(place.db)
+    said = outcome_of_a_send(place)
+
+    assert said.startswith("refused:")
+    assert str(place.db) in said
+
+
+@pytest.mark.parametrize(
+    "name", ["missing/queue.db", "x" * 300 + ".db", "/dev/null", "/proc/self/status"], ids=["no folder", "too long", "device", "proc"]
+)
+def test_a_path_where_no_database_can_be_is_a_clear_error(place, name):
+    place.db = place.folder / name
+    said = outcome_of_a_send(place)
+
+    assert said.startswith("refused:")
+    assert str(place.db) in said
+
+
+def test_a_newer_schema_is_refused_with_both_versions_and_not_touched(place):
+    make_queue(place, 3)
+    [(mine,)] = place.query("SELECT value FROM dramalite_meta WHERE key = 'schema_version'")
+    assert place.change("UPDATE dramalite_meta SET value = '9041' WHERE key = 'schema_version'") == 1
+    with contextlib.closing(place.connect()) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    before = digest(place.db)
+    said = outcome_of_a_send(place)
+
+    assert said.startswith("refused:")
+    assert str(place.db) in said
+    assert "9041" in said and re.search(rf"\b{mine}\b", said.replace(str(place.db), ""))
+    assert digest(place.db) == before
+
+
+def test_a_worker_refuses_a_newer_schema_too(place):
+    make_queue(place, 3)
+    place.change("UPDATE dramalite_meta SET value = '9041' WHERE key = 'schema_version'")
+    with contextlib.closing(place.connect()) as connection:
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    before = digest(place.db)
+    tree = place.worker()
+
+    assert tree.wait(10) == 3, tree.tail()
+    assert "9041" in tree.output()
+    assert place.notes("ran") == []
+    assert digest(place.db) == before
+
+
+# Damage
+
+
+def damage(path, *, first, last, seed=1):
+    """Overwrite pages `first` to `last` (as parts of the whole) with noise."""
+    draw = random.Random(seed)
+    size = path.stat().st_size
+    start, end = (int(size * part) // 4096 * 4096 for part in (first, last))
+    with open(path, "r+b") as file:
+        file.seek(start)
+        file.write(draw.randbytes(end - start))
+
+
+def truncated(path):
+    os.truncate(path, path.stat().st_size // 2 // 4096 * 4096)
+
+
+def noise_in_all_pages_but_the_first(path):
+    with open(path, "r+b") as file:
+        file.seek(4096)
+        file.write(random.Random(1).randbytes(path.stat().st_size - 4096))
+
+
+def zeroed_header(path):
+    with open(path, "r+b") as file:
+        file.write(bytes(100))
+
+
+@pytest.mark.parametrize("harm", [noise_in_all_pages_but_the_first, zeroed_header])
+def test_a_damaged_file_is_reported_with_a_way_out_and_not_deleted(place, harm):
+    make_queue(place, 200)
+    harm(place.db)
+    size = place.db.stat().st_size
+    said = outcome_of_a_send(place)
+
+    assert said.startswith("refused:")
+    assert str(place.db) in said
+    assert re.search(r"damaged|malformed|not a database|corrupt", said)
+    assert place.db.stat().st_size == size
+
+
+def test_a_damaged_file_points_to_sqlites_recovery(place):
+    make_queue(place, 200)
+    noise_in_all_pages_but_the_first(place.db)
+
+    assert ".recover" in outcome_of_a_send(place)
+
+
+def test_a_truncated_file_gives_a_clear_error_or_works_but_is_not_silent(place):
+    make_queue(place, 200)
+    truncated(place.db)
+    said = outcome_of_a_send(place, number=777)
+    tree = place.worker()
+    place.wait_until(
+        lambda: not tree.alive() or re.search(r"damaged|malformed|corrupt", tree.output()) or place.notes("ran", 777),
+        "the worker works or says what is wrong",
+    )
+
+    assert said == "stored" or (said.startswith("refused:") and str(place.db) in said)
+    assert "Traceback" not in said
+
+
+def test_a_worker_on_a_damaged_file_says_so_once_in_a_while_and_not_thousands_of_times(place):
+    make_queue(place, 200)
+    noise_in_all_pages_but_the_first(place.db)
+    tree = place.worker()
+    place.wait_until(lambda: not tree.alive() or str(place.db) in tree.output(), "the worker says what is wrong")
+    if tree.alive():
+        tree.signal(15)
+        tree.wait(10)
+
+    assert re.search(r"damaged|malformed|corrupt", tree.output())
+    assert len(tree.output()) < 20_000
+    assert place.db.exists()
+
+
+def test_rubbish_left_in_the_side_files_by_a_crash_does_not_matter(place):
+    make_queue(place, 3)
+    Path(f"{place.db}-wal").write_bytes(random.Random(3).randbytes(9000))
+    Path(f"{place.db}-shm").write_bytes(random.Random(4).randbytes(32768))
+
+    assert outcome_of_a_send(place, 4) == "stored"
+    assert place.waiting() == 4
+    assert place.sound()
+
+
+# Deleted and replaced while in use
+
+
+def delete(path):
+    for name in (str(path), f"{path}-wal", f"{path}-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(name)
+
+
+def send_twice(place, broker):
+    """Two sends after the fault; the errors they met.  A refusal is fine, silence into the void is not."""
+    import dramalite
+
+    errors, stored = [], []
+    for number in (101, 102):
+        try:
+            place.send("job", number)
+        except dramalite.BrokerError as error:
+            errors.append(str(error))
+        else:
+            stored.append(number)
+    return errors, stored
+
+
+def numbers_in_the_file(place):
+    return {number for number in (101, 102) if any(f"[{number}]" in text for text in stored_texts(place))}
+
+
+def stored_texts(place):
+    if not place.db.exists() or not place.count("dramalite_messages"):
+        return []
+    rows = place.query("SELECT * FROM dramalite_messages")
+    return [value.decode() if isinstance(value, bytes) else value for row in rows for value in row if isinstance(value, (bytes, str))]
+
+
+def test_a_file_deleted_under_a_broker_is_never_written_to_in_secret(place):
+    broker = place.broker()
+    place.send("job", 1)
+    delete(place.db)
+    errors, stored = send_twice(place, broker)
+
+    assert stored, errors  # At most the first says what happened; then there is a new file.
+    assert set(stored) == numbers_in_the_file(place)
+    assert [error for error in errors if str(place.db) not in error] == []
+
+
+def test_a_file_replaced_under_a_broker_is_noticed(place):
+    other = place.folder / "other.db"
+    broker = place.broker()
+    place.send("job", 1)
+    place.script("import jobs; jobs.job.send(55); jobs.broker.close()", JOBS_DB=str(other))
+    delete(place.db)
+    os.replace(other, place.db)
+    errors, stored = send_twice(place, broker)
+
+    assert stored, errors
+    assert set(stored) == numbers_in_the_file(place)
+    assert any("[55]" in text for text in stored_texts(place))
+    assert place.sound()
+
+
+def test_a_file_replaced_by_rubbish_under_a_broker_is_refused_and_not_touched(place):
+    broker = place.broker()
+    place.send("job", 1)
+    delete(place.db)
+    text_file(place.db)
+    before = digest(place.db)
+    errors, stored = send_twice(place, broker)
+
+    assert (len(errors), stored) == (2, [])
+    assert [error for error in errors if str(place.db) not in error] == []
+    assert digest(place.db) == before
+
+
+def test_a_folder_renamed_under_a_broker_is_noticed(place):
+    home = place.folder / "home"
+    home.mkdir()
+    place.db = home / "queue.db"
+    broker = place.broker()
+    place.send("job", 1)
+    home.rename(place.folder / "elsewhere")
+    errors, stored = send_twice(place, broker)
+
+    assert (len(errors), stored) == (2, [])
+    assert [error for error in errors if str(place.db) not in error] == []
+
+
+def test_a_worker_whose_file_was_deleted_goes_on_with_the_new_one(place):
+    tree = place.ready_worker()
+    delete(place.db)
+    said = outcome_of_a_send(place, 2)
+
+    assert said == "stored"
+    place.wait_until(lambda: place.notes("ran", 2), "the worker finds the new file", 15)
+    assert tree.alive()
+    assert str(place.db) in tree.output()
+    assert tree.output().count("\n") < 200
+
+
+def test_a_worker_whose_file_was_replaced_by_rubbish_says_so_and_waits(place):
+    tree = place.ready_worker()
+    delete(place.db)
+    text_file(place.db)
+    before = digest(place.db)
+    place.wait_until(lambda: str(place.db) in tree.output(), "the worker says what is wrong", 15)
+
+    assert digest(place.db) == before
+    delete(place.db)
+    assert outcome_of_a_send(place, 3) == "stored"
+    place.wait_until(lambda: place.notes("ran", 3), "the worker goes on once the file is well", 15)
+    assert tree.alive()
+    assert tree.output().count("\n") < 300
+
+
+def test_a_broker_whose_side_log_was_deleted_never_loses_in_silence(place):
+    broker = place.broker()
+    place.send("job", 1)
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(f"{place.db}-wal")
+    errors, stored = send_twice(place, broker)
+    broker.close()
+
+    assert set(stored) <= numbers_in_the_file(place)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "with spaces.db",
+        "what?.db",
+        "what?mode=memory.db",
+        "number#1.db",
+        "per%41cent.db",
+        "file:queue.db",
+        "it's \"quoted\".db",
+        "größe-日本-🎺.db",
+        "new\nline.db",
+        "no_suffix",
+        "-dash.db",
+        "semi;colon&and.db",
+    ],
+)
+def test_a_database_can_have_any_name(place, name):
+    place.db = place.folder / name
+    said = outcome_of_a_send(place)
+
+    assert said == "stored"
+    assert place.db.is_file()
+    assert place.waiting() == 1
+
+
+def test_a_worker_serves_a_database_with_an_odd_name(place):
+    place.db = place.folder / "an odd #1? \"näme\".db"
+    place.ready_worker()
+    place.drained()
+
+    assert place.waiting() == 0
+
+
+def test_an_empty_file_is_used_as_a_new_one(place):
+    place.db.touch(mode=0o640)
+    os.chmod(place.db, 0o640)
+
+    assert outcome_of_a_send(place) == "stored"
+    assert place.waiting() == 1
+    assert stat.S_IMODE(place.db.stat().st_mode) == 0o640  # It is its owner's choice.
+
+
+def test_a_link_to_a_database_is_the_database(place):
+    make_queue(place, 2)
+    real = place.db
+    place.db = place.folder / "link.db"
+    place.db.symlink_to(real)
+
+    assert outcome_of_a_send(place) == "stored"
+    place.db = real
+    assert place.waiting() == 3
+    place.ready_worker()
+    place.drained()
+
+
+def test_a_relative_path_means_the_folder_it_was_given_in(place):
+    place.script(
+        """
+        import os
+        import dramalite
+
+        os.makedirs("here"), os.makedirs("there")
+        os.chdir("here")
+        broker = dramalite.SQLiteBroker("queue.db")
+        dramalite.set_broker(broker)
+
+        @dramalite.actor
+        def job(number):
+            pass
+
+        os.chdir("../there")
+        job.send(1)
+        os.chdir("/")
+        job.send(2)
+        broker.close()
+        """
+    )
+    place.db = place.folder / "here" / "queue.db"
+
+    assert place.waiting() == 2
+    assert os.listdir(place.folder / "there") == []
+
+
+# Rights
+
+
+def mode_of(path):
+    return stat.S_IMODE(os.stat(path).st_mode)
+
+
+def test_new_files_are_private_whatever_the_umask(place):
+    tree = place.script(
+        """
+        import os, stat
+        os.umask(0o022)
+        import dramalite
+        import jobs
+
+        jobs.job.send(1)
+        worker = dramalite.Worker(jobs.broker, worker_threads=1)
+        worker.start()
+        jobs.until(lambda: jobs.noted("ran"))
+        for name in sorted(os.listdir(os.path.dirname(os.environ["JOBS_DB"]))):
+            if name.startswith("queue.db"):
+                print(name, oct(stat.S_IMODE(os.stat(os.path.join(os.path.dirname(os.environ["JOBS_DB"]), name)).st_mode)))
+        worker.stop()
+        print("umask", oct(os.umask(0)))
+        """
+    )
+    told = dict(line.split() for line in tree.output().splitlines())
+
+    assert told.pop("umask") == "0o22"
+    assert set(told) >= {"queue.db", "queue.db-wal", "queue.db-shm", "queue.db-lock"}
+    assert set(told.values()) == {"0o600"}
+
+
+#: Becomes a user without rights, if it is root, and then sends.
+UNPRIVILEGED = """
+    import os, sys
+    import dramalite
+
+    path = sys.argv[1]
+    # Used once before, so that everything is imported: the interpreter's own folder may be closed to others.
+    warm = dramalite.SQLiteBroker(os.environ["JOBS_WARM"])
+    dramalite.actor(lambda: None, actor_name="warm", broker=warm).send()
+    warm.close()
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    broker = dramalite.SQLiteBroker(path)
+    dramalite.set_broker(broker)
+
+    @dramalite.actor
+    def job(number):
+        pass
+
+    for _ in range(2):
+        try:
+            job.send(1)
+        except dramalite.BrokerError as error:
+            print("refused:", " ".join(str(error).split()))
+        else:
+            print("stored")
+    broker.close()
+"""
+
+
+@pytest.fixture
+def open_place(place):
+    """The place, in a folder that any user may enter and write to."""
+    folder = Path("/var/tmp") if os.access("/var/tmp", os.W_OK) else place.folder
+    with tempfile.TemporaryDirectory(dir=folder, prefix="dramalite-test-") as name:
+        os.chmod(name, 0o777)
+        place.db = Path(name) / "queue.db"
+        place.folder = Path(name)
+        place.jobs(JOBS)
+        yield place
+        place.close()
+
+
+def unprivileged_outcome(place):
+    """What a user without rights meets; the module is read before the rights are dropped."""
+    warm = str(place.journal.parent / "warm.db")
+    return place.script(UNPRIVILEGED, str(place.db), seconds=15, JOBS_WARM=warm).output().splitlines()
+
+
+def test_a_file_that_may_only_be_read_is_a_clear_error(open_place):
+    make_queue(open_place, 1)
+    os.chmod(open_place.db, 0o444)
+    before = digest(open_place.db)
+    said = unprivileged_outcome(open_place)
+
+    assert [line.split()[0] for line in said] == ["refused:", "refused:"]
+    assert [line for line in said if str(open_place.db) not in line] == []
+    assert [line for line in said if not re.search(r"permission|read-only|readonly|may not|not allowed|rights", line, re.IGNORECASE)] == []
+    assert digest(open_place.db) == before
+
+
+def test_a_folder_that_may_only_be_read_is_a_clear_error(open_place):
+    shut = open_place.folder / "shut"
+    shut.mkdir()
+    open_place.db = shut / "queue.db"
+    os.chmod(shut, 0o555)
+    said = unprivileged_outcome(open_place)
+    os.chmod(shut, 0o755)
+
+    assert [line.split()[0] for line in said] == ["refused:", "refused:"]
+    assert [line for line in said if str(open_place.db) not in line] == []
+    assert [line for line in said if not re.search(r"permission|read-only|readonly|may not|not allowed|rights|writ", line, re.IGNORECASE)] == []
+    assert os.listdir(shut) == []
+
+
+def test_a_folder_that_may_not_be_entered_is_a_clear_error(open_place):
+    shut = open_place.folder / "shut"
+    shut.mkdir()
+    open_place.db = shut / "queue.db"
+    make_queue(open_place, 1)
+    os.chmod(shut, 0o000)
+    said = unprivileged_outcome(open_place)
+    os.chmod(shut, 0o755)
+
+    assert [line.split()[0] for line in said] == ["refused:", "refused:"]
+    assert [line for line in said if str(open_place.db) not in line] == []

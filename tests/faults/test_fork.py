@@ -1,0 +1,275 @@
+"""fork() after use, with threads, and in jobs: parent and child go on, and nothing runs twice."""
+
+from __future__ import annotations
+
+import pytest
+
+JOBS = """
+    from pathlib import Path
+
+    HERE = Path(JOURNAL).parent
+
+    @dramalite.actor(max_retries=0)
+    def job(number):
+        note("ran", number, os.getpid())
+
+    @dramalite.actor(max_retries=0)
+    def forks(number, ending):
+        note("forks", number)
+        child = os.fork()
+        if child == 0:
+            if ending == "returns":
+                return
+            if ending == "raises":
+                raise RuntimeError("in the child")
+            if ending == "exits":
+                sys.exit(3)
+            if ending == "closes":
+                dramalite.get_broker().close()
+                os._exit(0)
+        os.waitpid(child, 0)
+        note("forked", number)
+
+    @dramalite.actor(max_retries=0)
+    def forks_and_goes_on(number):
+        note("forks", number)
+        child = os.fork()
+        if child == 0:
+            dramalite.get_broker().close()
+            os._exit(0)
+        os.waitpid(child, 0)
+        until(lambda: (HERE / "release").exists())
+        note("forked", number)
+
+    @dramalite.actor(max_retries=0)
+    def uses_a_pool(number):
+        import multiprocessing
+        with multiprocessing.get_context("fork").Pool(2) as pool:
+            note("pooled", number, *pool.map(abs, [-1, -2]))
+"""
+
+
+@pytest.fixture
+def place(place):
+    place.jobs(JOBS)
+    return place
+
+
+def test_parent_and_children_go_on_when_a_process_with_sending_threads_forks(place):
+    tree = place.script(
+        """
+        import os, threading
+        import jobs
+
+        stop = threading.Event()
+        counts = [0] * 4
+
+        def keep_sending(index):
+            while not stop.is_set():
+                jobs.job.send(f"thread{index}-{counts[index]}")
+                counts[index] += 1
+
+        threads = [threading.Thread(target=keep_sending, args=(index,)) for index in range(4)]
+        for thread in threads:
+            thread.start()
+        jobs.until(lambda: all(counts))
+        for child_number in range(8):
+            child = os.fork()
+            if child == 0:
+                for number in range(3):
+                    jobs.job.send(f"child{child_number}-{number}")
+                os._exit(0)
+            deadline = jobs.time.monotonic() + 10
+            while os.waitpid(child, os.WNOHANG) == (0, 0):
+                assert jobs.time.monotonic() < deadline, "A child hangs."
+                jobs.time.sleep(0.002)
+            jobs.job.send(f"parent-{child_number}")
+        stop.set()
+        for thread in threads:
+            thread.join()
+        print("sent", sum(counts) + 8 * 3 + 8)
+        """,
+        seconds=30,
+    )
+
+    assert place.waiting() == int(tree.output().split("sent")[1])
+    assert place.sound()
+
+
+def test_children_and_grandchildren_of_a_used_broker_can_send_and_end_normally(place):
+    tree = place.script(
+        """
+        import multiprocessing, sys
+        import jobs
+
+        def grandchild():
+            jobs.job.send("grandchild")
+
+        def child(number):
+            jobs.job.send(number)
+            process = context.Process(target=grandchild)
+            process.start()
+            process.join(10)
+            sys.exit(process.exitcode)
+
+        context = multiprocessing.get_context("fork")
+        jobs.job.send("parent")
+        processes = [context.Process(target=child, args=(number,)) for number in range(3)]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(15)
+        print("codes", [process.exitcode for process in processes])
+        jobs.job.send("parent again")
+        jobs.broker.close()
+        """
+    )
+
+    assert "codes [0, 0, 0]" in tree.output()
+    assert place.waiting() == 8
+    assert place.sound()
+
+
+def test_spawned_and_forkserver_children_can_send_too(place):
+    tree = place.script(
+        """
+        import multiprocessing
+        import jobs
+
+        def child(number):
+            jobs.job.send(number)
+
+        if __name__ == "__main__":
+            jobs.job.send("parent")
+            for method in ("spawn", "forkserver"):
+                process = multiprocessing.get_context(method).Process(target=child, args=(method,))
+                process.start()
+                process.join(15)
+                print(method, process.exitcode)
+        """
+    )
+
+    assert tree.output().split() == ["spawn", "0", "forkserver", "0"]
+    assert place.waiting() == 3
+
+
+def test_a_child_forked_inside_a_transaction_of_another_thread_is_not_stuck(place):
+    # A foreign writer holds the file while threads wait for it; then the process forks.
+    place.script(
+        """
+        import os, sqlite3, threading
+        import jobs
+
+        jobs.job.send("first")
+        foreign = sqlite3.connect(os.environ["JOBS_DB"], isolation_level=None, check_same_thread=False)
+        foreign.execute("BEGIN IMMEDIATE")
+        threads = [threading.Thread(target=jobs.job.send, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        threading.Timer(0.4, foreign.execute, ["ROLLBACK"]).start()
+        child = os.fork()
+        if child == 0:
+            jobs.job.send("child")
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        for thread in threads:
+            thread.join(10)
+            assert not thread.is_alive()
+        """
+    )
+
+    assert place.waiting() == 5
+
+
+def test_a_fork_of_a_process_that_works_does_not_give_its_job_away(place):
+    place.send("forks_and_goes_on", 1)
+    place.worker()
+    place.wait_until(lambda: place.notes("forks", 1), "the job forks")
+    place.worker()
+    place.send("job", 2, delay=2200)  # When this one runs, another worker had time to take over.
+    place.wait_until(lambda: place.notes("ran", 2), "a worker works")
+    (place.folder / "release").touch()
+    place.drained()
+
+    assert place.runs("forks") == place.runs("forked") == {"1": 1}
+
+
+def test_a_process_forked_from_a_worker_does_not_work_and_does_not_keep_claims_alive(place):
+    tree = place.script(
+        """
+        import os, threading
+        import dramalite
+        import jobs
+
+        worker = dramalite.Worker(jobs.broker, worker_threads=2)
+        worker.start()
+        jobs.job.send("before")
+        jobs.until(lambda: jobs.noted("ran") == 1)
+        child = os.fork()
+        if child == 0:
+            jobs.job.send("child")
+            os._exit(threading.active_count() != 1)
+        assert os.waitpid(child, 0)[1] == 0
+        jobs.until(lambda: jobs.noted("ran") == 2)
+        worker.stop()
+        print(os.getpid())
+        """
+    )
+
+    assert place.runs("ran") == {"before": 1, "child": 1}
+    assert {note[2] for note in place.notes("ran")} == {tree.output().strip()}
+    assert place.waiting() == 0
+
+
+def test_a_worker_can_be_started_in_a_forked_child_whose_parent_has_one(place):
+    place.script(
+        """
+        import os
+        import dramalite
+        import jobs
+
+        with dramalite.Worker(jobs.broker, worker_threads=1):
+            jobs.job.send(1)
+            jobs.until(lambda: jobs.noted("ran") == 1)
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    with dramalite.Worker(jobs.broker, worker_threads=1):
+                        jobs.job.send(2)
+                        jobs.until(lambda: jobs.noted("ran") == 2)
+                    code = 0
+                finally:
+                    os._exit(code)
+            assert os.waitpid(child, 0)[1] == 0
+            jobs.job.send(3)
+            jobs.until(lambda: jobs.noted("ran") == 3)
+        """
+    )
+
+    assert place.runs("ran") == {"1": 1, "2": 1, "3": 1}
+    assert place.waiting() == 0
+
+
+@pytest.mark.parametrize("ending", ["returns", "raises", "exits", "closes"])
+def test_a_job_that_forks_runs_once_however_its_child_ends(place, ending):
+    place.send("forks", 1, ending)
+    tree = place.worker(threads=2)
+    place.wait_until(lambda: place.notes("forked", 1), "the job comes back from its child")
+    place.drained()
+    for number in range(20):
+        place.send("job", number)
+    place.drained()
+
+    assert place.runs("forks") == place.runs("forked") == {"1": 1}
+    assert place.runs("ran") == {str(number): 1 for number in range(20)}
+    assert place.dead() == 0
+    place.wait_until(lambda: len(tree.pids()) == 2, "no process but the supervisor and its worker stays", 5)
+
+
+def test_a_job_may_use_a_pool_of_forked_processes(place):
+    place.send("uses_a_pool", 1)
+    place.worker()
+    place.drained()
+
+    assert place.notes("pooled") == [["pooled", "1", "1", "2"]]

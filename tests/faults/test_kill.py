@@ -1,0 +1,232 @@
+"""SIGKILL at any moment: what send() accepted runs at least once, and soon."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+
+import pytest
+from harness import kill, let_pass
+
+JOBS = """
+    from pathlib import Path
+
+    HERE = Path(JOURNAL).parent
+
+    @dramalite.actor(max_retries=0)
+    def job(number, seconds=0.0):
+        note("start", number, os.getpid(), time.monotonic())
+        if seconds:
+            time.sleep(seconds)
+        note("end", number)
+
+    @dramalite.actor(max_retries=0)
+    def held(number):
+        note("start", number, os.getpid(), time.monotonic())
+        until(lambda: (HERE / "release").exists(), 60)
+        note("end", number)
+
+    @dramalite.actor(max_retries=0)
+    def keep_the_gil(seconds):
+        import ctypes
+        note("start", "gil", os.getpid(), time.monotonic())
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+        note("end", "gil")
+"""
+
+PRODUCER = """
+    import sys
+    import time
+    import jobs
+
+    first, count, pace = int(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+    for number in range(first, first + count):
+        jobs.job.send(number, 0.001 * (number % 3))
+        jobs.note("accepted", number)
+        time.sleep(pace)  # A producer's own pace.
+"""
+
+
+@pytest.fixture
+def place(place):
+    place.jobs(JOBS)
+    return place
+
+
+def send_while_workers_are_killed(place, seed, *, kills, messages, producers=2, processes=2):
+    """Kill and restart the whole worker tree `kills` times while producers send."""
+    draw = random.Random(seed)
+    senders = [
+        place.start_script(PRODUCER, str(index * 100_000), str(messages), "0.002") for index in range(producers)
+    ]
+    for _ in range(kills):
+        tree = place.worker(processes=processes)
+        if draw.random() < 0.7:
+            goal = len(place.notes("start")) + draw.randrange(1, 60)
+            place.wait_until(lambda: len(place.notes("start")) >= goal or not place.waiting(), "some jobs run")
+        let_pass(draw.uniform(0, 0.25))
+        tree.kill_all()
+    place.worker(processes=processes)
+    for sender in senders:
+        assert sender.wait(60) == 0, sender.tail()
+    place.drained(60)
+
+
+def assert_all_accepted_ran(place, accepted):
+    sent, ran = place.runs("accepted"), place.runs("start")
+    assert len(sent) == accepted
+    assert sent.keys() - ran.keys() == set()
+    assert ran.keys() - sent.keys() == set()
+    assert place.sound()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_accepted_message_runs_though_the_worker_tree_is_killed_again_and_again(place, seed):
+    send_while_workers_are_killed(place, seed, kills=3, messages=300)
+
+    assert_all_accepted_ran(place, 600)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("seed", range(10, 22))
+def test_every_accepted_message_runs_through_many_kills(place, seed):
+    place.durability = ["normal", "full"][seed % 2]
+    send_while_workers_are_killed(place, seed, kills=15, messages=2500, producers=3)
+
+    assert_all_accepted_ran(place, 7500)
+
+
+def test_what_a_killed_worker_was_doing_runs_again_within_two_seconds(place):
+    place.send("held", 1)
+    victim = place.worker()
+    place.wait_until(lambda: place.notes("start", 1), "the job starts")
+    place.ready_worker()
+    killed_at = time.monotonic()
+    victim.kill_all()
+    place.wait_until(lambda: len(place.notes("start", 1)) == 2, "the other worker takes the job over")
+
+    assert float(place.notes("start", 1)[1][3]) - killed_at < 2.0
+    (place.folder / "release").touch()
+    place.drained()
+    assert place.runs("end") == {"1": 1}
+
+
+def test_what_was_claimed_when_all_were_killed_is_taken_up_by_the_next_worker_within_two_seconds(place):
+    for number in range(30):
+        place.send("job", number, 0.05)
+    tree = place.worker(threads=2)
+    place.wait_until(lambda: len(place.notes("start")) >= 3, "some jobs start")
+    tree.kill_all()
+    lost = place.runs("start").keys() - place.runs("end").keys()
+    assert lost
+    place.worker(threads=4)
+    place.wait_until(lambda: len(place.notes("end")) >= len(place.runs("end")) + 1 or place.runs("end").keys() >= lost, "it works")
+    place.drained()
+
+    reruns = [float(note[3]) for number in lost for note in place.notes("start", number)[1:]]
+    pids = {note[2] for number in lost for note in place.notes("start", number)[1:]}
+    first_of_the_next = min(float(note[3]) for note in place.notes("start") if note[2] in pids)
+    assert len(reruns) == len(lost)
+    assert max(reruns) - first_of_the_next < 2.0
+    assert place.runs("end").keys() == {str(number) for number in range(30)}
+
+
+def test_a_kill_of_one_worker_process_leaves_the_others_work_alone(place):
+    place.worker(processes=3, threads=1)
+    for number in range(3):
+        place.send("held", number)
+    place.wait_until(lambda: len(place.notes("start")) == 3, "each process has a job")
+    victim = int(place.notes("start", 0)[0][2])
+    kill(victim)
+    place.wait_until(lambda: len(place.notes("start", 0)) == 2, "the lost job runs again")
+    (place.folder / "release").touch()
+    place.drained()
+
+    assert place.runs("start") == {"0": 2, "1": 1, "2": 1}
+    assert place.runs("end") == {"0": 1, "1": 1, "2": 1}
+
+
+@pytest.mark.parametrize("seed", [3])
+def test_a_producer_killed_in_the_middle_of_send_leaves_a_message_wholly_or_not_at_all(place, seed):
+    place.jobs(
+        """
+        @dramalite.actor(max_retries=0)
+        def bulky(number, load):
+            note("ran", number, len(load), len(set(load)))
+        """
+    )
+    sender = """
+        import itertools, sys
+        import jobs
+        for number in itertools.count(int(sys.argv[1])):
+            jobs.bulky.send(number, "x" * 200_000)
+            jobs.note("accepted", number)
+    """
+    draw = random.Random(seed)
+    rounds = 5
+    for index in range(rounds):
+        before = len(place.notes("accepted"))
+        tree = place.start_script(sender, str(index * 100_000))
+        place.wait_until(lambda: len(place.notes("accepted")) >= before + 2, "the producer sends")
+        let_pass(draw.uniform(0, 0.02))
+        tree.kill_all()
+    accepted = place.runs("accepted")
+    stored = place.waiting()
+    assert len(accepted) <= stored <= len(accepted) + rounds
+    place.worker()
+    place.drained()
+
+    assert place.runs("ran").keys() >= accepted.keys()
+    assert len(place.notes("ran")) == stored
+    assert {tuple(note[2:]) for note in place.notes("ran")} == {("200000", "1")}
+    assert place.dead() == 0
+    assert place.sound()
+
+
+def test_a_stopped_worker_keeps_its_job(place):
+    place.send("held", 1)
+    stopped = place.worker()
+    place.wait_until(lambda: place.notes("start", 1), "the job starts")
+    worker_pid = int(place.notes("start", 1)[0][2])
+    with contextlib.closing(place.connect()) as connection:
+        # While we hold SQLite's write lock, the other process can't be stopped holding it.
+        connection.execute("BEGIN IMMEDIATE")
+        os.kill(worker_pid, signal.SIGSTOP)
+        connection.execute("ROLLBACK")
+    place.worker()
+    place.send("job", 2, delay=2500)  # When this one runs, the other worker had time to take over.
+    place.wait_until(lambda: place.notes("end", 2), "the other worker works")
+
+    assert len(place.notes("start", 1)) == 1
+    os.kill(worker_pid, signal.SIGCONT)
+    (place.folder / "release").touch()
+    place.drained()
+    assert place.runs("start")["1"] == place.runs("end")["1"] == 1
+    assert stopped.alive()
+
+
+@pytest.mark.torture
+def test_a_job_that_keeps_the_interpreter_lock_is_not_taken_over(place):
+    place.send("keep_the_gil", 8)
+    place.worker()
+    place.wait_until(lambda: place.notes("start", "gil"), "the job starts")
+    place.worker()
+    place.send("job", 2, delay=6000)
+    place.wait_until(lambda: place.notes("end", 2), "the other worker works")
+    place.drained()
+
+    assert place.runs("start")["gil"] == 1
+
+
+def test_delayed_messages_survive_a_kill(place):
+    tree = place.ready_worker()
+    for number in range(50):
+        place.send("job", number, delay=400 + 10 * number)
+    tree.kill_all()
+    place.worker()
+    place.drained()
+
+    assert place.runs("end") == {str(number): 1 for number in range(50)}

@@ -1,0 +1,198 @@
+"""Jobs that kill their process: parked after some deaths, while all others are done."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import pytest
+
+JOBS = """
+    import ctypes
+
+    def leave():
+        os._exit(7)
+
+    def segfault():
+        ctypes.string_at(0)
+
+    def kill_itself():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def abort():
+        os.abort()
+
+    DEATHS = {"leave": leave, "segfault": segfault, "kill": kill_itself, "abort": abort}
+
+    @dramalite.actor(max_retries=0)
+    def poison(kind):
+        note("poison", kind, os.getpid())
+        DEATHS[kind]()
+
+    @dramalite.actor(max_retries=0, on_crash="fail")
+    def never_twice(kind):
+        note("never_twice", kind)
+        DEATHS[kind]()
+
+    @dramalite.actor(max_retries=0, max_crashes=1)
+    def one_more_chance(kind):
+        note("one_more_chance", kind)
+        DEATHS[kind]()
+
+    @dramalite.actor(max_retries=0)
+    def innocent(number, seconds=0.0):
+        note("start", number)
+        if seconds:
+            time.sleep(seconds)
+        note("end", number)
+
+    @dramalite.actor(max_retries=0)
+    def dies_twice(number):
+        note("dies_twice", number)
+        if noted("dies_twice") <= 2:
+            os._exit(1)
+        note("survived", number)
+"""
+
+#: A worker without a supervisor; the test starts it again as often as it dies.
+LONE_WORKER = """
+    import dramalite
+    import jobs
+
+    with dramalite.Worker(jobs.broker, worker_threads=2):
+        jobs.until(lambda: False, 60)  # Works until it is killed.
+"""
+
+
+@pytest.fixture
+def place(place):
+    place.jobs(JOBS)
+    return place
+
+
+def dead_letter_texts(place):
+    """All that is stored about each dead letter, as text, the message included."""
+    return ["\n".join(str(value) for value in row) for row in place.query("SELECT * FROM dramalite_dead")]
+
+
+def restart_until_drained(place, most):
+    """Run lone workers one after the other until nothing is left; how many it took."""
+    for times in range(1, most + 1):
+        worker = place.start_script(LONE_WORKER)
+        place.wait_until(lambda: not worker.alive() or place.waiting() == 0, "the worker dies or is done")
+        if worker.alive():
+            worker.kill_all()
+            return times
+    raise AssertionError(f"Still {place.waiting()} messages after {most} workers.\n{place.story()}")
+
+
+@pytest.mark.parametrize("kind", ["leave", "segfault", "kill"])
+def test_a_message_that_kills_its_process_three_times_is_parked(place, kind):
+    place.script(f"import jobs; jobs.poison.send({kind!r}); [jobs.innocent.send(n) for n in range(5)]")
+    restart_until_drained(place, 6)
+
+    assert place.runs("poison") == {kind: 3}
+    assert place.dead() == 1
+    assert place.runs("end").keys() == {str(number) for number in range(5)}
+    [letter] = place.dead_letters()
+    assert (letter.actor_name, letter.args) == ("poison", (kind,))
+    assert re.search(r"died|crash|killed", dead_letter_texts(place)[0])
+
+
+def test_the_supervisor_outlives_all_kinds_of_poison_and_the_rest_goes_on(place):
+    place.script(
+        """
+        import jobs
+        for kind in ("leave", "segfault", "kill", "abort"):
+            jobs.one_more_chance.send(kind)
+            for number in range(5):
+                jobs.innocent.send(f"{kind}-{number}", 0.01)
+        """
+    )
+    tree = place.worker(processes=2, threads=2)
+    place.drained(40)
+    place.script("import jobs; jobs.innocent.send('afterwards')")
+    place.wait_until(lambda: place.notes("end", "afterwards"), "the worker still works")
+
+    assert place.dead() == 4
+    assert sorted(letter.args[0] for letter in place.dead_letters()) == ["abort", "kill", "leave", "segfault"]
+    assert len(place.runs("end")) == 21
+    assert tree.alive()
+
+
+def test_the_reason_names_the_signal_or_exit_code(place):
+    place.script("import jobs; jobs.never_twice.send('segfault'); jobs.never_twice.send('leave')")
+    place.worker(processes=1, threads=1)
+    place.drained()
+
+    texts = {kind: text for text in dead_letter_texts(place) for kind in ("segfault", "leave") if f'"{kind}"' in text}
+    assert re.search(r"SIGSEGV|signal 11", texts["segfault"]), texts
+    assert re.search(r"exit (code|status) 7|code 7|status 7", texts["leave"]), texts
+
+
+def test_an_actor_that_must_never_run_twice_is_parked_at_its_first_crash(place):
+    place.script("import jobs; jobs.never_twice.send('kill'); jobs.innocent.send(1)")
+    restart_until_drained(place, 3)
+
+    assert place.runs("never_twice") == {"kill": 1}
+    assert [letter.actor_name for letter in place.dead_letters()] == ["never_twice"]
+    assert place.runs("end").keys() == {"1"}
+
+
+def test_innocents_claimed_together_with_poison_are_not_blamed(place):
+    place.script(
+        """
+        import jobs
+        for number in range(100):
+            jobs.innocent.send(number)
+            if number in (20, 50):
+                jobs.poison.send("leave")
+            if number in (35, 36):
+                jobs.poison.send("kill")
+        """
+    )
+    restart_until_drained(place, 30)
+
+    assert Counter(letter.actor_name for letter in place.dead_letters()) == {"poison": 4}
+    assert place.runs("end").keys() == {str(number) for number in range(100)}
+
+
+def test_a_job_that_was_running_beside_poison_is_not_blamed(place):
+    # The neighbour takes long enough to be there whenever the poison strikes.
+    place.script("import jobs; jobs.poison.send('kill'); jobs.innocent.send('neighbour', 0.6)")
+    restart_until_drained(place, 8)
+
+    assert [letter.actor_name for letter in place.dead_letters()] == ["poison"]
+    assert place.runs("end").keys() == {"neighbour"}
+
+
+def test_a_message_that_survives_its_last_chance_is_done(place):
+    place.script("import jobs; jobs.dies_twice.send(1)")
+    restart_until_drained(place, 4)
+
+    assert place.runs("survived") == {"1": 1}
+    assert place.dead() == 0
+
+
+def test_the_limit_can_be_set_for_the_whole_broker(place):
+    place.jobs(JOBS)
+    source = (place.folder / "jobs.py").read_text()
+    (place.folder / "jobs.py").write_text(source.replace("SQLiteBroker(", "SQLiteBroker(max_crashes=2, path=", 1))
+    place.script("import jobs; jobs.poison.send('leave')")
+    restart_until_drained(place, 4)
+
+    assert place.runs("poison") == {"leave": 2}
+    assert place.dead() == 1
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("kind", ["leave", "segfault", "kill", "abort"])
+def test_the_supervisor_parks_three_time_killers_and_comes_back_each_time(place, kind):
+    place.script(f"import jobs; [jobs.poison.send({kind!r}) for _ in range(3)]; [jobs.innocent.send(n) for n in range(200)]")
+    tree = place.worker(processes=2, threads=2)
+    place.drained(300)
+
+    assert place.runs("poison") == {kind: 9}
+    assert place.dead() == 3
+    assert len(place.runs("end")) == 200
+    assert tree.alive()

@@ -1,0 +1,813 @@
+"""The brokers in a file and in memory: storing, order, delays, join, flush and dead letters."""
+
+import contextlib
+import os
+import sqlite3
+import stat
+import sys
+import threading
+import time
+
+import pytest
+
+import dramalite
+from dramalite import Message, QueueJoinTimeout
+
+from helpers import DEADLINE, wait_until
+
+PATIENCE = DEADLINE * 1000
+HOUR = 3_600_000
+DAY = 24 * HOUR
+
+
+def fail_with(error):
+    """A function for an actor that always fails with `error`."""
+
+    def fail(*args):
+        raise error
+
+    return fail
+
+
+def tables(path):
+    """The names of the tables in the SQLite file at `path`."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        rows = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        return {name for (name,) in rows if not name.startswith("sqlite_")}
+
+
+# The file
+
+
+def test_constructing_a_broker_opens_no_file(make_file_broker, tmp_path):
+    broker = make_file_broker()
+    dramalite.actor(print, actor_name="work").message(1)
+    broker.close()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_file_appears_at_the_first_send(make_file_broker, tmp_path):
+    make_file_broker()
+    work = dramalite.actor(print, actor_name="work")
+    before = (tmp_path / "queue.db").exists()
+    work.send(1)
+
+    assert (before, (tmp_path / "queue.db").exists()) == (False, True)
+
+
+def test_the_path_may_be_text(tmp_path, clean_state):
+    broker = dramalite.SQLiteBroker(str(tmp_path / "text.db"))
+    clean_state.callback(broker.close)
+    dramalite.actor(print, actor_name="work", broker=broker).send(1)
+
+    assert (tmp_path / "text.db").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX file modes")
+def test_the_files_belong_to_their_owner_alone(make_file_broker, worker, tmp_path):
+    mask = os.umask(0o000)
+    try:
+        broker = make_file_broker()
+        dramalite.actor(lambda: None, actor_name="work").send()
+        worker(broker)
+        broker.join("default", timeout=PATIENCE)
+        modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    finally:
+        os.umask(mask)
+
+    assert "queue.db" in modes
+    assert set(modes.values()) == {0o600}
+
+
+def test_all_tables_have_the_prefix(make_file_broker, tmp_path):
+    make_file_broker()
+    dramalite.actor(print, actor_name="work").send(1)
+    names = tables(tmp_path / "queue.db")
+
+    assert names
+    assert {name for name in names if not name.startswith("dramalite_")} == set()
+
+
+def test_an_applications_database_is_shared_and_left_alone(make_file_broker, worker, tmp_path):
+    path = tmp_path / "queue.db"
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.executescript(
+            "PRAGMA user_version = 42;"
+            "PRAGMA application_id = 4711;"
+            "CREATE TABLE notes (text);"
+            "INSERT INTO notes VALUES ('mine');"
+        )
+    broker = make_file_broker()
+    done = []
+    dramalite.actor(done.append, actor_name="work").send(1)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        kept = [
+            connection.execute(query).fetchall()
+            for query in ("PRAGMA user_version", "PRAGMA application_id", "SELECT * FROM notes")
+        ]
+
+    assert done == [1]
+    assert kept == [[(42,)], [(4711,)], [("mine",)]]
+
+
+def test_a_file_that_is_no_database_is_refused_by_name_and_left_alone(make_file_broker, tmp_path):
+    path = tmp_path / "queue.db"
+    content = b"This is a letter to my aunt.\n" * 200
+    path.write_bytes(content)
+    make_file_broker()
+    work = dramalite.actor(print, actor_name="work")
+    with pytest.raises(dramalite.BrokerError) as raised:
+        work.send(1)
+
+    assert "queue.db" in str(raised.value)
+    assert path.read_bytes() == content
+
+
+def test_a_folder_that_is_not_there_is_a_broker_error_with_the_path(make_file_broker):
+    make_file_broker("no/such/folder/queue.db")
+    work = dramalite.actor(print, actor_name="work")
+    with pytest.raises(dramalite.BrokerError) as raised:
+        work.send(1)
+
+    assert "folder" in str(raised.value)
+
+
+def test_messages_wait_in_the_file_for_another_broker(make_file_broker, worker):
+    sender = make_file_broker()
+    dramalite.actor(print, actor_name="work", broker=sender).send("stored")
+    sender.close()
+    receiver = make_file_broker()
+    received = []
+    dramalite.actor(received.append, actor_name="work", broker=receiver)
+    worker(receiver)
+    receiver.join("default", timeout=PATIENCE)
+
+    assert received == ["stored"]
+
+
+def test_messages_wait_in_the_file_for_another_process(make_file_broker, worker, run_python):
+    done = run_python(
+        "import dramalite\n"
+        "broker = dramalite.SQLiteBroker('queue.db')\n"
+        "@dramalite.actor(broker=broker)\n"
+        "def work(value): pass\n"
+        "work.send('from afar')\n"
+    )
+    broker = make_file_broker()
+    received = []
+    dramalite.actor(received.append, actor_name="work")
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert received == ["from afar"]
+
+
+def test_a_worker_is_woken_by_a_send_through_another_broker_on_the_file(make_file_broker, worker):
+    sender, receiver = make_file_broker(), make_file_broker()
+    received = threading.Event()
+    dramalite.actor(lambda: received.set(), actor_name="work", broker=receiver)
+    remote = dramalite.actor(lambda: None, actor_name="work", broker=sender)
+    worker(receiver)
+    remote.send()
+
+    assert received.wait(DEADLINE)
+
+
+def test_a_closed_broker_opens_again_at_the_next_use(make_file_broker, worker):
+    broker = make_file_broker()
+    received = []
+    work = dramalite.actor(received.append, actor_name="work")
+    work.send(1)
+    broker.close()
+    work.send(2)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert received == [1, 2]
+
+
+@pytest.mark.parametrize("durability", ["full", "normal"])
+def test_work_is_done_at_either_durability(make_file_broker, worker, durability):
+    broker = make_file_broker(durability=durability)
+    received = []
+    dramalite.actor(received.append, actor_name="work").send(1)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert received == [1]
+
+
+def test_an_unknown_durability_is_refused(tmp_path):
+    with pytest.raises(ValueError) as raised:
+        dramalite.SQLiteBroker(tmp_path / "queue.db", durability="eternal")
+
+    assert "'eternal'" in str(raised.value)
+
+
+def test_two_files_are_two_queues(make_file_broker, worker):
+    one, two = make_file_broker("one.db"), make_file_broker("two.db")
+    received = []
+    dramalite.actor(lambda: received.append("one"), actor_name="work", broker=one).send()
+    dramalite.actor(lambda: received.append("two"), actor_name="work", broker=two).send()
+    worker(two)
+    two.join("default", timeout=PATIENCE)
+
+    assert received == ["two"]
+
+
+def test_memory_brokers_share_nothing(clean_state, worker):
+    brokers = [dramalite.MemoryBroker(), dramalite.MemoryBroker()]
+    received = []
+    for number, broker in enumerate(brokers):
+        clean_state.callback(broker.close)
+        dramalite.actor(
+            lambda number=number: received.append(number), actor_name="work", broker=broker
+        ).send()
+    worker(brokers[1])
+    brokers[1].join("default", timeout=PATIENCE)
+
+    assert received == [1]
+
+
+def test_a_memory_broker_writes_no_file(clean_state, worker, tmp_path):
+    broker = dramalite.MemoryBroker()
+    clean_state.callback(broker.close)
+    dramalite.actor(lambda: None, actor_name="work", broker=broker).send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stub_broker_is_a_memory_broker(stub_broker):
+    assert isinstance(stub_broker, dramalite.MemoryBroker)
+    assert isinstance(stub_broker, dramalite.Broker)
+
+
+def test_a_file_broker_and_a_memory_broker_have_dramatiqs_middleware_and_results(broker):
+    types = [type(item) for item in broker.middleware]
+
+    assert [item for item in types if item in dramalite.default_middleware] == (
+        dramalite.default_middleware
+    )
+    assert dramalite.Results in types
+
+
+# Order
+
+
+def test_messages_are_worked_in_the_order_they_were_sent(broker, worker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    for number in range(50):
+        work.send(number)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == list(range(50))
+
+
+def test_a_lower_priority_number_goes_first(broker, worker):
+    done = []
+    low = dramalite.actor(lambda: done.append("low"), actor_name="low", priority=10)
+    urgent = dramalite.actor(lambda: done.append("urgent"), actor_name="urgent", priority=-1)
+    usual = dramalite.actor(lambda: done.append("usual"), actor_name="usual")
+    for actor in [low, usual, urgent, usual, low, urgent]:
+        actor.send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == ["urgent", "urgent", "usual", "usual", "low", "low"]
+
+
+def test_a_messages_own_priority_overrides_its_actors(broker, worker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work", priority=5)
+    work.send_with_options(args=("usual",))
+    work.send_with_options(args=("later",), priority=6)
+    work.send_with_options(args=("zero",), priority=0)
+    work.send_with_options(args=("urgent",), priority=-3)
+    work.send_with_options(args=("usual too",), priority=5)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == ["urgent", "zero", "usual", "usual too", "later"]
+
+
+def test_priority_holds_across_queues(broker, worker):
+    done = []
+    slow = dramalite.actor(
+        lambda: done.append("slow"), actor_name="slow", queue_name="a", priority=9
+    )
+    fast = dramalite.actor(
+        lambda: done.append("fast"), actor_name="fast", queue_name="b", priority=1
+    )
+    for actor in [slow, fast, slow, fast]:
+        actor.send()
+    worker(broker)
+    broker.join("a", timeout=PATIENCE)
+    broker.join("b", timeout=PATIENCE)
+
+    assert done == ["fast", "fast", "slow", "slow"]
+
+
+def test_an_urgent_message_overtakes_a_backlog_while_a_worker_runs(broker, worker):
+    done = []
+    running, go_on = threading.Event(), threading.Event()
+
+    def block():
+        running.set()
+        go_on.wait(DEADLINE)
+
+    first = dramalite.actor(block, actor_name="first")
+    slow = dramalite.actor(lambda: done.append("backlog"), actor_name="slow", priority=5)
+    urgent = dramalite.actor(lambda: done.append("urgent"), actor_name="urgent", priority=0)
+    first.send()
+    worker(broker)
+    running.wait(DEADLINE)
+    for _ in range(20):
+        slow.send()
+    urgent.send()
+    go_on.set()
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == ["urgent"] + ["backlog"] * 20
+
+
+# Delays
+
+
+def test_a_delayed_message_runs_at_its_time_and_not_before(broker, worker):
+    started = []
+    clock = dramalite.Clock()
+    work = dramalite.actor(lambda: started.append(clock.time_ms()), actor_name="work")
+    worker(broker)
+    eta = work.send_with_options(delay=60).options["eta"]
+    broker.join("default", timeout=PATIENCE)
+
+    assert eta <= started[0] < eta + 500
+
+
+def test_a_message_delayed_by_a_day_waits_until_the_day_is_over(make_broker, clock, worker):
+    broker = make_broker(clock=clock)
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    work.send_with_options(args=("tomorrow",), delay=DAY)
+    work.send("today")
+    clock.advance(DAY - 1)
+    first = worker(broker)
+    wait_until(lambda: done)
+    with pytest.raises(QueueJoinTimeout):
+        broker.join("default", timeout=30)
+    first.stop()
+    before = list(done)
+    clock.advance(1)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert before == ["today"]
+    assert done == ["today", "tomorrow"]
+
+
+def test_delayed_messages_run_in_the_order_of_their_times(make_broker, clock, worker):
+    broker = make_broker(clock=clock)
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    for delay in [3 * HOUR, HOUR, 2 * HOUR]:
+        work.send_with_options(args=(delay // HOUR,), delay=delay)
+    for hours in [1, 2, 3]:
+        clock.advance(HOUR)
+        started = worker(broker)
+        wait_until(lambda: len(done) == hours)
+        started.stop()
+
+    assert done == [1, 2, 3]
+
+
+def test_times_apart_by_real_milliseconds_are_kept_in_order_too(broker, worker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    worker(broker)
+    for delay in [90, 30, 60, 0]:
+        work.send_with_options(args=(delay,), delay=delay)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [0, 30, 60, 90]
+
+
+def test_far_messages_do_not_hide_near_ones(make_broker, clock, worker):
+    broker = make_broker(clock=clock)
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    for _ in range(300):
+        work.send_with_options(args=("far",), delay=DAY)
+    work.send_with_options(args=("near",), delay=HOUR)
+    clock.advance(HOUR)
+    worker(broker)
+    wait_until(lambda: done)
+
+    assert done == ["near"]
+
+
+def test_a_message_with_a_time_is_honoured_on_its_own_queue_too(make_broker, clock, worker):
+    broker = make_broker(clock=clock)
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    eta = clock.time_ms() + HOUR
+    broker.enqueue(work.message_with_options(args=("later",), eta=eta))
+    broker.enqueue(work.message_with_options(args=("now",), eta=None))
+    first = worker(broker)
+    wait_until(lambda: done)
+    with pytest.raises(QueueJoinTimeout):
+        broker.join("default", timeout=30)
+    first.stop()
+    before = list(done)
+    clock.advance(HOUR)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert before == ["now"]
+    assert done == ["now", "later"]
+
+
+def test_a_message_whose_time_is_no_number_runs_at_once(broker, worker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    message = work.message(1)
+    broker.enqueue(message.copy(options={"eta": "soon"}))
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [1]
+
+
+def test_a_delayed_message_runs_under_its_id_on_its_own_queue(broker, worker):
+    seen = []
+
+    class Peek(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            seen.append((message.message_id, message.message_timestamp, message.queue_name))
+
+    broker.add_middleware(Peek())
+    work = dramalite.actor(lambda: None, actor_name="work", queue_name="q")
+    sent = work.send_with_options(delay=1)
+    worker(broker)
+    broker.join("q", timeout=PATIENCE)
+
+    assert seen == [(sent.message_id, sent.message_timestamp, "q")]
+
+
+def test_a_due_message_carries_no_time_any_more(broker, worker):
+    seen = []
+
+    class Peek(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            seen.append(message.options)
+
+    broker.add_middleware(Peek())
+    dramalite.actor(lambda: None, actor_name="work").send_with_options(delay=1, colour="red")
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert seen == [{"colour": "red"}]
+
+
+# Join
+
+
+def test_join_returns_at_once_if_nothing_waits(broker):
+    broker.declare_queue("default")
+
+    assert broker.join("default", timeout=PATIENCE) is None
+
+
+def test_join_waits_until_the_work_is_done(broker, worker):
+    done = []
+    running, go_on = threading.Event(), threading.Event()
+
+    def work():
+        running.set()
+        go_on.wait(DEADLINE)
+        done.append(1)
+
+    dramalite.actor(work).send()
+    worker(broker)
+    running.wait(DEADLINE)
+    threading.Timer(0.02, go_on.set).start()
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [1]
+
+
+def test_join_times_out_while_work_waits(broker):
+    dramalite.actor(print, actor_name="work").send(1)
+    before = time.monotonic()
+    with pytest.raises(QueueJoinTimeout):
+        broker.join("default", timeout=50)
+    waited = time.monotonic() - before
+
+    assert 0.045 <= waited < 2
+
+
+def test_join_waits_for_delayed_messages(broker, worker):
+    done = []
+    dramalite.actor(done.append, actor_name="work").send_with_options(args=(1,), delay=50)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [1]
+
+
+def test_join_waits_for_retries(broker, worker):
+    attempts = []
+
+    def work():
+        attempts.append(1)
+        if len(attempts) < 4:
+            raise ValueError("again")
+
+    dramalite.actor(work, min_backoff=5, max_backoff=5).send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert len(attempts) == 4
+
+
+def test_join_does_not_wait_for_other_queues(broker, worker):
+    done = []
+    dramalite.actor(print, actor_name="other", queue_name="unserved").send(1)
+    dramalite.actor(done.append, actor_name="work").send(1)
+    worker(broker, queues={"default"})
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [1]
+
+
+def test_joining_a_queue_that_nobody_declared_is_an_error_on_the_stub_broker(stub_broker):
+    with pytest.raises(dramalite.QueueNotFound):
+        stub_broker.join("nowhere")
+
+
+def test_a_stub_broker_raises_the_jobs_own_error_from_join(stub_broker, worker):
+    error = ValueError("no")
+    dramalite.actor(fail_with(error), max_retries=0).send()
+    worker(stub_broker)
+    with pytest.raises(ValueError) as raised:
+        stub_broker.join("default", timeout=PATIENCE)
+
+    assert raised.value is error
+
+
+def test_a_stub_broker_can_be_told_not_to_raise(stub_broker, worker):
+    dramalite.actor(fail_with(ValueError("no")), max_retries=0).send()
+    worker(stub_broker)
+    stub_broker.join("default", timeout=PATIENCE, fail_fast=False)
+
+    assert len(stub_broker.dead_letters) == 1
+
+
+def test_a_stub_broker_can_be_made_not_to_raise(make_stub_broker, worker):
+    broker = make_stub_broker(fail_fast_default=False)
+    dramalite.actor(fail_with(ValueError("no")), max_retries=0).send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    with pytest.raises(ValueError):
+        broker.join("default", timeout=PATIENCE, fail_fast=True)
+
+
+def test_a_stub_broker_raises_for_an_unknown_actor(stub_broker, worker):
+    stub_broker.declare_queue("default")
+    stub_broker.enqueue(Message("default", "nobody", (), {}, {}))
+    worker(stub_broker)
+
+    with pytest.raises(dramalite.ActorNotFound):
+        stub_broker.join("default", timeout=PATIENCE)
+
+
+# Flush
+
+
+@pytest.mark.parametrize("flush_all", [False, True])
+def test_flush_drops_what_waits(broker, worker, flush_all):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    work.send("dropped")
+    broker.flush_all() if flush_all else broker.flush("default")
+    work.send("kept")
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == ["kept"]
+
+
+def test_flush_leaves_other_queues_alone(broker, worker):
+    done = []
+    dramalite.actor(lambda: done.append("a"), actor_name="a", queue_name="a").send()
+    dramalite.actor(lambda: done.append("b"), actor_name="b", queue_name="b").send()
+    broker.flush("a")
+    worker(broker)
+    broker.join("a", timeout=PATIENCE)
+    broker.join("b", timeout=PATIENCE)
+
+    assert done == ["b"]
+
+
+def test_flush_all_drops_delayed_messages_too(make_broker, clock, worker):
+    broker = make_broker(clock=clock)
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    work.send_with_options(args=("dropped",), delay=HOUR)
+    broker.flush_all()
+    clock.advance(HOUR)
+    work.send("kept")
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == ["kept"]
+
+
+def test_flush_does_not_disturb_what_runs(broker, worker):
+    done = []
+    running, go_on = threading.Event(), threading.Event()
+
+    def work(value):
+        running.set()
+        go_on.wait(DEADLINE)
+        done.append(value)
+
+    actor = dramalite.actor(work)
+    actor.send("running")
+    worker(broker)
+    running.wait(DEADLINE)
+    actor.send("dropped")
+    broker.flush("default")
+    go_on.set()
+    broker.join("default", timeout=PATIENCE)
+    actor.send("later")
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == ["running", "later"]
+
+
+def test_a_flushed_stub_queue_has_no_unfinished_tasks(stub_broker):
+    work = dramalite.actor(print, actor_name="work")
+    work.send(1)
+    work.send(2)
+    before = stub_broker.queues["default"].unfinished_tasks
+    stub_broker.flush_all()
+
+    assert (before, stub_broker.queues["default"].unfinished_tasks) == (2, 0)
+
+
+def test_a_stub_brokers_queues_hold_encoded_messages(stub_broker, worker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    sent = work.send(1)
+    size = stub_broker.queues["default"].qsize()
+    data = stub_broker.queues["default"].get()
+    stub_broker.queues["default"].put(work.message(2).encode())
+    worker(stub_broker)
+    wait_until(lambda: done)
+
+    assert size == 1
+    assert data == sent.encode()
+    assert done == [2]
+
+
+# Dead letters
+
+
+def fail_for_good(broker, worker, queue_name="default"):
+    """Send a message that fails for good; return what was sent once it did."""
+    fail = dramalite.actor(
+        fail_with(ValueError("no")),
+        actor_name=f"fail_{queue_name}",
+        queue_name=queue_name,
+        max_retries=0,
+    )
+    sent = fail.send(1)
+    worker(broker)
+    broker.join(queue_name, timeout=PATIENCE)
+    return sent
+
+
+def test_a_message_that_failed_for_good_is_a_dead_letter(broker, worker):
+    sent = fail_for_good(broker, worker)
+
+    assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
+    assert [letter.args for letter in broker.dead_letters] == [(1,)]
+
+
+def test_dead_letters_are_kept_by_queue(broker, worker):
+    a = fail_for_good(broker, worker, "a")
+    b = fail_for_good(broker, worker, "b")
+    by_queue = broker.dead_letters_by_queue
+
+    assert [letter.message_id for letter in by_queue["a"]] == [a.message_id]
+    assert [letter.message_id for letter in by_queue["b"]] == [b.message_id]
+    assert len(by_queue["c"]) == 0
+    assert len(broker.dead_letters) == 2
+
+
+def test_a_dead_letter_equals_the_message_as_it_ended(stub_broker, worker):
+    stub_broker.declare_queue("default")
+    message = Message("default", "nobody", (1,), {"a": 2}, {"colour": "red"})
+    stub_broker.enqueue(message)
+    worker(stub_broker)
+    stub_broker.join("default", timeout=PATIENCE, fail_fast=False)
+
+    assert stub_broker.dead_letters == [message]
+
+
+def test_a_dead_letter_tells_its_attempts_and_its_traceback(broker, worker):
+    fail_for_good(broker, worker)
+    (letter,) = broker.dead_letters
+
+    assert letter.options["retries"] == 1
+    assert "ValueError: no" in letter.options["traceback"]
+
+
+def test_dead_letters_are_seen_by_another_broker_on_the_file(make_file_broker, worker):
+    first = make_file_broker()
+    sent = fail_for_good(first, worker)
+    second = make_file_broker()
+
+    assert [letter.message_id for letter in second.dead_letters] == [sent.message_id]
+
+
+def test_flush_all_forgets_dead_letters_and_later_ones_are_kept(broker, worker):
+    fail_for_good(broker, worker)
+    broker.flush_all()
+    after_flush = list(broker.dead_letters)
+    broker.get_actor("fail_default").send(2)
+    broker.join("default", timeout=PATIENCE)
+
+    assert after_flush == []
+    assert [letter.args for letter in broker.dead_letters] == [(2,)]
+
+
+# A message that cannot be read
+
+
+class Garbler(dramalite.JSONEncoder):
+    """Writes `garbage` in place of any message, and reads as usual."""
+
+    def __init__(self, garbage):
+        self.garbage = garbage
+
+    def encode(self, data):
+        return self.garbage
+
+
+GARBAGE = {
+    "no json": b"{",
+    "empty": b"",
+    "not utf-8": b"\xff\xfe\x00",
+    "a number": b"1",
+    "an array": b"[]",
+    "no fields": b"{}",
+    "unknown field": b'{"queue_name":"default","actor_name":"work","args":[],"kwargs":{},'
+    b'"options":{},"message_id":"x","message_timestamp":1,"extra":1}',
+    "args are a number": b'{"queue_name":"default","actor_name":"work","args":5,"kwargs":{},'
+    b'"options":{},"message_id":"x","message_timestamp":1}',
+    "kwargs are a list": b'{"queue_name":"default","actor_name":"work","args":[],"kwargs":[1],'
+    b'"options":{},"message_id":"x","message_timestamp":1}',
+    "options are text": b'{"queue_name":"default","actor_name":"work","args":[],"kwargs":{},'
+    b'"options":"x","message_id":"x","message_timestamp":1}',
+    "actor is a list": b'{"queue_name":"default","actor_name":[],"args":[],"kwargs":{},'
+    b'"options":{},"message_id":"x","message_timestamp":1}',
+    "deep": b"[" * 200_000,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(GARBAGE))
+def test_a_message_that_cannot_be_read_is_put_aside_and_the_rest_goes_on(broker, worker, kind):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    work.send("before")
+    dramalite.set_encoder(Garbler(GARBAGE[kind]))
+    work.send("garbage")
+    dramalite.set_encoder(dramalite.JSONEncoder())
+    work.send("after")
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == ["before", "after"]
+    assert len(broker.dead_letters) == 1
+    assert len(broker.dead_letters_by_queue["default"]) == 1
+
+
+def test_garbage_put_into_a_stub_queue_does_not_hang_join(stub_broker, worker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    stub_broker.queues["default"].put(b"garbage")
+    work.send("after")
+    worker(stub_broker)
+    stub_broker.join("default", timeout=PATIENCE, fail_fast=False)
+
+    assert done == ["after"]

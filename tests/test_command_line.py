@@ -1,0 +1,503 @@
+"""`python -m dramalite worker`: options, exit codes, signals, and processes that die."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
+
+import harness  # noqa: E402
+from harness import kill  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
+
+JOBS = """
+    import logging
+    from pathlib import Path
+
+    HERE = Path(JOURNAL).parent
+
+    @dramalite.actor(max_retries=0)
+    def work(number, seconds):
+        note("start", number, os.getpid(), time.monotonic())
+        time.sleep(seconds)
+        note("end", number)
+
+    @dramalite.actor(max_retries=0)
+    def held(number):
+        note("start", number, os.getpid(), time.monotonic())
+        until(lambda: (HERE / "release").exists())
+        note("end", number)
+
+    @dramalite.actor(max_retries=0, on_crash="fail")
+    def fragile(number):
+        note("start", number, os.getpid())
+        until(lambda: (HERE / "release").exists())
+        note("end", number)
+
+    @dramalite.actor(max_retries=0)
+    def meet(number, others):
+        note("met", number, os.getpid())
+        until(lambda: noted("met") >= others)
+        note("end", number)
+
+    @dramalite.actor(max_retries=0, queue_name="mail")
+    def mail(number):
+        note("mail", number)
+
+    @dramalite.actor(max_retries=0)
+    def talk(words):
+        print("on stdout:", words, flush=True)
+        print("on stderr:", words, file=sys.stderr, flush=True)
+        logging.getLogger("jobs").info("in the log: %s", words)
+        note("talked")
+"""
+
+
+@pytest.fixture
+def place(tmp_path):
+    with harness.new_place(tmp_path) as place:
+        place.jobs(JOBS)
+        yield place
+
+
+def dramalite(place, *arguments, **extra):
+    """Run the command line to its end."""
+    command = [sys.executable, "-m", "dramalite", *map(str, arguments)]
+    return subprocess.run(
+        command, cwd=place.folder, env=place.environment(**extra), capture_output=True, text=True, timeout=30
+    )
+
+
+def started(place, number):
+    """Wait for the start of a job; the process that runs it."""
+    note = place.wait_until(lambda: place.notes("start", number), f"job {number} starts")[0]
+    return int(note[2])
+
+
+# Arguments
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["worker", "--version"]], ids=" ".join)
+def test_the_version_goes_to_stdout(place, arguments):
+    import dramalite as module
+
+    result = dramalite(place, *arguments)
+
+    assert (result.returncode, result.stderr) == (0, "")
+    assert module.__version__ in result.stdout
+
+
+def test_help_names_every_option(place):
+    result = dramalite(place, "worker", "--help")
+
+    assert result.returncode == 0
+    options = "--processes --threads --queues --path --pid-file --log-file --verbose --version --worker-shutdown-timeout"
+    assert [option for option in options.split() if option not in result.stdout] == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["wrok"],
+        ["worker"],
+        ["worker", "jobs", "--no-such-option"],
+        ["worker", "jobs", "--processes", "many"],
+        ["worker", "jobs", "--processes", "-1"],
+        ["worker", "jobs", "--threads", "0"],
+        ["worker", "jobs", "--threads", "-4"],
+        ["worker", "jobs", "--worker-shutdown-timeout", "soon"],
+        ["worker", "jobs", "--worker-shutdown-timeout", "-5"],
+    ],
+    ids=lambda arguments: " ".join(arguments) or "nothing",
+)
+def test_bad_arguments_end_with_2_and_the_usage(place, arguments):
+    tree = place.start([sys.executable, "-m", "dramalite", *arguments])
+
+    assert tree.wait(10) == 2, tree.tail()
+    assert "usage:" in tree.output().lower()
+    assert "Traceback" not in tree.output()
+
+
+def test_the_worker_ends_with_0_when_stopped_while_idle(place):
+    tree = place.ready_worker()
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(5) == 0, tree.tail()
+    assert tree.pids() == []
+
+
+# What is imported
+
+
+def test_a_module_that_fails_is_reported_once_and_not_tried_again(place):
+    place.jobs("note('imported')\nraise ValueError('-'.join(['no', 'way']))")
+    tree = place.worker("--threads", "1")
+
+    assert tree.wait(10) == 2, tree.tail()
+    assert len(place.notes("imported")) == 1
+    assert tree.output().count("no-way") == 1
+    assert "jobs" in tree.output()
+
+
+def test_several_processes_that_cannot_import_end_once_and_for_all(place):
+    place.jobs("note('imported')\nraise ValueError('-'.join(['no', 'way']))")
+    tree = place.worker(processes=3)
+
+    assert tree.wait(10) == 2, tree.tail()
+    assert 1 <= len(place.notes("imported")) <= 3
+    assert tree.pids() == []
+
+
+@pytest.mark.parametrize(
+    ("target", "named"),
+    [
+        ("no_such_module", "no_such_module"),
+        ("jobs:nothing", "nothing"),
+        ("jobs:JOURNAL", "jobs:JOURNAL"),
+        ("broken", "broken"),
+        ("leaves", "leaves"),
+    ],
+)
+def test_what_cannot_be_imported_is_named(place, target, named):
+    (place.folder / "broken.py").write_text("def (:\n")
+    (place.folder / "leaves.py").write_text("import sys\nsys.exit('leaving')\n")
+    tree = place.worker(module=target)
+
+    assert tree.wait(10) == 2, tree.tail()
+    assert named in tree.output()
+
+
+def test_a_broker_can_be_named_by_its_attribute(place):
+    place.jobs(
+        """
+        class Settings:
+            second = dramalite.SQLiteBroker(os.path.join(os.path.dirname(JOURNAL), "second.db"))
+
+        @dramalite.actor(broker=Settings.second, max_retries=0)
+        def second(number):
+            note("second", number)
+        """
+    )
+    place.script("import jobs; jobs.second.send(1)")
+    place.worker(module="jobs:Settings.second")
+
+    place.wait_until(lambda: place.notes("second", 1), "the worker serves the named broker")
+
+
+def test_a_callable_is_called_and_the_broker_it_sets_is_served(place):
+    place.jobs("def set_up():\n    note('set', 'up')\n    dramalite.set_broker(broker)\n")
+    place.ready_worker(module="jobs:set_up")
+
+    assert place.notes("set", "up")
+
+
+def test_further_modules_are_imported(place):
+    (place.folder / "more.py").write_text("import jobs\n\n@jobs.dramalite.actor\ndef extra():\n    jobs.note('extra')\n")
+    place.start([sys.executable, "-m", "dramalite", "worker", "jobs", "more", "--processes", "1", "--threads", "1"])
+    place.send("extra")
+
+    place.wait_until(lambda: place.notes("extra"), "the actor of the second module runs")
+
+
+def test_modules_are_found_on_the_given_path(place, tmp_path):
+    far = tmp_path / "far away"
+    far.mkdir()
+    (far / "distant.py").write_text("from jobs import *\n\n@dramalite.actor\ndef reach():\n    note('reached')\n")
+    place.worker("--path", str(place.folder), str(far), module="distant")
+    place.send("reach")
+
+    place.wait_until(lambda: place.notes("reached"), "the actor of the distant module runs")
+
+
+def test_a_broker_that_cannot_connect_ends_with_3(place):
+    place.jobs("raise dramalite.ConnectionFailed('the line is dead')")
+    tree = place.worker()
+
+    assert tree.wait(10) == 3, tree.tail()
+    assert "the line is dead" in tree.output()
+
+
+def test_a_path_that_cannot_be_a_database_ends_with_3_and_is_named(place):
+    place.db.mkdir()
+    tree = place.worker()
+
+    assert tree.wait(10) == 3, tree.tail()
+    assert str(place.db) in tree.output()
+    assert "sqlite3.OperationalError" not in tree.output().splitlines()[-1]
+
+
+# Which work is done, and by how many
+
+
+def test_only_the_named_queues_are_served(place):
+    place.send("mail", 1, queue="mail")
+    place.send("ping", 1)
+    place.worker("--queues", "mail")
+    place.wait_until(lambda: place.notes("mail", 1), "the named queue is served")
+    place.send("mail", 2, queue="mail")
+    place.wait_until(lambda: place.notes("mail", 2), "the named queue is served again")
+
+    assert place.notes("ping") == []
+    assert place.waiting() == 1
+
+
+def test_threads_of_one_process_work_at_the_same_time(place):
+    place.worker(threads=3)
+    for number in range(3):
+        place.send("meet", number, 3)
+
+    place.wait_until(lambda: len(place.notes("end")) == 3, "three jobs meet")
+    assert len({note[2] for note in place.notes("met")}) == 1
+
+
+def test_processes_work_at_the_same_time(place):
+    tree = place.worker(processes=2, threads=1)
+    for number in range(2):
+        place.send("meet", number, 2)
+
+    place.wait_until(lambda: len(place.notes("end")) == 2, "two jobs meet")
+    pids = {int(note[2]) for note in place.notes("met")}
+    assert len(pids) == 2
+    assert tree.pid not in pids
+
+
+# Log
+
+
+def test_the_log_file_holds_what_workers_say_and_is_appended_to(place):
+    log = place.folder / "worker.log"
+    log.write_text("earlier\n")
+    tree = place.worker("--log-file", str(log))
+    place.send("talk", "grüße")
+    place.wait_until(lambda: place.notes("talked"), "the job talks")
+    tree.signal(signal.SIGTERM)
+    assert tree.wait(5) == 0
+
+    text = log.read_text("utf-8")
+    assert text.startswith("earlier\n")
+    assert "in the log: grüße" in text
+    assert "on stdout: grüße" in text + tree.output()
+    assert "on stderr: grüße" in text + tree.output()
+
+
+def test_verbose_adds_detail(place):
+    quiet = place.ready_worker()
+    quiet.signal(signal.SIGTERM)
+    assert quiet.wait(5) == 0
+    verbose = place.ready_worker("--verbose")
+    verbose.signal(signal.SIGTERM)
+    assert verbose.wait(5) == 0
+
+    assert "DEBUG" not in quiet.output()
+    assert "DEBUG" in verbose.output()
+    assert "INFO" in quiet.output()
+
+
+# The pid file
+
+
+def test_the_pid_file_names_the_process_to_signal_and_goes_with_it(place):
+    pid_file = place.folder / "worker.pid"
+    tree = place.ready_worker("--pid-file", str(pid_file))
+
+    assert int(pid_file.read_text()) == tree.pid
+    kill(int(pid_file.read_text()), signal.SIGTERM)
+    assert tree.wait(5) == 0, tree.tail()
+    assert not pid_file.exists()
+
+
+def test_a_pid_file_of_a_dead_process_is_taken_over(place):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    pid_file = place.folder / "worker.pid"
+    pid_file.write_text(str(gone.pid))
+    tree = place.ready_worker("--pid-file", str(pid_file))
+
+    assert int(pid_file.read_text()) == tree.pid
+
+
+@pytest.mark.parametrize("content", [str(os.getpid()), "not a number", ""], ids=["alive", "words", "empty"])
+def test_a_pid_file_that_is_not_ours_ends_with_4_and_stays(place, content):
+    pid_file = place.folder / "worker.pid"
+    pid_file.write_text(content)
+    tree = place.worker("--pid-file", str(pid_file))
+
+    assert tree.wait(10) == 4, tree.tail()
+    assert pid_file.read_text() == content
+    assert str(pid_file) in tree.output()
+
+
+def test_a_pid_file_that_cannot_be_written_ends_with_4(place):
+    pid_file = place.folder / "missing" / "worker.pid"
+    tree = place.worker("--pid-file", str(pid_file))
+
+    assert tree.wait(10) == 4, tree.tail()
+    assert str(pid_file) in tree.output()
+
+
+def test_the_pid_file_goes_when_the_import_fails(place):
+    pid_file = place.folder / "worker.pid"
+    tree = place.worker("--pid-file", str(pid_file), module="no_such_module")
+
+    assert tree.wait(10) == 2, tree.tail()
+    assert not pid_file.exists()
+
+
+# Signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("whole_group", [False, True], ids=["to the parent", "to everyone"])
+def test_a_graceful_stop_finishes_running_work_and_starts_no_more(place, number, whole_group):
+    tree = place.worker(threads=1)
+    place.send("work", 1, 0.4)
+    started(place, 1)
+    place.send("work", 2, 0)
+    if whole_group:
+        os.killpg(tree.pid, number)  # What Ctrl+C in a terminal does.
+    else:
+        tree.signal(number)
+
+    assert tree.wait(10) == 0, tree.tail()
+    assert place.notes("end", 1)
+    assert place.notes("start", 2) == []
+    assert place.waiting() == 1
+    assert tree.pids() == []
+
+
+def test_what_a_graceful_stop_left_is_done_by_the_next_worker_once(place):
+    tree = place.worker(threads=1)
+    place.send("work", 1, 0.3)
+    started(place, 1)
+    for number in range(2, 8):
+        place.send("work", number, 0)
+    tree.signal(signal.SIGTERM)
+    assert tree.wait(10) == 0, tree.tail()
+    place.ready_worker()
+    place.drained()
+
+    assert place.runs("start") == {str(number): 1 for number in range(1, 8)}
+    assert place.runs("end") == place.runs("start")
+
+
+def test_work_that_outlasts_the_shutdown_timeout_is_handed_back(place):
+    tree = place.worker("--worker-shutdown-timeout", "300")
+    place.send("held", 1)
+    started(place, 1)
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(5) == 0, tree.tail()
+    assert place.notes("end") == []
+    assert (place.waiting(), place.dead()) == (1, 0)
+
+    (place.folder / "release").touch()
+    place.ready_worker()
+    place.drained()
+    assert place.runs("end") == {"1": 1}
+
+
+def test_handing_back_is_no_crash(place):
+    # An actor whose first crash is its last.
+    place.script("import jobs; jobs.fragile.send(1)")
+    for times in (1, 2):
+        tree = place.worker("--worker-shutdown-timeout", "50")
+        place.wait_until(lambda: len(place.notes("start", 1)) == times, "the job starts")
+        tree.signal(signal.SIGTERM)
+        assert tree.wait(5) == 0, tree.tail()
+
+    assert (place.waiting(), place.dead()) == (1, 0)
+
+
+def test_a_second_signal_stops_at_once_and_loses_nothing(place):
+    tree = place.worker()
+    place.send("held", 1)
+    started(place, 1)
+    tree.signal(signal.SIGTERM)
+    place.wait_until(lambda: "SIGTERM" in tree.output(), "the worker says why it stops")
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(3) == 1, tree.tail()
+    assert tree.pids() == []
+    assert place.waiting() == 1
+    (place.folder / "release").touch()
+    place.worker()
+    place.drained()
+    assert place.runs("end") == {"1": 1}
+
+
+def test_a_signal_during_the_start_stops_the_worker(place):
+    place.jobs("note('importing')\ntime.sleep(0.5)")
+    tree = place.worker()
+    place.wait_until(lambda: place.notes("importing"), "the import is under way")
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(10) in (0, 1), tree.tail()
+    assert tree.pids() == []
+
+
+def test_jobs_run_with_no_signal_blocked(place):
+    place.jobs(
+        """
+        @dramalite.actor(max_retries=0)
+        def look():
+            note("blocked", len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+        """
+    )
+    place.send("look")
+    place.worker()
+    place.wait_until(lambda: place.notes("blocked"), "the job looks at its signals")
+
+    assert place.notes("blocked") == [["blocked", "0"]]
+
+
+# Processes that die
+
+
+def test_a_dead_child_is_replaced_and_the_others_are_not_disturbed(place):
+    tree = place.worker(processes=2, threads=1)
+    for number in range(2):
+        place.send("held", number)
+    victim, other = started(place, 0), started(place, 1)
+    kill(victim)
+    place.wait_until(lambda: len(place.notes("start", 0)) == 2, "the replacement repeats the lost job", 10)
+    (place.folder / "release").touch()
+    place.drained()
+
+    assert len(place.notes("start", 1)) == 1
+    assert int(place.notes("start", 0)[1][2]) not in (victim, other)
+    assert place.runs("end") == {"0": 1, "1": 1}
+    assert tree.alive()
+    assert re.search(r"SIGKILL|signal 9|-9|killed", tree.output())
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
+def test_children_leave_within_two_seconds_when_their_parent_is_killed(place, busy):
+    tree = place.ready_worker(processes=2)
+    if busy:
+        place.send("held", 1)
+        started(place, 1)
+    assert len(tree.children()) >= 2
+    kill(tree.pid)
+
+    place.wait_until(lambda: not tree.pids(), "the orphans leave", 2.0)
+
+
+def test_the_parent_stops_its_children_when_one_cannot_start_again(place):
+    # The module breaks while the worker runs; the dead child's replacement cannot import it.
+    tree = place.ready_worker(processes=1)
+    (place.folder / "jobs.py").write_text("raise ValueError('-'.join(['no', 'way']))\n")
+    kill(tree.children()[0])
+
+    place.wait_until(lambda: "no-way" in tree.output(), "the failed replacement is reported", 10)
+    tree.signal(signal.SIGTERM)
+    tree.wait(10)
+    assert tree.pids() == []

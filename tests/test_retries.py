@@ -1,0 +1,442 @@
+"""Retries: how often, when, who is told, and what is written into the message."""
+
+import datetime
+import logging
+
+import pytest
+
+import dramalite
+from dramalite import Retries, Retry
+
+from helpers import DEADLINE
+
+PATIENCE = DEADLINE * 1000
+DAY = 24 * 3_600_000
+
+
+class Trace(dramalite.Middleware):
+    """Keeps the delay of each retry and the options of each attempt."""
+
+    def __init__(self):
+        self.delays, self.attempts = [], []
+
+    def before_enqueue(self, broker, message, delay):
+        if "retries" in message.options:
+            self.delays.append(delay)
+
+    def before_process_message(self, broker, message):
+        self.attempts.append(dict(message.options))
+
+
+class Failing:
+    """A job that fails its first `times` attempts."""
+
+    def __init__(self, times=10**9, error=None):
+        self.times, self.error, self.calls = times, error or ValueError("no"), 0
+
+    def __call__(self, *args):
+        self.calls += 1
+        if self.calls <= self.times:
+            raise self.error
+
+
+def work_off(broker, worker):
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+
+def run(broker, worker, job, **options):
+    """Send one message to an actor of `job` with `options` and wait until it has ended."""
+    sent = dramalite.actor(job, actor_name="work", **options).send()
+    work_off(broker, worker)
+    return sent
+
+
+@pytest.fixture
+def trace(broker):
+    """A Trace on `broker`."""
+    trace = Trace()
+    broker.add_middleware(trace)
+    return trace
+
+
+# How often
+
+
+def test_a_job_that_fails_is_run_again_until_it_succeeds(broker, worker):
+    job = Failing(times=3)
+    run(broker, worker, job, min_backoff=0)
+
+    assert job.calls == 4
+    assert list(broker.dead_letters) == []
+
+
+@pytest.mark.parametrize("max_retries", [0, 1, 4])
+def test_there_is_one_attempt_more_than_retries(broker, worker, max_retries):
+    job = Failing()
+    run(broker, worker, job, max_retries=max_retries, min_backoff=0)
+
+    assert job.calls == max_retries + 1
+    assert len(broker.dead_letters) == 1
+
+
+def test_there_are_twenty_retries_by_default(broker, worker):
+    job = Failing()
+    run(broker, worker, job, min_backoff=0)
+
+    assert job.calls == 21
+
+
+@pytest.mark.parametrize("place", ["middleware", "actor", "message"])
+def test_no_limit_means_for_ever(make_broker, worker, place):
+    options = {"max_retries": None}
+    retries = Retries(min_backoff=1, max_backoff=1, **(options if place == "middleware" else {}))
+    broker = make_broker(middleware=[retries])
+    job = Failing(times=30)
+    actor = dramalite.actor(job, actor_name="work", **(options if place == "actor" else {}))
+    actor.send_with_options(**(options if place == "message" else {}))
+    work_off(broker, worker)
+
+    assert job.calls == 31
+
+
+def test_message_then_actor_then_middleware_decide_how_often(make_broker, worker):
+    broker = make_broker(middleware=[Retries(max_retries=1, min_backoff=1, max_backoff=1)])
+    jobs = [Failing(), Failing(), Failing(), Failing()]
+    dramalite.actor(jobs[0], actor_name="middleware").send()
+    dramalite.actor(jobs[1], actor_name="actor", max_retries=2).send()
+    dramalite.actor(jobs[2], actor_name="message", max_retries=2).send_with_options(max_retries=3)
+    dramalite.actor(jobs[3], actor_name="zero", max_retries=2).send_with_options(max_retries=0)
+    work_off(broker, worker)
+
+    assert [job.calls for job in jobs] == [2, 3, 4, 1]
+
+
+def test_a_message_keeps_its_id_and_its_time_through_retries(broker, worker):
+    seen = set()
+
+    class Peek(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            seen.add((message.message_id, message.message_timestamp))
+
+    broker.add_middleware(Peek())
+    sent = run(broker, worker, Failing(times=2), min_backoff=0)
+
+    assert seen == {(sent.message_id, sent.message_timestamp)}
+
+
+# retry_when
+
+
+def test_retry_when_decides_with_the_count_so_far_and_the_exception(broker, worker):
+    asked = []
+    error = ValueError("no")
+    job = Failing(error=error)
+
+    def should_retry(retries_so_far, exception):
+        asked.append((retries_so_far, exception))
+        return retries_so_far < 5
+
+    run(broker, worker, job, retry_when=should_retry, min_backoff=0)
+
+    assert job.calls == 6
+    assert asked == [(count, error) for count in range(6)]
+    assert len(broker.dead_letters) == 1
+
+
+def test_retry_when_makes_max_retries_meaningless(broker, worker):
+    job = Failing(times=4)
+    run(
+        broker,
+        worker,
+        job,
+        retry_when=lambda retries_so_far, exception: True,
+        max_retries=1,
+        min_backoff=0,
+    )
+
+    assert job.calls == 5
+
+
+def test_retry_when_may_be_set_for_all(make_broker, worker):
+    broker = make_broker(
+        middleware=[Retries(retry_when=lambda count, exception: count < 2, min_backoff=1)]
+    )
+    job = Failing()
+    dramalite.actor(job, actor_name="work").send()
+    work_off(broker, worker)
+
+    assert job.calls == 3
+
+
+def test_an_error_in_retry_when_ends_in_a_dead_letter_and_loses_nothing(broker, worker):
+    def broken(retries_so_far, exception):
+        raise RuntimeError("broken predicate")
+
+    job = Failing()
+    sent = run(broker, worker, job, retry_when=broken)
+
+    assert job.calls == 1
+    assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
+
+
+# throws
+
+
+@pytest.mark.parametrize("throws", [ValueError, (KeyError, ValueError), Exception])
+def test_an_expected_exception_is_not_retried(broker, worker, throws):
+    job = Failing()
+    run(broker, worker, job, throws=throws, min_backoff=0)
+    (letter,) = broker.dead_letters
+
+    assert job.calls == 1
+    assert {"retries", "traceback", "requeue_timestamp"} & set(letter.options) == set()
+
+
+def test_an_unexpected_exception_is_retried_all_the_same(broker, worker):
+    job = Failing(times=1)
+    run(broker, worker, job, throws=KeyError, min_backoff=0)
+
+    assert job.calls == 2
+
+
+def test_a_list_of_expected_exceptions_works_like_a_tuple(broker, worker):
+    job = Failing()
+    run(broker, worker, job, throws=[KeyError, ValueError], min_backoff=0)
+
+    assert job.calls == 1
+    assert len(broker.dead_letters) == 1
+
+
+def test_an_expected_exception_does_not_exhaust_retries(broker, worker):
+    told = []
+    exhausted = dramalite.actor(lambda *args: told.append(args), actor_name="exhausted")
+    run(broker, worker, Failing(), throws=ValueError, on_retry_exhausted=exhausted)
+
+    assert told == []
+
+
+def test_an_expected_exception_is_said_to_end_the_message(broker, worker, caplog):
+    caplog.set_level(logging.INFO)
+    run(broker, worker, Failing(), throws=ValueError)
+
+    assert any(r.getMessage().startswith("Aborting") for r in caplog.records)
+
+
+# What is written into the message
+
+
+def test_a_retry_carries_its_count_its_traceback_and_its_time(broker, worker, trace):
+    clock = dramalite.Clock()
+    before = clock.time_ms()
+    run(broker, worker, Failing(times=2), min_backoff=0)
+    first, second, third = trace.attempts
+
+    assert first == {}
+    assert (second["retries"], third["retries"]) == (1, 2)
+    assert second["traceback"].startswith("Traceback (most recent call last):")
+    assert second["traceback"].endswith("ValueError: no\n")
+    assert (
+        before
+        <= second["requeue_timestamp"]
+        <= third["requeue_timestamp"]
+        <= clock.time_ms()
+    )
+
+
+def test_a_long_traceback_is_cut_to_thirty_frames(broker, worker, trace):
+    def deep(level):
+        if level == 0:
+            raise ValueError("bottom")
+        deep(level - 1) if level % 2 else deep(level - 1)
+
+    def work():
+        deep(100)
+
+    run(broker, worker, work, max_retries=0)
+    (letter,) = broker.dead_letters
+
+    assert letter.options["traceback"].count('File "') <= 30
+
+
+# Giving up
+
+
+def test_giving_up_is_warned_about(broker, worker, caplog):
+    run(broker, worker, Failing(), max_retries=0)
+
+    assert [r.getMessage() for r in caplog.records if r.levelname == "WARNING"][0].startswith(
+        "Retries exceeded"
+    )
+
+
+def test_on_retry_exhausted_is_told_once_when_all_is_over(broker, worker):
+    told = []
+    dramalite.actor(lambda *args: told.append(args), actor_name="exhausted")
+    sent = run(
+        broker, worker, Failing(), max_retries=2, min_backoff=0, on_retry_exhausted="exhausted"
+    )
+    ((message_data, retry_info),) = told
+
+    assert message_data.message_id == sent.message_id
+    assert message_data["options"]["retries"] == 3
+    assert retry_info == {"retries": 2, "max_retries": 2}
+
+
+def test_on_retry_exhausted_is_told_when_retry_when_says_no(broker, worker):
+    told = []
+    dramalite.actor(lambda *args: told.append(args), actor_name="exhausted")
+    run(
+        broker,
+        worker,
+        Failing(),
+        retry_when=lambda retries_so_far, exception: False,
+        on_retry_exhausted="exhausted",
+    )
+
+    assert len(told) == 1
+
+
+def test_on_retry_exhausted_is_not_told_of_a_success(broker, worker):
+    told = []
+    dramalite.actor(lambda *args: told.append(args), actor_name="exhausted")
+    run(
+        broker,
+        worker,
+        Failing(times=2),
+        max_retries=2,
+        min_backoff=0,
+        on_retry_exhausted="exhausted",
+    )
+
+    assert told == []
+
+
+@pytest.mark.parametrize("place", ["actor", "message"])
+def test_on_retry_exhausted_may_be_an_actor_in_either_place(broker, worker, place):
+    told = []
+    exhausted = dramalite.actor(lambda *args: told.append(args), actor_name="exhausted")
+    options = {"on_retry_exhausted": exhausted}
+    actor = dramalite.actor(
+        Failing(), actor_name="work", max_retries=0, **(options if place == "actor" else {})
+    )
+    actor.send_with_options(**(options if place == "message" else {}))
+    work_off(broker, worker)
+
+    assert len(told) == 1
+
+
+# When
+
+
+@pytest.mark.parametrize("option", ["min_backoff", "max_backoff"])
+@pytest.mark.parametrize("place", ["middleware", "actor", "message"])
+def test_a_backoff_of_zero_retries_at_once(make_broker, worker, option, place):
+    trace = Trace()
+    options = {option: 0}
+    retries = Retries(max_retries=10, **(options if place == "middleware" else {}))
+    broker = make_broker(middleware=[retries, trace])
+    job = Failing()
+    actor = dramalite.actor(job, actor_name="work", **(options if place == "actor" else {}))
+    actor.send_with_options(**(options if place == "message" else {}))
+    work_off(broker, worker)
+
+    assert job.calls == 11
+    assert trace.delays == [0] * 10
+
+
+def test_the_first_retry_comes_after_fifteen_to_thirty_seconds_by_default(
+    make_broker, clock, worker
+):
+    broker = make_broker(clock=clock)
+    trace = Trace()
+    broker.add_middleware(trace)
+    dramalite.actor(Failing(), actor_name="work").send()
+    worker(broker)
+    with pytest.raises(dramalite.QueueJoinTimeout):
+        broker.join("default", timeout=100)
+
+    assert len(trace.delays) == 1
+    assert 15_000 <= trace.delays[0] <= 30_000
+
+
+def test_a_backoff_may_be_a_timedelta(make_broker, clock, worker):
+    broker = make_broker(clock=clock)
+    trace = Trace()
+    broker.add_middleware(trace)
+    dramalite.actor(
+        Failing(), actor_name="work", min_backoff=datetime.timedelta(minutes=10)
+    ).send()
+    worker(broker)
+    with pytest.raises(dramalite.QueueJoinTimeout):
+        broker.join("default", timeout=100)
+
+    assert len(trace.delays) == 1
+    assert 600_000 <= trace.delays[0] <= 1_200_000
+
+
+def test_a_retry_is_announced_with_its_delay(broker, worker, caplog):
+    caplog.set_level(logging.INFO)
+    sent = run(broker, worker, Failing(times=1), min_backoff=0)
+    text = f"Retrying message '{sent.message_id}' in 0 milliseconds."
+
+    assert text in [record.getMessage() for record in caplog.records]
+
+
+# Retry
+
+
+@pytest.mark.parametrize("delay", [0, 7])
+def test_a_wanted_retry_comes_after_its_own_delay(broker, worker, trace, delay):
+    job = Failing(times=1, error=Retry("later", delay=delay))
+    run(broker, worker, job, min_backoff=DAY)
+
+    assert job.calls == 2
+    assert trace.delays == [delay]
+
+
+def test_a_wanted_delay_is_not_capped(make_broker, clock, worker):
+    broker = make_broker(clock=clock)
+    trace = Trace()
+    broker.add_middleware(trace)
+    job = Failing(error=Retry(delay=30 * DAY))
+    dramalite.actor(job, actor_name="work", max_backoff=1000).send()
+    worker(broker)
+    with pytest.raises(dramalite.QueueJoinTimeout):
+        broker.join("default", timeout=100)
+
+    assert trace.delays == [30 * DAY]
+
+
+def test_a_wanted_retry_without_delay_backs_off_as_usual(broker, worker, trace):
+    job = Failing(times=1, error=Retry())
+    run(broker, worker, job, min_backoff=4, max_backoff=100)
+
+    assert job.calls == 2
+    assert 4 <= trace.delays[0] <= 8
+
+
+def test_wanted_retries_count_like_others(broker, worker):
+    job = Failing(error=Retry(delay=0))
+    run(broker, worker, job, max_retries=2)
+
+    assert job.calls == 3
+    assert len(broker.dead_letters) == 1
+
+
+def test_a_wanted_delay_may_be_a_timedelta(broker, worker, trace):
+    job = Failing(times=1, error=Retry(delay=datetime.timedelta(milliseconds=3)))
+    run(broker, worker, job, min_backoff=DAY)
+
+    assert job.calls == 2
+    assert trace.delays == [3]
+
+
+def test_a_stub_broker_raises_the_last_error_from_join(stub_broker, worker):
+    error = ValueError("no")
+    dramalite.actor(Failing(error=error), actor_name="work", max_retries=2, min_backoff=0).send()
+    worker(stub_broker)
+    with pytest.raises(ValueError) as raised:
+        stub_broker.join("default", timeout=PATIENCE)
+
+    assert raised.value is error

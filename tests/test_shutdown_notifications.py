@@ -1,0 +1,197 @@
+"""ShutdownNotifications: jobs that want to know are interrupted when their worker stops."""
+
+import asyncio
+import threading
+
+import pytest
+
+import dramalite
+from dramalite import Retries, Shutdown, ShutdownNotifications
+
+from helpers import DEADLINE, wait_until
+
+PATIENCE = DEADLINE * 1000
+
+
+class Announced(dramalite.Middleware):
+    """Tells when the hooks before the worker's shutdown have run; to stand last in the list."""
+
+    def __init__(self):
+        self.event = threading.Event()
+
+    def before_worker_shutdown(self, broker, worker):
+        self.event.set()
+
+
+class Job:
+    """Works in small steps until it is let go, and writes down how it ended."""
+
+    def __init__(self):
+        self.running, self.go_on = threading.Event(), threading.Event()
+        self.outcomes = []
+
+    def __call__(self):
+        self.running.set()
+        try:
+            for _ in range(int(DEADLINE * 200)):
+                if self.go_on.wait(0.005):
+                    break
+        except Shutdown:
+            self.outcomes.append("notified")
+            raise
+        self.outcomes.append("finished")
+
+
+@pytest.fixture
+def job():
+    job = Job()
+    yield job
+    job.go_on.set()
+
+
+def in_thread(function):
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    return thread
+
+
+def stop_while_running(worker, job):
+    """Stop `worker` while it runs `job`; return when it has stopped."""
+    job.running.wait(DEADLINE)
+    stopping = in_thread(worker.stop)
+    stopping.join(DEADLINE)
+    return stopping
+
+
+def options(value):
+    return {} if value is None else {"notify_shutdown": value}
+
+
+@pytest.mark.parametrize(
+    "of_message, of_actor, of_middleware, expected",
+    [
+        (True, True, True, "notified"),
+        (True, False, False, "notified"),
+        (True, None, None, "notified"),
+        (False, True, True, "finished"),
+        (None, True, True, "notified"),
+        (None, True, False, "notified"),
+        (None, False, True, "finished"),
+        (None, None, True, "notified"),
+        (None, None, False, "finished"),
+        (None, None, None, "finished"),
+    ],
+)
+def test_message_then_actor_then_middleware_decide_who_is_notified(
+    make_broker, worker, job, of_message, of_actor, of_middleware, expected
+):
+    announced = Announced()
+    notifications = ShutdownNotifications(**options(of_middleware))
+    broker = make_broker(middleware=[notifications, Retries(), announced])
+    actor = dramalite.actor(job, actor_name="work", **options(of_actor))
+    actor.send_with_options(**options(of_message))
+    started = worker(broker)
+    job.running.wait(DEADLINE)
+    stopping = in_thread(started.stop)
+    announced.event.wait(DEADLINE)
+    if expected == "finished":
+        job.go_on.set()
+    stopping.join(DEADLINE)
+
+    assert stopping.is_alive() is False
+    assert job.outcomes == [expected]
+
+
+def test_a_notified_job_may_finish_what_it_does(broker, worker):
+    running, log = threading.Event(), []
+
+    def work():
+        try:
+            running.set()
+            never = threading.Event()
+            for _ in range(int(DEADLINE * 200)):
+                never.wait(0.005)
+        except Shutdown:
+            log.append("saved")
+
+    dramalite.actor(work, notify_shutdown=True).send()
+    started = worker(broker)
+    running.wait(DEADLINE)
+    started.stop()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert log == ["saved"]
+
+
+@pytest.mark.parametrize("max_retries", [0, 5])
+def test_an_interrupted_message_goes_back_to_its_queue_and_no_retry_is_counted(
+    make_broker, worker, job, max_retries
+):
+    seen = []
+
+    class Peek(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            seen.append((message.message_id, dict(message.options)))
+
+    broker = make_broker(middleware=[ShutdownNotifications(), Retries(), Peek()])
+    sent = dramalite.actor(
+        job, actor_name="work", notify_shutdown=True, max_retries=max_retries
+    ).send()
+    stop_while_running(worker(broker), job)
+    job.go_on.set()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert job.outcomes == ["notified", "finished"]
+    assert seen == [(sent.message_id, {})] * 2
+    assert list(broker.dead_letters) == []
+
+
+def test_a_job_that_is_over_is_not_notified(broker, worker, caplog):
+    log = []
+    dramalite.actor(lambda: log.append("done"), actor_name="work", notify_shutdown=True).send()
+    started = worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    started.stop()
+
+    assert log == ["done"]
+    assert [record for record in caplog.records if record.levelname != "INFO"] == []
+
+
+def test_only_those_who_want_it_are_notified(broker, worker):
+    interested, indifferent = Job(), Job()
+    dramalite.actor(interested, actor_name="interested", notify_shutdown=True).send()
+    dramalite.actor(indifferent, actor_name="indifferent").send()
+    started = worker(broker, worker_threads=2)
+    interested.running.wait(DEADLINE)
+    indifferent.running.wait(DEADLINE)
+    stopping = in_thread(started.stop)
+    wait_until(lambda: interested.outcomes)
+    before = list(indifferent.outcomes)
+    indifferent.go_on.set()
+    stopping.join(DEADLINE)
+
+    assert interested.outcomes == ["notified"]
+    assert before == []
+    assert indifferent.outcomes == ["finished"]
+
+
+def test_an_async_job_is_notified_by_cancellation(broker, worker):
+    running, log = threading.Event(), []
+
+    @dramalite.actor(notify_shutdown=True)
+    async def work():
+        running.set()
+        try:
+            await asyncio.sleep(DEADLINE)
+        except asyncio.CancelledError:
+            log.append("cancelled")
+            raise
+
+    work.send()
+    started = worker(broker)
+    running.wait(DEADLINE)
+    started.stop()
+
+    assert log == ["cancelled"]

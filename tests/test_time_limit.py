@@ -1,0 +1,282 @@
+"""TimeLimit: jobs that take too long are interrupted."""
+
+import asyncio
+import datetime
+import threading
+
+import pytest
+
+import dramalite
+from dramalite import Retries, TimeLimit, TimeLimitExceeded
+
+from helpers import DEADLINE, wait_until
+
+PATIENCE = DEADLINE * 1000
+
+
+@pytest.fixture
+def log():
+    """What the jobs write down."""
+    return []
+
+
+def busy():
+    """Keep a thread busy, in small steps so that an interrupt gets in between, for at most DEADLINE."""
+    never = threading.Event()
+    for _ in range(int(DEADLINE * 200)):
+        never.wait(0.005)
+
+
+class Outcomes(dramalite.Middleware):
+    """Keeps the exception with which each attempt ended."""
+
+    def __init__(self):
+        self.exceptions = []
+
+    def after_process_message(self, broker, message, *, result=None, exception=None):
+        self.exceptions.append(exception)
+
+
+@pytest.fixture
+def outcomes():
+    return Outcomes()
+
+
+@pytest.fixture
+def limited(make_broker, outcomes):
+    """A broker whose time limits are checked often; no retries unless asked for."""
+    return make_broker(
+        middleware=[TimeLimit(interval=10), Retries(max_retries=0, min_backoff=1), outcomes]
+    )
+
+
+def work_off(broker, worker):
+    started = worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    return started
+
+
+def test_a_job_that_takes_too_long_is_interrupted(limited, worker, outcomes):
+    dramalite.actor(busy, time_limit=30).send()
+    work_off(limited, worker)
+
+    assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
+    assert len(limited.dead_letters) == 1
+
+
+def test_a_worker_inside_a_program_has_time_limits_with_the_default_middleware(broker, worker):
+    dramalite.actor(busy, time_limit=30, max_retries=0).send()
+    work_off(broker, worker)
+
+    assert len(broker.dead_letters) == 1
+    assert "TimeLimitExceeded" in list(broker.dead_letters)[0].options["traceback"]
+
+
+def test_a_job_within_its_limit_is_left_alone(limited, worker, log, outcomes):
+    dramalite.actor(lambda: log.append("done"), actor_name="work", time_limit=5000).send()
+    work_off(limited, worker)
+
+    assert log == ["done"]
+    assert outcomes.exceptions == [None]
+
+
+def test_except_exception_does_not_swallow_the_interrupt(limited, worker, log, outcomes):
+    def work():
+        try:
+            busy()
+        except Exception:
+            log.append("swallowed")
+
+    dramalite.actor(work, time_limit=30).send()
+    work_off(limited, worker)
+
+    assert log == []
+    assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
+
+
+def test_a_job_may_clean_up_and_raise_again(limited, worker, log, outcomes):
+    def work():
+        try:
+            busy()
+        except TimeLimitExceeded:
+            log.append("cleaned up")
+            raise
+
+    dramalite.actor(work, time_limit=30).send()
+    work_off(limited, worker)
+
+    assert log == ["cleaned up"]
+    assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
+
+
+def test_a_job_may_end_well_in_spite_of_the_interrupt(limited, worker, log, outcomes):
+    def work():
+        try:
+            busy()
+        except TimeLimitExceeded:
+            log.append("saved what there was")
+
+    dramalite.actor(work, time_limit=30).send()
+    work_off(limited, worker)
+
+    assert log == ["saved what there was"]
+    assert outcomes.exceptions == [None]
+    assert list(limited.dead_letters) == []
+
+
+def test_a_job_is_interrupted_once_only(limited, worker, log, outcomes):
+    def work():
+        try:
+            busy()
+        except TimeLimitExceeded:
+            never = threading.Event()
+            for _ in range(20):
+                never.wait(0.005)
+            log.append("went on undisturbed")
+
+    dramalite.actor(work, time_limit=20).send()
+    work_off(limited, worker)
+
+    assert log == ["went on undisturbed"]
+    assert outcomes.exceptions == [None]
+
+
+def test_the_thread_lives_on_after_an_interrupt(limited, worker, log):
+    dramalite.actor(busy, time_limit=20).send()
+    after = dramalite.actor(lambda: log.append(threading.get_ident()), actor_name="after")
+    after.send()
+    work_off(limited, worker)
+    after.send()
+    limited.join("default", timeout=PATIENCE)
+
+    assert len(log) == 2
+    assert len(set(log)) == 1
+
+
+def test_an_interrupted_job_is_retried(limited, worker, outcomes):
+    attempts = []
+
+    def work():
+        attempts.append(1)
+        if len(attempts) == 1:
+            busy()
+
+    dramalite.actor(work, time_limit=30, max_retries=1).send()
+    work_off(limited, worker)
+
+    assert len(attempts) == 2
+    assert [type(exception) for exception in outcomes.exceptions] == [
+        TimeLimitExceeded,
+        type(None),
+    ]
+
+
+def test_a_limit_for_all_can_be_set_on_the_middleware(make_broker, worker, outcomes):
+    broker = make_broker(
+        middleware=[TimeLimit(time_limit=30, interval=10), Retries(max_retries=0), outcomes]
+    )
+    dramalite.actor(busy).send()
+    work_off(broker, worker)
+
+    assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
+
+
+def test_an_actors_limit_overrides_that_of_the_middleware(make_broker, worker, log, outcomes):
+    broker = make_broker(middleware=[TimeLimit(time_limit=5, interval=5), outcomes])
+    waiting = threading.Event()
+
+    def work():
+        for _ in range(8):
+            waiting.wait(0.005)
+        log.append("done")
+
+    dramalite.actor(work, time_limit=10_000).send()
+    work_off(broker, worker)
+
+    assert log == ["done"]
+    assert outcomes.exceptions == [None]
+
+
+def test_a_messages_limit_overrides_that_of_its_actor(limited, worker, outcomes):
+    dramalite.actor(busy, time_limit=60_000).send_with_options(time_limit=30)
+    work_off(limited, worker)
+
+    assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
+
+
+def test_a_limit_may_be_a_timedelta(limited, worker, outcomes):
+    dramalite.actor(busy, time_limit=datetime.timedelta(milliseconds=30)).send()
+    work_off(limited, worker)
+
+    assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
+
+
+def test_an_infinite_limit_is_no_limit(make_broker, worker, log):
+    broker = make_broker(middleware=[TimeLimit(time_limit=5, interval=5)])
+    waiting = threading.Event()
+
+    def work():
+        for _ in range(8):
+            waiting.wait(0.005)
+        log.append("done")
+
+    dramalite.actor(work, time_limit=float("inf")).send()
+    work_off(broker, worker)
+
+    assert log == ["done"]
+
+
+def test_an_async_job_that_takes_too_long_is_cancelled(limited, worker, log, outcomes):
+    @dramalite.actor(time_limit=30)
+    async def work():
+        try:
+            await asyncio.sleep(DEADLINE)
+        finally:
+            log.append("cleaned up")
+
+    work.send()
+    work_off(limited, worker)
+
+    assert log == ["cleaned up"]
+    assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
+
+
+def test_limits_of_several_jobs_at_a_time_are_their_own(limited, worker, log):
+    def quick_limit():
+        try:
+            busy()
+        except TimeLimitExceeded:
+            log.append("interrupted")
+
+    release = threading.Event()
+
+    def long_limit():
+        release.wait(DEADLINE)
+        log.append("undisturbed")
+
+    dramalite.actor(long_limit, time_limit=60_000).send()
+    dramalite.actor(quick_limit, time_limit=30).send()
+    dramalite.actor(quick_limit, actor_name="again", time_limit=30).send()
+    worker(limited, worker_threads=3)
+    wait_until(lambda: len(log) == 2)
+    release.set()
+    limited.join("default", timeout=PATIENCE)
+
+    assert log == ["interrupted", "interrupted", "undisturbed"]
+
+
+def test_an_interrupt_is_announced_in_the_log(limited, worker, caplog):
+    dramalite.actor(busy, time_limit=30).send()
+    work_off(limited, worker)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+    assert any("ime limit exceeded" in text for text in warnings)
+
+
+def test_a_stub_broker_raises_the_interrupt_from_join(make_stub_broker, worker):
+    broker = make_stub_broker(middleware=[TimeLimit(interval=10), Retries(max_retries=0)])
+    dramalite.actor(busy, time_limit=30).send()
+    worker(broker)
+
+    with pytest.raises(TimeLimitExceeded):
+        broker.join("default", timeout=PATIENCE)

@@ -1,0 +1,736 @@
+"""The worker: starting, pausing and stopping it, what a job may do to it, and what it gives back."""
+
+import logging
+import threading
+
+import pytest
+
+import dramalite
+from dramalite import Message, QueueJoinTimeout
+
+from helpers import DEADLINE, wait_until
+
+PATIENCE = DEADLINE * 1000
+
+
+class Job:
+    """A job that reports that it runs and then waits until it is let go."""
+
+    def __init__(self):
+        self.running, self.go_on = threading.Event(), threading.Event()
+        self.finished = []
+
+    def __call__(self, value=None):
+        self.running.set()
+        self.go_on.wait(DEADLINE)
+        self.finished.append(value)
+
+
+@pytest.fixture
+def job():
+    """A Job that is let go at the latest when the test ends."""
+    job = Job()
+    yield job
+    job.go_on.set()
+
+
+def in_thread(function, *args, **keywords):
+    """Start `function` in a thread of its own and return the thread."""
+    thread = threading.Thread(target=function, args=args, kwargs=keywords, daemon=True)
+    thread.start()
+    return thread
+
+
+# Starting and stopping
+
+
+def test_a_worker_is_a_context_manager(broker):
+    done = []
+    dramalite.actor(done.append, actor_name="work").send(1)
+    with dramalite.Worker(broker, worker_threads=2) as worker:
+        broker.join("default", timeout=PATIENCE)
+
+    assert isinstance(worker, dramalite.Worker)
+    assert done == [1]
+
+
+def test_a_worker_stops_at_the_end_of_its_block_also_after_an_error(broker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    with pytest.raises(ValueError):
+        with dramalite.Worker(broker, worker_threads=1):
+            raise ValueError("no")
+    work.send(1)
+
+    with pytest.raises(QueueJoinTimeout):
+        broker.join("default", timeout=30)
+    assert done == []
+
+
+def test_a_worker_runs_in_any_thread(broker):
+    done = []
+    dramalite.actor(done.append, actor_name="work").send(1)
+
+    def run():
+        with dramalite.Worker(broker, worker_threads=1):
+            broker.join("default", timeout=PATIENCE)
+
+    thread = in_thread(run)
+    thread.join(DEADLINE)
+
+    assert not thread.is_alive()
+    assert done == [1]
+
+
+def test_starting_does_not_block_and_leaves_signals_alone(broker):
+    signal = pytest.importorskip("signal")
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with dramalite.Worker(broker, worker_threads=1):
+        inside = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    assert inside == handlers
+
+
+def test_a_worker_has_eight_threads_unless_told_otherwise(make_broker):
+    booted = []
+
+    class Threads(dramalite.Middleware):
+        def after_worker_thread_boot(self, broker, thread):
+            booted.append(thread)
+
+    with dramalite.Worker(make_broker(middleware=[Threads()])):
+        wait_until(lambda: len(booted) == 8)
+
+    assert len(booted) == 8
+
+
+def test_its_threads_do_not_keep_a_program_alive(run_python):
+    done = run_python(
+        "import dramalite\n"
+        "broker = dramalite.SQLiteBroker('queue.db')\n"
+        "@dramalite.actor(broker=broker)\n"
+        "def work(): print('worked')\n"
+        "work.send()\n"
+        "dramalite.Worker(broker, worker_threads=2).start()\n"
+        "broker.join('default', timeout=10000)\n"
+    )
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "worked\n", "")
+
+
+def test_a_worker_takes_messages_sent_after_it_started(broker, worker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    worker(broker)
+    work.send(1)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [1]
+
+
+def test_a_worker_serves_actors_declared_after_it_started(broker, worker):
+    done = []
+    worker(broker)
+    dramalite.actor(done.append, actor_name="work", queue_name="late").send(1)
+    broker.join("late", timeout=PATIENCE)
+
+    assert done == [1]
+
+
+def test_several_threads_work_at_the_same_time(broker, worker):
+    meeting = threading.Barrier(4)
+    done = []
+
+    def work():
+        meeting.wait(DEADLINE)
+        done.append(1)
+
+    actor = dramalite.actor(work, max_retries=0)
+    for _ in range(4):
+        actor.send()
+    worker(broker, worker_threads=4)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [1] * 4
+
+
+def test_a_worker_serves_only_the_queues_it_is_told(broker, worker):
+    done = []
+    other = dramalite.actor(lambda: done.append("other"), actor_name="o", queue_name="other")
+    mine = dramalite.actor(lambda: done.append("mine"), actor_name="m", queue_name="mine")
+    other.send()
+    mine.send()
+    mine.send_with_options(delay=1)
+    worker(broker, queues={"mine"})
+    broker.join("mine", timeout=PATIENCE)
+
+    with pytest.raises(QueueJoinTimeout):
+        broker.join("other", timeout=30)
+    assert done == ["mine", "mine"]
+
+
+@pytest.mark.parametrize("queues", [None, [], set()])
+def test_a_worker_told_no_queues_serves_all(broker, worker, queues):
+    done = []
+    dramalite.actor(lambda: done.append("a"), actor_name="a", queue_name="a").send()
+    dramalite.actor(lambda: done.append("b"), actor_name="b", queue_name="b").send()
+    worker(broker, queues=queues)
+    broker.join("a", timeout=PATIENCE)
+    broker.join("b", timeout=PATIENCE)
+
+    assert sorted(done) == ["a", "b"]
+
+
+def test_stopping_waits_for_the_job_in_hand(broker, job):
+    dramalite.actor(job, actor_name="work").send("in hand")
+    worker = dramalite.Worker(broker, worker_threads=1)
+    worker.start()
+    job.running.wait(DEADLINE)
+    stopping = in_thread(worker.stop)
+    stopping.join(0.03)
+    still_stopping = stopping.is_alive()
+    job.go_on.set()
+    stopping.join(DEADLINE)
+
+    assert still_stopping is True
+    assert stopping.is_alive() is False
+    assert job.finished == ["in hand"]
+
+
+def test_a_stopped_worker_takes_no_more_work_and_the_next_one_gets_it_in_order(broker, job, worker):
+    done = []
+    block = dramalite.actor(job, actor_name="block")
+    work = dramalite.actor(done.append, actor_name="work")
+    block.send()
+    for number in range(20):
+        work.send(number)
+    first = worker(broker)
+    job.running.wait(DEADLINE)
+    stopping = in_thread(first.stop)
+    with pytest.raises(QueueJoinTimeout):
+        broker.join("default", timeout=30)
+    job.go_on.set()
+    stopping.join(DEADLINE)
+    before = list(done)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert before == []
+    assert done == list(range(20))
+    assert job.finished == [None]
+
+
+def test_a_job_that_finished_before_the_stop_is_not_run_again(broker, worker):
+    done = []
+    dramalite.actor(done.append, actor_name="work").send(1)
+    first = worker(broker)
+    wait_until(lambda: done)
+    first.stop()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [1]
+
+
+def test_stop_returns_when_its_timeout_is_over(broker, job):
+    dramalite.actor(job, actor_name="work").send()
+    worker = dramalite.Worker(broker, worker_threads=1)
+    worker.start()
+    job.running.wait(DEADLINE)
+    stopping = in_thread(worker.stop, timeout=20)
+    stopping.join(DEADLINE)
+
+    assert stopping.is_alive() is False
+    assert job.finished == []
+
+
+def test_stopping_before_starting_and_twice_is_harmless(broker):
+    worker = dramalite.Worker(broker, worker_threads=1)
+    worker.stop()
+    worker.start()
+    worker.stop()
+
+    assert worker.stop() is None
+
+
+def test_a_worker_can_be_started_again(broker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    worker = dramalite.Worker(broker, worker_threads=1)
+    for number in range(2):
+        worker.start()
+        work.send(number)
+        broker.join("default", timeout=PATIENCE)
+        worker.stop()
+
+    assert done == [0, 1]
+
+
+def test_a_second_worker_leaves_no_trace_of_the_first(broker, worker, caplog):
+    before = list(broker.middleware)
+    worker(broker).stop()
+    worker(broker).stop()
+
+    assert broker.middleware == before
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_two_workers_share_a_brokers_work(broker, worker):
+    meeting = threading.Barrier(2)
+    done = []
+
+    def work():
+        meeting.wait(DEADLINE)
+        done.append(threading.get_ident())
+
+    actor = dramalite.actor(work, max_retries=0)
+    worker(broker)
+    worker(broker)
+    actor.send()
+    actor.send()
+    broker.join("default", timeout=PATIENCE)
+
+    assert len(set(done)) == 2
+
+
+def test_workers_of_several_brokers_live_in_one_process(
+    make_file_broker, make_stub_broker, worker
+):
+    brokers = [make_file_broker("one.db"), make_file_broker("two.db"), make_stub_broker()]
+    done = []
+    for number, broker in enumerate(brokers):
+        actor = dramalite.actor(
+            lambda number=number: done.append(number), actor_name="work", broker=broker
+        )
+        worker(broker)
+        actor.send()
+    for broker in brokers:
+        broker.join("default", timeout=PATIENCE)
+
+    assert sorted(done) == [0, 1, 2]
+
+
+def test_each_message_is_run_once_by_many_workers_on_one_file(make_file_broker, worker):
+    done = []
+    brokers = [make_file_broker() for _ in range(3)]
+    for broker in brokers:
+        work = dramalite.actor(done.append, actor_name="work", broker=broker)
+    brokers[0].enqueue_many(work.message(number) for number in range(300))
+    for broker in brokers:
+        worker(broker, worker_threads=2)
+    brokers[0].join("default", timeout=PATIENCE)
+
+    assert sorted(done) == list(range(300))
+
+
+# Pause, resume, join
+
+
+def test_a_paused_worker_runs_nothing_until_it_is_resumed(broker, worker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    started = worker(broker, worker_threads=2)
+    started.pause()
+    work.send(1)
+    with pytest.raises(QueueJoinTimeout):
+        broker.join("default", timeout=50)
+    before = list(done)
+    started.resume()
+    broker.join("default", timeout=PATIENCE)
+
+    assert before == []
+    assert done == [1]
+
+
+def test_pausing_waits_for_the_job_in_hand(broker, worker, job):
+    dramalite.actor(job, actor_name="work").send("in hand")
+    started = worker(broker)
+    job.running.wait(DEADLINE)
+    pausing = in_thread(started.pause)
+    pausing.join(0.03)
+    still_pausing = pausing.is_alive()
+    job.go_on.set()
+    pausing.join(DEADLINE)
+
+    assert still_pausing is True
+    assert pausing.is_alive() is False
+    assert job.finished == ["in hand"]
+
+
+def test_a_paused_worker_can_be_stopped(broker, worker):
+    started = worker(broker)
+    started.pause()
+    stopping = in_thread(started.stop)
+    stopping.join(DEADLINE)
+
+    assert stopping.is_alive() is False
+
+
+def test_work_held_by_a_paused_worker_is_taken_by_another(broker, worker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    worker(broker).pause()
+    work.send(1)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [1]
+
+
+def test_joining_a_worker_waits_for_its_job(broker, worker, job):
+    dramalite.actor(job, actor_name="work").send("in hand")
+    started = worker(broker)
+    job.running.wait(DEADLINE)
+    threading.Timer(0.02, job.go_on.set).start()
+    broker.join("default", timeout=PATIENCE)
+    started.join()
+
+    assert job.finished == ["in hand"]
+
+
+def test_joining_an_idle_worker_returns(broker, worker):
+    started = worker(broker)
+    joining = in_thread(started.join)
+    joining.join(DEADLINE)
+
+    assert joining.is_alive() is False
+
+
+# What a job may do
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("v"),
+        SystemExit(3),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        RecursionError("deep"),
+        MemoryError(),
+        dramalite.Interrupt("i"),
+        BaseException("base"),
+    ],
+)
+def test_a_thread_survives_whatever_a_job_raises(broker, worker, error):
+    done = []
+
+    def work():
+        raise error
+
+    dramalite.actor(work, max_retries=0).send()
+    after = dramalite.actor(lambda: done.append("next"), actor_name="after")
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    after.send()
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == ["next"]
+    assert [letter.actor_name for letter in broker.dead_letters] == ["work"]
+
+
+def test_an_exception_that_cannot_be_printed_does_no_harm(broker, worker):
+    done = []
+
+    class Unprintable(Exception):
+        def __str__(self):
+            raise RuntimeError("no text")
+
+        __repr__ = __str__
+
+    def work():
+        raise Unprintable()
+
+    dramalite.actor(work, max_retries=0).send()
+    dramalite.actor(lambda: done.append("next"), actor_name="after").send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == ["next"]
+    assert [letter.actor_name for letter in broker.dead_letters] == ["work"]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), BaseException("b")])
+def test_a_base_exception_in_a_job_is_retried_like_any_failure(broker, worker, error):
+    attempts = []
+
+    def work():
+        attempts.append(1)
+        if len(attempts) == 1:
+            raise error
+
+    dramalite.actor(work, min_backoff=0).send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert len(attempts) == 2
+    assert list(broker.dead_letters) == []
+
+
+def test_without_retries_a_failing_message_is_done_with(make_broker, worker):
+    attempts = []
+
+    def work():
+        attempts.append(1)
+        raise ValueError("no")
+
+    broker = make_broker(middleware=[])
+    dramalite.actor(work).send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert attempts == [1]
+    assert list(broker.dead_letters) == []
+
+
+def test_a_skipped_message_is_done_with_and_nothing_follows_it(broker, worker, caplog):
+    attempts, followed = [], []
+
+    def work():
+        attempts.append(1)
+        raise dramalite.SkipMessage("not today")
+
+    follow = dramalite.actor(lambda *args: followed.append(args), actor_name="follow")
+    actor = dramalite.actor(
+        work, on_success=follow, on_failure=follow, on_retry_exhausted=follow, min_backoff=0
+    )
+    (actor.message() | follow.message()).run()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    warnings = [record for record in caplog.records if record.levelno == logging.WARNING]
+
+    assert attempts == [1]
+    assert followed == []
+    assert list(broker.dead_letters) == []
+    assert len(warnings) == 1
+
+
+def test_a_job_may_send_messages(broker, worker):
+    done = []
+    second = dramalite.actor(done.append, actor_name="second")
+    dramalite.actor(lambda: [second.send(number) for number in range(3)] and None, actor_name="first").send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [0, 1, 2]
+
+
+def test_a_wrong_number_of_arguments_fails_in_the_worker(broker, worker):
+    actor = dramalite.actor(lambda x: None, actor_name="work", max_retries=0)
+    actor.send(1, 2)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    (letter,) = broker.dead_letters
+
+    assert "TypeError" in letter.options["traceback"]
+
+
+def test_jobs_get_what_was_sent(broker, worker):
+    received = []
+    work = dramalite.actor(lambda *args, **kwargs: received.append((args, kwargs)), actor_name="w")
+    work.send(1, [2, {"a": None}], "é", x=1.5, y=True)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert received == [((1, [2, {"a": None}], "é"), {"x": 1.5, "y": True})]
+
+
+# How failures are logged
+
+
+def logged(broker, worker, caplog, error, **options):
+    """Run a job that raises `error`; return (level, has a traceback) of each record of the library."""
+    caplog.set_level(logging.DEBUG)
+
+    def work():
+        raise error
+
+    dramalite.actor(work, max_retries=0, **options).send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    return [
+        (record.levelname, bool(record.exc_info))
+        for record in caplog.records
+        if record.name.startswith("dramalite")
+    ]
+
+
+def test_a_failure_is_logged_as_an_error_with_its_traceback(broker, worker, caplog):
+    records = logged(broker, worker, caplog, ValueError("no"))
+
+    assert [record for record in records if record[0] == "ERROR"] == [("ERROR", True)]
+
+
+def test_an_expected_exception_is_logged_as_information(broker, worker, caplog):
+    records = logged(broker, worker, caplog, ValueError("no"), throws=ValueError)
+
+    assert "INFO" in [level for level, _ in records]
+    assert {"ERROR", "CRITICAL"} & {level for level, _ in records} == set()
+
+
+def test_an_exceeded_rate_limit_is_logged_for_debugging_only(broker, worker, caplog):
+    records = logged(broker, worker, caplog, dramalite.RateLimitExceeded("limit"))
+
+    assert {"ERROR", "CRITICAL"} & {level for level, _ in records} == set()
+
+
+def test_a_wanted_retry_is_not_logged_as_an_error(broker, worker, caplog):
+    records = logged(broker, worker, caplog, dramalite.Retry("later"))
+
+    assert {"ERROR", "CRITICAL"} & {level for level, _ in records} == set()
+
+
+def test_a_value_that_nobody_takes_is_warned_about(stub_broker, worker, caplog):
+    dramalite.actor(lambda: 42, actor_name="work").send()
+    worker(stub_broker)
+    stub_broker.join("default", timeout=PATIENCE)
+
+    assert ["Consider adding the Results middleware" in r.message for r in caplog.records] == [True]
+
+
+def test_a_result_of_none_is_not_warned_about(stub_broker, worker, caplog):
+    dramalite.actor(lambda: None, actor_name="work").send()
+    worker(stub_broker)
+    stub_broker.join("default", timeout=PATIENCE)
+
+    assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+
+
+# A message for an actor that nobody here knows
+
+
+def test_on_a_broker_in_memory_a_message_for_an_unknown_actor_is_a_dead_letter(
+    clean_state, worker
+):
+    broker = dramalite.MemoryBroker()
+    clean_state.callback(broker.close)
+    broker.declare_queue("default")
+    message = Message("default", "nobody", (), {}, {})
+    broker.enqueue(message)
+    done = []
+    dramalite.actor(lambda: done.append("rest"), actor_name="rest", broker=broker).send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert [letter.message_id for letter in broker.dead_letters] == [message.message_id]
+    assert done == ["rest"]
+
+
+def test_in_a_file_a_message_for_an_unknown_actor_waits_and_the_rest_goes_on(
+    make_file_broker, worker, caplog
+):
+    broker = make_file_broker()
+    broker.declare_queue("default")
+    broker.enqueue(Message("default", "nobody", (), {}, {}))
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    for number in range(5):
+        work.send(number)
+    worker(broker)
+    wait_until(lambda: len(done) == 5)
+    with pytest.raises(QueueJoinTimeout):
+        broker.join("default", timeout=200)
+    said = [record for record in caplog.records if "nobody" in record.getMessage()]
+
+    assert done == [0, 1, 2, 3, 4]
+    assert list(broker.dead_letters) == []
+    assert len(said) == 1
+
+
+def test_in_a_file_a_message_is_left_for_a_worker_that_knows_its_actor(make_file_broker, worker):
+    ignorant, knowing = make_file_broker(), make_file_broker()
+    ignorant.declare_queue("default")
+    done = []
+    work = dramalite.actor(done.append, actor_name="work", broker=knowing)
+    other = dramalite.actor(lambda: done.append("other"), actor_name="other", broker=ignorant)
+    work.send(1)
+    other.send()
+    worker(ignorant)
+    wait_until(lambda: done)
+    worker(knowing)
+    knowing.join("default", timeout=PATIENCE)
+
+    assert done == ["other", 1]
+
+
+# Fencing: a worker that gave its message back has no more say in it
+
+
+def hand_over(broker, worker, job):
+    """Have a first worker give back the message whose `job` it runs; return once it did."""
+    first = worker(broker)
+    job.running.wait(DEADLINE)
+    first.stop(timeout=20)
+
+
+def test_a_job_that_outlasts_the_stop_is_given_back_to_another_worker(broker, worker, job):
+    runs = []
+
+    def work():
+        runs.append(1)
+        if len(runs) == 1:
+            job()
+
+    dramalite.actor(work).send()
+    hand_over(broker, worker, job)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert len(runs) == 2
+
+
+def test_a_late_failure_of_a_given_back_message_changes_nothing(broker, worker, job):
+    runs = []
+    ended = threading.Event()
+
+    def work():
+        runs.append(1)
+        if len(runs) == 1:
+            try:
+                job()
+                raise ValueError("late")
+            finally:
+                ended.set()
+
+    dramalite.actor(work, min_backoff=0).send()
+    hand_over(broker, worker, job)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    job.go_on.set()
+    ended.wait(DEADLINE)
+    broker.join("default", timeout=PATIENCE)
+    with pytest.raises(AssertionError):
+        wait_until(lambda: len(runs) > 2, timeout=0.1)
+
+    assert len(runs) == 2
+    assert list(broker.dead_letters) == []
+
+
+def test_a_late_result_of_a_given_back_message_is_not_stored(broker, worker, job):
+    runs = []
+    processed = threading.Event()
+
+    class Watch(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            if result == "late":
+                processed.set()
+
+    def work():
+        runs.append(1)
+        if len(runs) == 1:
+            job()
+            return "late"
+        return "fresh"
+
+    broker.add_middleware(Watch())
+    sent = dramalite.actor(work, store_results=True).send()
+    hand_over(broker, worker, job)
+    worker(broker)
+    fresh = sent.get_result(block=True, timeout=PATIENCE)
+    job.go_on.set()
+    wait_until(lambda: job.finished)
+    processed.wait(0.1)
+    broker.join("default", timeout=PATIENCE)
+
+    assert fresh == "fresh"
+    assert sent.get_result() == "fresh"
