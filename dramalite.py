@@ -42,6 +42,7 @@ Contents
     Current message
     Brokers
     Message processing
+    Dispatching
     Worker
     Command line
     Hand-over
@@ -72,7 +73,7 @@ import types
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
 
 if TYPE_CHECKING:
     import argparse
@@ -398,7 +399,7 @@ _from_json = json.JSONDecoder().decode
 
 def _is_message_data(value: Any) -> bool:
     """Tell whether a dict is a message's: it has the seven wire fields and no other."""
-    return len(value) == 7 and value.keys() == _WIRE_FIELDS
+    return bool(len(value) == 7 and value.keys() == _WIRE_FIELDS)
 
 
 def _is_plain(value: Any, depth: int) -> bool:
@@ -949,7 +950,7 @@ def _set_async_exception(thread_id: int, exception: Any) -> int:
 
     set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
     pending = None if exception is None else ctypes.py_object(exception)
-    return set_exception(ctypes.c_ulong(thread_id), pending)
+    return cast(int, set_exception(ctypes.c_ulong(thread_id), pending))
 
 
 def _interrupt(thread_id: int, exception: type[Interrupt]) -> bool:
@@ -1382,13 +1383,13 @@ def _check_throws(value: Any, what: str) -> tuple[type[BaseException], ...] | No
 def _check_function(value: Any, what: str) -> Callable[..., Any] | None:
     if value is not None and not callable(value):
         raise TypeError(f"{what} is {value!r}; give a function.")
-    return value
+    return cast("Callable[..., Any] | None", value)
 
 
 def _check_on_crash(value: Any, what: str) -> str | None:
     if value not in (None, "requeue", "fail"):
         raise ValueError(f'{what} is {value!r}; give "requeue" or "fail".')
-    return value
+    return cast("str | None", value)
 
 
 #: What each standard option must be: a function that returns the value to keep, or raises.
@@ -1640,7 +1641,7 @@ class GenericActor(metaclass=_GenericActorMeta):
         abstract = True
 
     @property
-    def __name__(self) -> str:
+    def __name__(self) -> str:  # type: ignore[override]
         return type(self).__name__
 
     def __getattr__(self, name: str) -> Any:
@@ -2027,14 +2028,14 @@ class _Remains(NamedTuple):
     """What a dead worker left: the rows that it was running, None if that is not known."""
 
     slots: _Slots
-    index: int
+    slot: int
     running: list[int] | None
     locked: bool
 
     def release(self) -> None:
         """Free the slot for another worker, once everything was taken from it."""
         if self.locked:
-            self.slots.free(self.index)
+            self.slots.free(self.slot)
 
 
 class _SideFile(_Slots):
@@ -2081,7 +2082,7 @@ class _SideFile(_Slots):
             return _Bell()
 
     def is_current(self) -> bool:
-        return _file_identity(self.path) == self._identity
+        return bool(_file_identity(self.path) == self._identity)
 
     def _ring(self, base: int) -> None:
         port = self.words[base + _PORT]
@@ -2369,11 +2370,11 @@ class _Engine:
 
     def _report_lost_file(self) -> None:
         """Let go of a file that was deleted or replaced, and say so."""
-        assert self.path is not None
+        path = cast(str, self.path)
         self.close()
-        what = "replaced" if os.path.exists(self.path) else "deleted"
+        what = "replaced" if os.path.exists(path) else "deleted"
         raise ConnectionClosed(
-            f"The database {self.path!r} was {what} while it was in use; what it held is gone with "
+            f"The database {path!r} was {what} while it was in use; what it held is gone with "
             f"it. The next use opens {'the file there now' if what == 'replaced' else 'a new file'}."
         )
 
@@ -3668,7 +3669,7 @@ class Retries(Middleware):
         self, broker: Broker, message: MessageProxy, attempt: int, exception: BaseException
     ) -> int:
         if isinstance(exception, Retry) and exception.delay is not None:
-            return cast(int, exception.delay)
+            return exception.delay
         shortest = _option(broker, message, "min_backoff", None)
         longest = _option(broker, message, "max_backoff", None)
         return _backoff_ms(
@@ -4342,24 +4343,432 @@ class _Processor:
 
 
 # ------------------------------------------------------------------------------------------
-# Worker
+# Dispatching
 #
-# Threads that take claimed rows from a heap and process them.  There is no thread that
-# feeds them: whoever finds the heap empty runs one exchange with the engine, which writes
-# all that has been finished and claims the next batch.  If there is nothing, one thread
-# waits at the bell, the others on _cond.  A batch is some 5 ms of work by the running
-# average, or one message for each free thread where they take longer.
-# A maintenance thread ticks every 5 ms while claimed rows or outcomes lie about, else every
-# second: it writes late outcomes, wakes helpers, hands back rows that nobody comes to run,
-# takes back what dead workers held.
+# What the threads of one worker share: the rows it has claimed, the outcomes not yet
+# written, and the waiting.  There is no thread that feeds the others: whoever finds the heap
+# empty runs one exchange with the engine, which writes all that has been finished and claims
+# the next batch.  If there is nothing, one thread waits at the bell, the others on _cond.
+# A batch is some 5 ms of work by the running average, or one message for each free thread
+# where they take longer.  Urgent new work waits no longer than that behind a batch.
 # Lock order: _exchange_lock, the engine's lock, _cond.
 # ------------------------------------------------------------------------------------------
 _BATCH_S = 0.005  # Work that a batch may hold, by the running average.
 _MAX_BATCH = 128
 _HELP_S = 0.001  # Work in the heap that makes it worth waking another thread.
 _STALE_S = 0.05  # A claimed row that nobody started for so long is handed back.
+_LATE_S = 0.005  # So old an outcome is written without waiting for the next claim.
 _POLL_S = 0.25  # Between looks for work that no bell announced,
 _SHORT_POLL_S = 0.05  # and where bells were seen not to arrive.
+_NEWS_S = 60.0  # Between two log lines on the same trouble with the database.
+
+
+class _Dispatcher:
+    """Hands claimed messages to the threads of a worker and takes their outcomes."""
+
+    def __init__(
+        self, broker: _EngineBroker, queues: frozenset[str], threads: int, poll_s: float
+    ) -> None:
+        self.logger = get_logger("dramalite.worker", "Worker")
+        self.is_stopping = False
+        self.running: dict[int, _Job] = {}  # By thread index.
+        self._broker = broker
+        self._engine = broker._engine
+        self._queues = queues
+        self._threads = threads
+        self._longest_poll_s = poll_s
+        self._poll_s = min(_POLL_S, poll_s)
+        slots = self._engine.slots()
+        self._slot = slots.acquire(slots.make_bell(), 0, threads <= _MAX_TRACKED)
+        self._exchange_lock = threading.Lock()
+        self._cond = threading.Condition(threading.Lock())  # Guards all below, and those above.
+        self._heap: list[_Row] = []
+        self._finished: list[_Outcome] = []
+        self._finished_at = 0.0  # When the oldest of them was.
+        self._popped_at = 0.0  # When the heap last gave or got a row.
+        self._suspects = 0  # Claimed rows that were running when a process died.
+        self._idle = 0  # Threads that wait on _cond for something to do.
+        self._is_waited_for = False  # One thread waits at the bell,
+        self._wait_ends_ms = 0  # until then, or a ring.
+        self._average_s = 0.01  # Running average of a job's time; cautious at first.
+        self._is_paused = False
+        self._trouble_at: float | None = None  # When trouble was last logged; None after success.
+        self._seen_version = 0  # Of the database, before the last look for work.
+        self._was_polled = False  # That look was due to no ring.
+        self._targets = "{}"
+        self._declared: tuple[int, ...] = ()  # How much was declared when targets were made.
+        self._strangers_version = 0  # Of the database, before the last look for strangers.
+        self._strangers: set[str] = set()  # Actors seen that nobody here knows.
+        #: Called when the heap or the outcomes want looking after: see look_after().
+        self.on_litter: Callable[[], None] = lambda: None
+        self._find_targets()
+
+    # What a worker thread calls.
+
+    def next_job(self, index: int) -> _Job | None:
+        """Wait for thread `index`'s next message; None means that the thread is to end."""
+        while True:
+            with self._cond:
+                if self.is_stopping:
+                    return None
+                if self._heap:
+                    return self._pop(index)
+            if not self.exchange():
+                self._wait()
+
+    def _pop(self, index: int) -> _Job:
+        """Take the best row; with more to do than this thread can soon, call another one."""
+        now = self._popped_at = _SYSTEM_CLOCK.monotonic()
+        row = heapq.heappop(self._heap)
+        job = self.running[index] = _Job(row, now)
+        self._slot.run(index, row.id)
+        if self._idle and (
+            len(self._heap) * self._average_s > _HELP_S
+            if self._heap
+            else not self._is_waited_for
+        ):
+            self._cond.notify()
+        return job
+
+    def may_conclude(self, job: _Job) -> bool:
+        """Tell whether a job's outcome still counts; from now on nobody takes it away."""
+        with self._cond:
+            job.is_concluding = True
+            return not job.is_given_up
+
+    def finish(self, index: int, job: _Job) -> bool:
+        """Keep a job's outcome for the next exchange; False if it was handed back meanwhile."""
+        now = _SYSTEM_CLOCK.monotonic()
+        with self._cond:
+            if job.is_given_up:
+                return False
+            self._slot.run(index, 0)
+            del self.running[index]
+            self._keep(job.outcome, now)
+            taken = now - job.started
+            self._average_s += (taken - self._average_s) * (0.3 if taken > self._average_s else 0.1)
+            if not self.running and (self._is_paused or not self._heap):
+                self._cond.notify_all()  # For pause() and join().
+        return True
+
+    def _keep(self, outcome: _Outcome, now: float) -> None:
+        """Keep an outcome for the next exchange.  Call with _cond held."""
+        if not self._finished:
+            self._finished_at = now
+        self._finished.append(outcome)
+        if outcome.row.crashes:
+            self._suspects -= 1
+
+    # Exchanges with the engine.
+
+    def exchange(self) -> bool:
+        """Write what is finished and claim a batch; tell whether the heap has something now."""
+        with self._exchange_lock:
+            with self._cond:
+                if self._heap:
+                    return True
+                limit = 0 if self._is_paused or self.is_stopping else self._limit()
+                suspects = self._suspects == 0
+                outcomes, self._finished = self._finished, []
+            if not limit:
+                self._write(outcomes)
+                return False
+            self._find_targets()
+            self._seen_version = self._engine.data_version()
+            self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
+            rows = self._trade(outcomes, limit, suspects)
+            if not rows:
+                return False  # It stays said: this thread is about to wait.
+            return self._take_in(rows, limit)
+
+    def _limit(self) -> int:
+        """How many messages to claim.  Call with _cond held."""
+        free = self._threads - len(self.running)
+        return max(free, min(_MAX_BATCH, int(_BATCH_S / max(self._average_s, 1e-6))))
+
+    def _take_in(self, rows: list[_Row], limit: int) -> bool:
+        """Put claimed rows into the heap, unless the worker was stopped or paused meanwhile."""
+        if self._was_polled:  # No ring told of them, so bells don't arrive here.
+            self._poll_s = min(_SHORT_POLL_S, self._longest_poll_s)
+            self._was_polled = False
+        with self._cond:
+            self._suspects += sum(row.crashes > 0 for row in rows)
+            self._slot.sleep_until(self._wait_ends_ms if self._is_waited_for else 0)
+            is_wanted = not (self._is_paused or self.is_stopping)
+            if is_wanted:
+                self._heap += rows  # They come sorted, and the heap is empty.
+                self._popped_at = _SYSTEM_CLOCK.monotonic()
+        if not is_wanted:
+            self._release(rows)
+            return False
+        if len(rows) > 1:
+            self.on_litter()
+        if len(rows) == limit:  # There may be more than this worker takes: pass the ring on.
+            self._engine.wake(0, rows[-1].queue, rows[-1].actor)
+        return True
+
+    def _trade(self, outcomes: list[_Outcome], limit: int, suspects: bool) -> list[_Row]:
+        """One transaction with the engine; if it fails, the outcomes are kept for the next."""
+        try:
+            rows = self._engine.exchange(self._slot, outcomes, limit, self._targets, suspects)
+        except BrokerError as error:
+            with self._cond:
+                if not isinstance(error, ConnectionClosed):  # With the file, its rows are gone.
+                    self._finished = outcomes + self._finished
+            self.complain(error)
+            return []
+        self._trouble_at = None
+        return rows
+
+    def _write(self, outcomes: list[_Outcome]) -> None:
+        if outcomes:
+            self._trade(outcomes, 0, False)
+
+    def write(self) -> None:
+        """Write what is finished, now."""
+        with self._exchange_lock:
+            with self._cond:
+                outcomes, self._finished = self._finished, []
+            self._write(outcomes)
+
+    def complain(self, error: BrokerError) -> None:
+        """Log trouble with the database, the same trouble not more than once a minute."""
+        now = _SYSTEM_CLOCK.monotonic()
+        if self._trouble_at is None or now > self._trouble_at + _NEWS_S:
+            self._trouble_at = now
+            self.logger.error("%s The worker goes on trying.", error)
+
+    def _release(self, rows: list[_Row]) -> None:
+        """Give claimed rows back that were not started."""
+        if not rows:
+            return
+        with self._cond:
+            self._suspects -= sum(row.crashes > 0 for row in rows)
+        try:
+            self._engine.hand_back(self._slot, rows)
+        except BrokerError as error:
+            self.complain(error)
+            with self._cond:
+                self._finished += [_handed_back(row) for row in rows]
+
+    # Waiting.
+
+    def _wait(self) -> None:
+        """Wait until there may be work: one thread at the bell, the others on the condition."""
+        with self._cond:
+            if self._heap or self.is_stopping:
+                return
+            if self._is_waited_for or self._is_paused:
+                self._idle += 1
+                self._cond.wait()
+                self._idle -= 1
+                return
+            self._is_waited_for = True
+            self._wait_ends_ms = _FOREVER
+        try:
+            self._wait_at_the_bell()
+        except BrokerError as error:
+            self.complain(error)
+            _SYSTEM_CLOCK.sleep(_POLL_S)
+        finally:
+            with self._cond:
+                self._is_waited_for = False
+
+    def _wait_at_the_bell(self) -> None:
+        """Wait for a ring, the next delayed message, or a change that no ring announced."""
+        clock = self._broker.clock
+        due = self._engine.next_due()
+        with self._cond:
+            self._wait_ends_ms = _FOREVER if due is None else due
+            self._slot.sleep_until(self._wait_ends_ms)
+        while not self.is_stopping:
+            wait_s = self._poll_s
+            if due is not None:
+                wait_s = min(wait_s, (due - clock.time_ms()) / 1000)
+            if wait_s > 0 and self._slot.bell.wait(wait_s):
+                self._poll_s = min(_POLL_S, self._longest_poll_s)
+                return
+            if self._finished or (due is not None and due <= clock.time_ms()):
+                return
+            if self._engine.data_version() != self._seen_version:
+                self._was_polled = True
+                return
+
+    # What the worker calls.
+
+    def pause(self) -> None:
+        """Start no more messages; returns when those that run have ended."""
+        with self._cond:
+            self._is_paused = True
+            unstarted, self._heap = self._heap, []
+        self._release(unstarted)
+        with self._cond:
+            self._cond.wait_for(lambda: not self.running)
+        self.write()
+
+    def resume(self) -> None:
+        with self._cond:
+            self._is_paused = False
+            self._cond.notify_all()
+        self._slot.bell.ring()
+
+    def join(self) -> None:
+        """Wait until nothing claimed is waiting, running or unwritten."""
+        with self._cond:
+            self._cond.wait_for(lambda: not self._heap and not self.running)
+        self.write()
+
+    def stop(self) -> None:
+        """Send the threads home; what they have not started goes back to its queue."""
+        with self._cond:
+            self.is_stopping = True
+            unstarted, self._heap = self._heap, []
+            self._cond.notify_all()
+        self._slot.bell.ring()
+        self._release(unstarted)
+
+    def give_up_running(self) -> None:
+        """Hand back what still runs; from now on those threads' outcomes don't count."""
+        with self._cond:
+            for job in self.running.values():
+                job.is_given_up = True
+                self.logger.warning(
+                    "Message %s of %s is still running; it is handed back and will run again.",
+                    job.row.message_id, job.row.actor,
+                )  # fmt: skip
+                self._finished.append(_handed_back(job.row))
+            self.running.clear()
+
+    def close(self) -> None:
+        """Write the last outcomes and leave."""
+        self.write()
+        self._slot.release()
+
+    def give_up(self, index: int) -> _Job | None:
+        """Take the job of a thread that can't be stopped away from it, if it still has one."""
+        with self._cond:
+            job = self.running.get(index)
+            if job is None or job.is_concluding or self.is_stopping:
+                return None
+            job.is_given_up = True
+            return job
+
+    def replace(self, index: int, outcome: _Outcome) -> None:
+        """Write the outcome of a job that was taken away from thread `index`."""
+        with self._cond:
+            self.running.pop(index, None)
+            self._keep(outcome, _SYSTEM_CLOCK.monotonic())
+        self._slot.run(index, 0)
+        self.write()
+
+    # Looking after things.
+
+    def has_litter(self) -> bool:
+        """Tell whether claimed rows or outcomes lie about."""
+        return bool(self._heap or self._finished) and self._trouble_at is None
+
+    def look_after(self) -> None:
+        """Write late outcomes, call help, and hand back what nobody comes to run."""
+        now = _SYSTEM_CLOCK.monotonic()
+        stale: list[_Row] = []
+        with self._cond:
+            is_late = bool(self._finished) and now > self._finished_at + _LATE_S
+            if self._heap and self._idle:
+                self._cond.notify()
+            elif self._heap and now > self._popped_at + _STALE_S:
+                stale, self._heap = self._heap, []
+        self._release(stale)
+        if is_late:
+            self.write()
+
+    def keep_house(self, processor: _Processor) -> None:
+        """Take back what dead workers held, mend the slot, find strangers, tidy the file."""
+        self._check_slot()
+        crashed, is_news = self._engine.recover(self._slot)
+        for row in crashed:
+            outcome = processor.crash(row)
+            with self._cond:
+                self._suspects += 1  # It was not among this worker's claims.
+                self._keep(outcome, _SYSTEM_CLOCK.monotonic())
+        if is_news:
+            self.write()
+            self._slot.bell.ring()
+        self._look_for_strangers()
+        self._engine.checkpoint(_WAL_LIMIT if self.running else _IDLE_WAL_LIMIT)
+        self._engine.prune()
+        with self._cond:
+            if self._idle and not self._is_waited_for:
+                self._cond.notify()
+
+    def _check_slot(self) -> None:
+        """If the side file was deleted or replaced, get a slot in the one that others see."""
+        if self._slot.is_current():
+            return
+        self.logger.error(
+            "The side file of %r was deleted or replaced; making a new one.", self._broker
+        )
+        with self._exchange_lock:
+            old = self._slot
+            slots = self._engine.slots()
+            self._slot = slots.acquire(old.bell, 0, self._threads <= _MAX_TRACKED)
+            self._engine.adopt(self._slot, old.owner)
+            self._declared = ()
+            self._find_targets()
+        self._slot.bell.ring()
+
+    def _find_targets(self) -> None:
+        """Work out which queues and actors to claim for, if anything was declared since."""
+        broker = self._broker
+        declared = (len(broker.actors), len(broker.queues), len(broker._pairs))
+        if declared == self._declared:
+            return
+        self._declared = declared
+        pairs = {(actor.queue_name, name) for name, actor in list(broker.actors.items())}
+        pairs |= {
+            (queue, name)
+            for queue, name in list(broker._pairs)
+            if name in broker.actors and queue in broker.queues
+        }
+        pairs |= {(queue, "") for queue in list(broker.queues)}
+        if self._queues:
+            pairs = {pair for pair in pairs if pair[0] in self._queues}
+        self._targets = _targets(sorted(pairs))
+        self._slot.serve(functools.reduce(int.__or__, (self._engine.bit(*p) for p in pairs), 0))
+
+    def _look_for_strangers(self) -> None:
+        """Find ready messages outside of our targets: known actors in other queues, unknown ones."""
+        version = self._engine.data_version()
+        if version == self._strangers_version:
+            return
+        self._strangers_version = version
+        broker = self._broker
+        for queue, name in self._engine.ready_pairs():
+            if queue not in broker.queues or (self._queues and queue not in self._queues):
+                continue
+            if name in broker.actors:
+                broker._pairs.add((queue, name))
+            elif name and name not in self._strangers:
+                self._strangers.add(name)
+                self.logger.error(
+                    "Queue %r holds messages for actor %r, which this worker does not know; they "
+                    "are left for one that does.",
+                    queue, name,
+                )  # fmt: skip
+
+
+def _handed_back(row: _Row) -> _Outcome:
+    """The outcome of a row that goes back to its place in the queue."""
+    outcome = _Outcome(row)
+    outcome.is_handed_back = True
+    return outcome
+
+
+# ------------------------------------------------------------------------------------------
+# Worker
+#
+# Threads that run messages, and one that maintains: it ticks every 5 ms while claimed rows
+# or outcomes lie about, else every second.
+# ------------------------------------------------------------------------------------------
 _TICK_S = 0.005
 _IDLE_TICK_S = 1.0
 _STUCK_GRACE_S = 5.0  # After a time limit's interrupt, before the thread is given up.
@@ -4393,141 +4802,81 @@ class Worker:
         self.broker = broker
         self.worker_threads = worker_threads
         self.worker_timeout = worker_timeout
+        #: Called when a thread had to be given up; the command line then replaces the process.
+        self.on_stuck: Callable[[], None] = lambda: None
         self._queues = frozenset(queues or ())
-        self._engine = broker._engine
         self._processor = _Processor(broker)
-        self._exchange_lock = threading.Lock()
-        self._cond = threading.Condition(threading.Lock())  # Guards the rest.
-        self._slot: _Slot | None = None
+        self._dispatcher: _Dispatcher | None = None  # None while the worker is not running.
         self._threads: dict[int, threading.Thread] = {}  # By index, those that count.
-        self._maintainer: threading.Thread | None = None
-        #: Called when a thread had to be given up; the command line replaces the process then.
-        self.on_stuck: Callable[[], None] | None = None
+        self._maintainer = threading.Thread()
         self._tick = threading.Event()
-        self._reset()
-
-    def _reset(self) -> None:
-        self._heap: list[_Row] = []
-        self._running: dict[int, _Job] = {}  # By thread index.
-        self._finished: list[_Outcome] = []
-        self._finished_at = 0.0  # When the oldest of them was.
-        self._popped_at = 0.0
-        self._suspects = 0  # Claimed rows that were running when a process died.
-        self._idle = 0  # Threads that wait on _cond for something to do.
-        self._is_waited_for = False  # One thread waits at the bell,
-        self._wait_ends_ms = 0  # until then, or a ring.
-        self._average_s = 0.01  # Running average of a job's time; cautious at first.
-        self._poll_s = _POLL_S
-        self._is_paused = False
-        self._is_stopping = False
-        self._error_at = 0.0  # When trouble with the database was last logged.
-        self._targets = "{}"
-        self._declared: tuple[int, ...] = ()  # How much was declared when targets were made.
-        self._unknown: set[str] = set()  # Actors that messages were seen of, and nobody here knows.
-        self._seen_version = 0  # Of the database, before the last look for work.
-        self._strangers_version = 0  # The same, before the last look for strangers.
-        self._was_polled = False  # The last look was due to no ring.
         self._pid = os.getpid()
 
-    # Public face.
-
     def start(self) -> None:
-        """Start the threads; returns at once.  Raises BrokerError if the database can't be used."""
-        if self._maintainer is not None:
+        """Start the threads; returns at once.
+
+        Raises BrokerError if the database can't be used, RuntimeError if it runs already.
+        """
+        if self._dispatcher is not None:
             raise RuntimeError("The worker is running already.")
-        self._reset()
         self.broker.emit_before("worker_boot", self)
-        slots = self._engine.slots()
-        tracked = self.worker_threads <= _MAX_TRACKED
-        self._slot = slots.acquire(slots.make_bell(), 0, tracked)
-        self._find_targets()
+        self._pid = os.getpid()
+        dispatcher = _Dispatcher(
+            self.broker, self._queues, self.worker_threads, self.worker_timeout / 1000
+        )
+        dispatcher.on_litter = self._tick.set
+        self._dispatcher = dispatcher
         self._maintainer = threading.Thread(
-            target=self._maintain, name="dramalite-maintenance", daemon=True
+            target=self._maintain, args=(dispatcher,), name="dramalite-maintenance", daemon=True
         )
         self._maintainer.start()
         for index in range(self.worker_threads):
-            self._start_thread(index)
+            self._start_thread(index, dispatcher)
         _live_workers.add(self)
         _register_exit_hook()
         self.broker.emit_after("worker_boot", self)
-
-    def _start_thread(self, index: int) -> None:
-        thread = threading.Thread(
-            target=self._work, args=(index,), name=f"dramalite-worker-{index}", daemon=True
-        )
-        self._threads[index] = thread
-        thread.start()
 
     def stop(self, timeout: int = 600_000) -> None:
         """Stop: what runs may finish within `timeout` milliseconds, else it is handed back.
 
         What is handed back runs again later; its outcome here, if it still comes, is dropped.
         """
-        if self._maintainer is None or self._slot is None:
+        dispatcher, self._dispatcher = self._dispatcher, None
+        if dispatcher is None:
             return
         deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
         self.broker.emit_before("worker_shutdown", self)
         self.logger.debug("Stopping.")
-        with self._cond:
-            self._is_stopping = True
-            unstarted, self._heap = self._heap, []
-            self._cond.notify_all()
-        self._slot.bell.ring()
-        self._release(unstarted)
+        dispatcher.stop()
         for thread in list(self._threads.values()):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - _SYSTEM_CLOCK.monotonic()))
-        self._give_up_running()
+        dispatcher.give_up_running()
         self._tick.set()
         self._maintainer.join()
-        self._exchange(limit=0)
-        self._slot.release()
-        self._maintainer = None
+        dispatcher.close()
         self._threads.clear()
         _live_workers.discard(self)
         self.broker.emit_after("worker_shutdown", self)
         self.logger.debug("Stopped.")
 
-    def _give_up_running(self) -> None:
-        """Hand back what still runs; from now on those threads' outcomes don't count."""
-        with self._cond:
-            for job in self._running.values():
-                job.is_given_up = True
-                self.logger.warning(
-                    "Message %s of %s is still running; it is handed back and will run again.",
-                    job.row.message_id, job.row.actor,
-                )  # fmt: skip
-                outcome = _Outcome(job.row)
-                outcome.is_handed_back = True
-                self._finished.append(outcome)
-            self._running.clear()
-
     def pause(self) -> None:
         """Start no more messages; returns when those that run have ended."""
-        with self._cond:
-            self._is_paused = True
-            unstarted, self._heap = self._heap, []
-        self._release(unstarted)
-        with self._cond:
-            self._cond.wait_for(lambda: not self._running)
-        self._exchange(limit=0)
+        if self._dispatcher is not None:
+            self._dispatcher.pause()
 
     def resume(self) -> None:
         """Go on after pause()."""
-        with self._cond:
-            self._is_paused = False
-            self._cond.notify_all()
-        if self._slot is not None:
-            self._slot.bell.ring()
+        if self._dispatcher is not None:
+            self._dispatcher.resume()
 
     def join(self) -> None:
         """Wait until nothing that this worker has claimed is waiting, running or unwritten.
 
         It does not look at what waits in the database: see Broker.join().
         """
-        with self._cond:
-            self._cond.wait_for(lambda: not self._heap and not self._running)
-        self._exchange(limit=0)
+        if self._dispatcher is not None:
+            self._dispatcher.join()
 
     def __enter__(self) -> Worker:
         self.start()
@@ -4541,340 +4890,68 @@ class Worker:
         """The idents of the worker threads."""
         return {thread.ident for thread in list(self._threads.values()) if thread.ident is not None}
 
-    # A worker thread.
+    # Threads.
 
-    def _work(self, index: int) -> None:
+    def _start_thread(self, index: int, dispatcher: _Dispatcher) -> None:
+        thread = threading.Thread(
+            target=self._work, args=(index, dispatcher), name=f"dramalite-worker-{index}", daemon=True
+        )
+        self._threads[index] = thread
+        thread.start()
+
+    def _work(self, index: int, dispatcher: _Dispatcher) -> None:
         """What worker thread `index` does until the worker stops, or the thread is given up."""
         thread = threading.current_thread()
         self.broker.emit_after("worker_thread_boot", thread)
-        while True:
-            job = self._next_job(index)
-            if job is None or not self._run(index, job):
+        run, conclude = self._processor.run, self._processor.conclude
+        while (job := dispatcher.next_job(index)) is not None:
+            run(job)
+            if os.getpid() != self._pid:
+                os._exit(0)  # The job forked and its child returned here: there it ends.
+            if not dispatcher.may_conclude(job):
+                break
+            conclude(job)
+            if not dispatcher.finish(index, job):
                 break
         self.broker.emit_before("worker_thread_shutdown", thread)
 
-    def _next_job(self, index: int) -> _Job | None:
-        """Wait for the next message; None means that the thread is to end."""
-        while True:
-            with self._cond:
-                if self._is_stopping:
-                    return None
-                if self._heap:
-                    return self._pop(index)
-            if not self._exchange():
-                self._wait()
-
-    def _pop(self, index: int) -> _Job:
-        """Take the best row from the heap; with more to do than this thread can soon, call help."""
-        self._popped_at = _SYSTEM_CLOCK.monotonic()
-        job = self._running[index] = _Job(heapq.heappop(self._heap), self._popped_at)
-        if self._idle and (
-            len(self._heap) * self._average_s > _HELP_S or not (self._heap or self._is_waited_for)
-        ):
-            self._cond.notify()
-        return job
-
-    def _run(self, index: int, job: _Job) -> bool:
-        """Process a message; False if it was taken from this thread meanwhile."""
-        assert self._slot is not None
-        self._slot.run(index, job.row.id)
-        self._processor.run(job)
-        if os.getpid() != self._pid:
-            os._exit(0)  # The job forked and its child returned here: there it ends.
-        with self._cond:
-            if job.is_given_up:
-                return False
-            job.is_concluding = True
-        outcome = self._processor.conclude(job)
-        now = _SYSTEM_CLOCK.monotonic()
-        with self._cond:
-            if job.is_given_up:
-                return False
-            self._slot.run(index, 0)
-            del self._running[index]
-            self._finish(outcome, now)
-            taken = now - job.started
-            self._average_s += (taken - self._average_s) * (0.3 if taken > self._average_s else 0.1)
-            if not self._running and (self._is_paused or not self._heap):
-                self._cond.notify_all()  # For pause() and join().
-        return True
-
-    def _finish(self, outcome: _Outcome, now: float) -> None:
-        """Keep an outcome for the next exchange.  Call with _cond held."""
-        if not self._finished:
-            self._finished_at = now
-        self._finished.append(outcome)
-        if outcome.row.crashes:
-            self._suspects -= 1
-
-    # Exchanges with the engine.
-
-    def _exchange(self, limit: int | None = None) -> bool:
-        """Write what is finished and claim a batch; tell whether the heap has something now."""
-        assert self._slot is not None
-        with self._exchange_lock:
-            with self._cond:
-                if self._heap and limit is None:
-                    return True
-                limit = self._limit() if limit is None else limit
-                suspects = self._suspects == 0
-                outcomes, self._finished = self._finished, []
-            if limit:
-                self._find_targets()
-                self._seen_version = self._engine.data_version()
-                self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
-            try:
-                rows = self._engine.exchange(self._slot, outcomes, limit, self._targets, suspects)
-            except BrokerError as error:
-                self._keep(outcomes, error)
-                rows = []
-            full = bool(rows) and len(rows) == limit
-            with self._cond:
-                for row in rows:
-                    heapq.heappush(self._heap, row)
-                self._suspects += sum(row.crashes > 0 for row in rows)
-                found = bool(self._heap)
-                unwanted: list[_Row] = []
-                if rows:
-                    self._was_rung_late()
-                    if self._is_stopping or self._is_paused:
-                        unwanted, self._heap = self._heap, []
-                    # With nothing found it stays said: a thread is about to wait.
-                    self._slot.sleep_until(self._wait_ends_ms if self._is_waited_for else 0)
-                    if len(rows) > 1:
-                        self._tick.set()
-            self._release(unwanted)
-        if full:  # There may be more than this worker takes: pass the ring on.
-            self._engine.wake(0, rows[-1].queue, rows[-1].actor)
-        return found
-
-    def _was_rung_late(self) -> None:
-        """Work was found: if by polling, bells don't arrive here, so poll more often."""
-        if self._was_polled:
-            self._poll_s = _SHORT_POLL_S
-            self._was_polled = False
-
-    def _limit(self) -> int:
-        """How many messages to claim.  Call with _cond held."""
-        if self._is_paused or self._is_stopping:
-            return 0
-        free = self.worker_threads - len(self._running)
-        return max(free, min(_MAX_BATCH, int(_BATCH_S / max(self._average_s, 1e-6))))
-
-    def _keep(self, outcomes: list[_Outcome], error: BrokerError) -> None:
-        """The database failed: keep the outcomes for the next try, and say so once a minute."""
-        with self._cond:
-            if not isinstance(error, ConnectionClosed):  # With the file, its rows are gone.
-                self._finished = outcomes + self._finished
-            now = _SYSTEM_CLOCK.monotonic()
-            is_news = now > self._error_at + 60.0 or not self._error_at
-            if is_news:
-                self._error_at = now
-        if is_news:
-            self.logger.error(
-                "%s %d finished messages are not written yet; going on trying.", error, len(outcomes)
-            )
-
-    def _release(self, rows: list[_Row]) -> None:
-        """Give claimed rows back that were not started."""
-        assert self._slot is not None
-        if not rows:
-            return
-        with self._cond:
-            self._suspects -= sum(row.crashes > 0 for row in rows)
-        try:
-            self._engine.hand_back(self._slot, rows)
-        except BrokerError as error:
-            outcomes = [_Outcome(row) for row in rows]
-            for outcome in outcomes:
-                outcome.is_handed_back = True
-            self._keep(outcomes, error)
-
-    # Waiting.
-
-    def _wait(self) -> None:
-        """Wait until there may be work: one thread at the bell, the others on the condition."""
-        with self._cond:
-            if self._heap or self._is_stopping:
-                return
-            if self._is_waited_for or self._is_paused:
-                self._idle += 1
-                self._cond.wait()
-                self._idle -= 1
-                return
-            self._is_waited_for = True
-            self._wait_ends_ms = _FOREVER
-        try:
-            self._wait_at_the_bell()
-        except BrokerError as error:
-            self._keep([], error)
-            _SYSTEM_CLOCK.sleep(_POLL_S)
-        finally:
-            with self._cond:
-                self._is_waited_for = False
-
-    def _wait_at_the_bell(self) -> None:
-        """Wait for a ring, the next delayed message, or a change that no ring announced."""
-        assert self._slot is not None
-        clock = self.broker.clock
-        due = self._engine.next_due()
-        with self._cond:
-            self._wait_ends_ms = _FOREVER if due is None else due
-            self._slot.sleep_until(self._wait_ends_ms)
-        while not self._is_stopping:
-            wait_s = min(self._poll_s, self.worker_timeout / 1000)
-            if due is not None:
-                wait_s = min(wait_s, (due - clock.time_ms()) / 1000)
-            if wait_s > 0 and self._slot.bell.wait(wait_s):
-                self._poll_s = _POLL_S
-                return
-            if self._finished or (due is not None and due <= clock.time_ms()):
-                return
-            if self._engine.data_version() != self._seen_version:
-                self._was_polled = True
-                return
-
-    # Maintenance.
-
-    def _maintain(self) -> None:
+    def _maintain(self, dispatcher: _Dispatcher) -> None:
         """What the maintenance thread does until the worker has stopped."""
         thread = threading.current_thread()
         self.broker.emit_after("consumer_thread_boot", thread)
         house_kept_at = 0.0
-        while True:
-            with self._cond:
-                is_stopped = self._is_stopping and not self._running
-                is_busy = bool(self._heap or self._finished)
-            if is_stopped:
-                break
+        while not (dispatcher.is_stopping and not dispatcher.running):
             try:
+                if dispatcher.has_litter():
+                    dispatcher.look_after()
                 now = _SYSTEM_CLOCK.monotonic()
-                if is_busy:
-                    self._look_after_threads(now)
                 if now >= house_kept_at + _IDLE_TICK_S:
                     house_kept_at = now
-                    self._keep_house()
+                    dispatcher.keep_house(self._processor)
+                    self._replace_stuck_threads(dispatcher)
             except BrokerError as error:
-                self._keep([], error)
-            self._tick.wait(_TICK_S if is_busy and not self._error_at else _IDLE_TICK_S)
+                dispatcher.complain(error)
+            self._tick.wait(_TICK_S if dispatcher.has_litter() else _IDLE_TICK_S)
             self._tick.clear()
         self.broker.emit_before("consumer_thread_shutdown", thread)
 
-    def _look_after_threads(self, now: float) -> None:
-        """Write outcomes that lie about, call help, and hand back what nobody comes to run."""
-        with self._cond:
-            is_late = bool(self._finished) and now > self._finished_at + _TICK_S
-            stale: list[_Row] = []
-            if self._heap and self._idle:
-                self._cond.notify()
-            elif self._heap and now > self._popped_at + _STALE_S:
-                stale, self._heap = self._heap, []
-        self._release(stale)
-        if is_late:
-            self._exchange(limit=0)
-
-    def _keep_house(self) -> None:
-        """Once a second: the dead, the stuck, the strange, the file."""
-        assert self._slot is not None
-        self._check_slot()
-        self._replace_stuck_threads()
-        crashed, is_news = self._engine.recover(self._slot)
-        for row in crashed:
-            outcome = self._processor.crash(row)
-            with self._cond:
-                self._finish(outcome, _SYSTEM_CLOCK.monotonic())
-                self._suspects += 1  # It was none of this worker's claims.
-        if is_news:
-            self._exchange(limit=0)
-            self._slot.bell.ring()
-        self._look_for_strangers()
-        self._engine.checkpoint(_WAL_LIMIT if self._running else _IDLE_WAL_LIMIT)
-        self._engine.prune()
-        with self._cond:
-            if self._idle and not self._is_waited_for:
-                self._cond.notify()
-
-    def _check_slot(self) -> None:
-        """If the side file was deleted or replaced, get a slot in the one that others see."""
-        assert self._slot is not None
-        if self._slot.is_current():
-            return
-        self.logger.error("The side file of %r was deleted or replaced; making a new one.", self.broker)
-        slots = self._engine.slots()
-        old, bell = self._slot, self._slot.bell
-        with self._exchange_lock:
-            self._slot = slots.acquire(bell, 0, self.worker_threads <= _MAX_TRACKED)
-            self._engine.adopt(self._slot, old.owner)
-            self._declared = ()
-            self._find_targets()
-        bell.ring()
-
-    def _replace_stuck_threads(self) -> None:
-        """Conclude messages whose time limit can't end them, and start other threads."""
+    def _replace_stuck_threads(self, dispatcher: _Dispatcher) -> None:
+        """Fail messages whose time limit can't end them, and start threads in place of theirs."""
         limits = [item for item in self.broker.middleware if isinstance(item, TimeLimit)]
         stuck = {t for item in limits for t in item.stuck_threads(self.broker.clock, _STUCK_GRACE_S)}
         for index, thread in list(self._threads.items()):
-            if thread.ident in stuck:
-                self._give_up_thread(index)
-
-    def _give_up_thread(self, index: int) -> None:
-        """Fail the message that a thread can't be stopped in, and replace the thread."""
-        with self._cond:
-            job = self._running.get(index)
-            if job is None or job.is_concluding or self._is_stopping:
-                return
-            job.is_given_up = True
-        self.logger.error(
-            "Message %s of %s goes on %d s after its time limit, in a call that can't be interrupted: "
-            "it is failed, and its thread replaced.",
-            job.row.message_id, job.row.actor, _STUCK_GRACE_S,
-        )  # fmt: skip
-        job.exception = TimeLimitExceeded()
-        outcome = self._processor.conclude(job)
-        with self._cond:
-            del self._running[index]
-            self._finish(outcome, _SYSTEM_CLOCK.monotonic())
-            self._cond.notify_all()
-        self._exchange(limit=0)
-        self._start_thread(index)
-        if self.on_stuck is not None:
-            self.on_stuck()
-
-    def _find_targets(self) -> None:
-        """Work out which queues and actors to claim for, if anything was declared since."""
-        assert self._slot is not None
-        broker = self.broker
-        declared = (len(broker.actors), len(broker.queues), len(broker._pairs))
-        if declared == self._declared:
-            return
-        self._declared = declared
-        pairs = {(actor.queue_name, name) for name, actor in list(broker.actors.items())}
-        pairs |= {(q, a) for q, a in list(broker._pairs) if a in broker.actors and q in broker.queues}
-        pairs |= {(queue, "") for queue in list(broker.queues)}
-        if self._queues:
-            pairs = {pair for pair in pairs if pair[0] in self._queues}
-        self._targets = _targets(sorted(pairs))
-        self._slot.serve(functools.reduce(int.__or__, (self._engine.bit(*p) for p in pairs), 0))
-
-    def _look_for_strangers(self) -> None:
-        """Find ready messages outside of our targets: known actors in other queues, unknown ones."""
-        version = self._engine.data_version()
-        if version == self._strangers_version:
-            return
-        self._strangers_version = version
-        broker = self.broker
-        for queue, name in self._engine.ready_pairs():
-            if queue not in broker.queues or (self._queues and queue not in self._queues):
+            job = dispatcher.give_up(index) if thread.ident in stuck else None
+            if job is None:
                 continue
-            if name in broker.actors:
-                broker._pairs.add((queue, name))
-            elif name and name not in self._unknown:
-                self._unknown.add(name)
-                self.logger.error(
-                    "Queue %r holds messages for actor %r, which this worker does not know; they "
-                    "are left for one that does.",
-                    queue, name,
-                )  # fmt: skip
+            self.logger.error(
+                "Message %s of %s runs on %d s after its time limit, in a call that can't be "
+                "interrupted: it is failed, and its thread replaced.",
+                job.row.message_id, job.row.actor, _STUCK_GRACE_S,
+            )  # fmt: skip
+            job.exception = TimeLimitExceeded()
+            dispatcher.replace(index, self._processor.conclude(job))
+            self._start_thread(index, dispatcher)
+            self.on_stuck()
 
 
 _live_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
@@ -5104,8 +5181,7 @@ class _Supervisor:
     def _bury_child(self, index: int, code: int) -> None:
         """A child has ended: replace it, unless it was to end or can't start at all."""
         child = self._children.pop(index)
-        assert child.stdin is not None
-        child.stdin.close()
+        cast("IO[bytes]", child.stdin).close()
         if code in (_BOOT_FAILURE + _EXIT_IMPORT, _BOOT_FAILURE + _EXIT_CONNECTION):
             self._exit_code = code - _BOOT_FAILURE
             if not self._stops:
@@ -5141,9 +5217,8 @@ class _Supervisor:
             self._logger.info("Stopping on %s; once more to stop at once.", name)
         order = b"stop\n" if self._stops == 1 else b"kill\n"
         for child in self._children.values():
-            assert child.stdin is not None
             with contextlib.suppress(OSError):  # It has ended by itself.
-                child.stdin.write(order)
+                cast("IO[bytes]", child.stdin).write(order)
         if self._stops > 1 and self._children:
             self._exit_code = _EXIT_KILLED
             timer = threading.Timer(_KILL_GRACE_S, self._events.put, [("kill", None)])
@@ -5341,18 +5416,19 @@ def _find_broker(module: types.ModuleType, module_name: str, path: str) -> Broke
 # ------------------------------------------------------------------------------------------
 def _hand_over() -> int:
     """Run main() of the copy of this module that user code imports."""
-    import importlib
+    import importlib.machinery
     import importlib.util
 
     spec = globals()["__spec__"]
     name = os.path.splitext(os.path.basename(__file__))[0] if spec is None else spec.name
     if spec is None:
         # Run by its path, perhaps with -I, where the folder is not searched.
-        location = importlib.util.spec_from_file_location(name, os.path.abspath(__file__))
-        assert location is not None and location.loader is not None
+        path = os.path.abspath(__file__)
+        loader = importlib.machinery.SourceFileLoader(name, path)
+        location = cast(Any, importlib.util.spec_from_file_location(name, path, loader=loader))
         module = importlib.util.module_from_spec(location)
         sys.modules[name] = module
-        location.loader.exec_module(module)
+        loader.exec_module(module)
     else:
         module = importlib.import_module(name)
     return cast(int, module.main())

@@ -539,7 +539,7 @@ def test_jobs_get_what_was_sent(broker, worker):
 
 
 def logged(broker, worker, caplog, error, **options):
-    """Run a job that raises `error`; return (level, has a traceback) of each record of the library."""
+    """Run a job that raises `error`; return (level, text with traceback) of each record of the library."""
     caplog.set_level(logging.DEBUG)
 
     def work():
@@ -549,7 +549,7 @@ def logged(broker, worker, caplog, error, **options):
     worker(broker)
     broker.join("default", timeout=PATIENCE)
     return [
-        (record.levelname, bool(record.exc_info))
+        (record.levelname, caplog.handler.format(record))
         for record in caplog.records
         if record.name.startswith("dramalite")
     ]
@@ -557,8 +557,10 @@ def logged(broker, worker, caplog, error, **options):
 
 def test_a_failure_is_logged_as_an_error_with_its_traceback(broker, worker, caplog):
     records = logged(broker, worker, caplog, ValueError("no"))
+    (text,) = [text for level, text in records if level == "ERROR"]
 
-    assert [record for record in records if record[0] == "ERROR"] == [("ERROR", True)]
+    assert "Traceback (most recent call last)" in text
+    assert text.rstrip().endswith("ValueError: no")
 
 
 def test_an_expected_exception_is_logged_as_information(broker, worker, caplog):
