@@ -30,6 +30,7 @@ Contents
     Composition
     Liveness and wake-ups
     SQL
+    SQLite connections
     SQLite engine
     Forking
     Results
@@ -393,13 +394,31 @@ class Encoder(abc.ABC):
 #: How deep lists and dicts may nest in the arguments of a message.
 _MAX_DEPTH = 100
 _ATOMS = frozenset({str, int, float, bool, type(None)})
-_to_json = json.JSONEncoder(separators=(",", ":"), allow_nan=False).encode
+_json_encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
+
+
+#: What JSONEncoder makes anew for each value; made once, it halves the cost.  On other
+#: implementations of Python than CPython there is none.
+_make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
+_iterate_json = _make_encoder and _make_encoder(
+    None, _json_encoder.default, json.encoder.encode_basestring_ascii, None, ":", ",",
+    False, False, False,
+)  # fmt: skip
+
+
+def _to_json(value: Any) -> str:
+    """Encode a value that was seen to nest within bounds, so that it can't be circular."""
+    if _iterate_json is None:
+        return _json_encoder.encode(value)
+    return "".join(_iterate_json(value, 0))
+
+
 _from_json = json.JSONDecoder().decode
 
 
-def _is_message_data(value: Any) -> bool:
+def _is_message_data(value: dict[Any, Any]) -> bool:
     """Tell whether a dict is a message's: it has the seven wire fields and no other."""
-    return bool(len(value) == 7 and value.keys() == _WIRE_FIELDS)
+    return len(value) == 7 and value.keys() == _WIRE_FIELDS
 
 
 def _is_plain(value: Any, depth: int) -> bool:
@@ -638,7 +657,8 @@ class Message(Generic[_R]):
     def _replace(self, **changes: Any) -> Message[_R]:
         """Return a message with these fields changed."""
         changed: Message[_R] = type(self)(**{**self.asdict(), **changes})
-        return _bound(changed, self._broker)
+        object.__setattr__(changed, "_broker", self._broker)
+        return changed
 
     def copy(self, **attributes: Any) -> Message[_R]:
         """Return a message with these fields changed; `options` are merged over its own."""
@@ -660,12 +680,10 @@ class Message(Generic[_R]):
             if not _is_well_formed(fields):
                 _check_fields(fields)
             fields["args"] = tuple(fields["args"])
-            message: Message[Any] = object.__new__(cls)
-            message.__dict__.update(fields)
         except Exception as error:  # An encoder is foreign code; any failure means the same.
             reason = _error_text(error) or type(error).__name__
             raise DecodeError(f"Could not decode message: {reason}", data, error) from error
-        return message
+        return _build_message(fields, None)
 
     def get_result(
         self,
@@ -689,10 +707,12 @@ class Message(Generic[_R]):
 Message._fields = tuple(field.name for field in dataclasses.fields(Message))
 
 
-def _bound(message: Message[_R], broker: Broker | None) -> Message[_R]:
-    """Remember on the message which broker it belongs to."""
-    if broker is not None:
-        object.__setattr__(message, "_broker", broker)
+def _build_message(fields: dict[str, Any], broker: Broker | None) -> Message[Any]:
+    """A Message of checked fields, without the cost of a frozen dataclass's constructor."""
+    message: Message[Any] = object.__new__(Message)
+    attributes = message.__dict__
+    attributes.update(fields)
+    attributes["_broker"] = broker
     return message
 
 
@@ -700,16 +720,15 @@ _FIELD_TYPES: tuple[tuple[str, type], ...] = (
     ("queue_name", str), ("actor_name", str), ("args", list), ("kwargs", dict), ("options", dict),
     ("message_id", str), ("message_timestamp", int),
 )  # fmt: skip
+_FIELD_NAMES = [name for name, _kind in _FIELD_TYPES]
+_FIELD_KINDS = [kind for _name, kind in _FIELD_TYPES]
 
 
 def _is_well_formed(fields: Any) -> bool:
     """Tell whether decoded data are exactly a message's fields, each of its type."""
     if type(fields) is not dict or fields.keys() != _WIRE_FIELDS:
         return False
-    for name, kind in _FIELD_TYPES:
-        if type(fields[name]) is not kind:
-            return False
-    return True
+    return [type(fields[name]) for name in _FIELD_NAMES] == _FIELD_KINDS
 
 
 def _check_fields(fields: Any) -> None:
@@ -750,12 +769,15 @@ class MessageProxy:
     message_id: str
     message_timestamp: int
 
+    failed = False
+    reason: str | None = None  # Why it is a dead letter, where it is one.
+    actor_options: Mapping[str, Any] = types.MappingProxyType({})  # Of its actor, where known.
+    _exception: BaseException | None = None
+
     def __init__(self, message: Message[Any]) -> None:
-        self.__dict__.update(message.__dict__)
-        self.failed = False
-        self.reason: str | None = None  # Why it is a dead letter, where it is one.
-        self._message = message
-        self._exception: BaseException | None = None
+        attributes = self.__dict__
+        attributes.update(message.__dict__)
+        attributes["_message"] = message
 
     def fail(self) -> None:
         """Mark the message as failed for good: it becomes a dead letter."""
@@ -781,7 +803,7 @@ class MessageProxy:
         return f"<{type(self).__name__} {self._message!r}>"
 
     def __eq__(self, other: object) -> bool:
-        return self._message == (other._message if isinstance(other, MessageProxy) else other)
+        return bool(self._message == (other._message if isinstance(other, MessageProxy) else other))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -1271,12 +1293,16 @@ class _EventLoopThread:
             tasks.append(context.run(self.loop.create_task, coroutine))
             tasks[0].add_done_callback(lambda _task: done.set())
 
-        self.loop.call_soon_threadsafe(start)
+        def cancel() -> None:
+            for task in tasks:
+                task.cancel()
+
         try:
+            self.loop.call_soon_threadsafe(start)
             while not done.wait(_INTERRUPT_CHECK_S):
                 pass
         except Interrupt:
-            self.loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            self.loop.call_soon_threadsafe(cancel)
             if not done.wait(_CANCEL_GRACE_S):
                 raise RuntimeError("Timed out waiting for the cancelled coroutine to end.") from None
             raise
@@ -1475,18 +1501,18 @@ class Actor(Generic[_P, _R]):
 
         Raises TypeError or ValueError for an option of a wrong type or value.
         """
-        clock = self.broker.clock
-        time_ms = clock.time_ms()
-        message: Message[_R] = Message(
-            self.queue_name,
-            self.actor_name,
-            tuple(args),
-            {} if kwargs is None else kwargs,
-            _check_options(options, self.actor_name) if options else options,
-            _new_message_id(time_ms, self.broker._entropy()),
-            time_ms,
-        )
-        return _bound(message, self.broker)
+        broker = self.broker
+        time_ms = broker.clock.time_ms()
+        fields = {
+            "queue_name": self.queue_name,
+            "actor_name": self.actor_name,
+            "args": tuple(args),
+            "kwargs": {} if kwargs is None else kwargs,
+            "options": _check_options(options, self.actor_name) if options else options,
+            "message_id": _new_message_id(time_ms, broker._entropy()),
+            "message_timestamp": time_ms,
+        }
+        return _build_message(fields, broker)
 
     def send(self, *args: _P.args, **kwargs: _P.kwargs) -> Message[_R]:
         """Send a message: when this returns, it is stored and will be run.
@@ -1641,7 +1667,7 @@ class GenericActor(metaclass=_GenericActorMeta):
         abstract = True
 
     @property
-    def __name__(self) -> str:  # type: ignore[override]
+    def __name__(self) -> Any:
         return type(self).__name__
 
     def __getattr__(self, name: str) -> Any:
@@ -2278,82 +2304,31 @@ _IS_BUSY = """
 _STORE_RESULT = "INSERT OR REPLACE INTO dramalite_results (key, value, expires_at) VALUES (?, ?, ?)"
 
 # ------------------------------------------------------------------------------------------
-# SQLite engine
+# SQLite connections
 #
-# The queue's operations on one database, in a file or in memory.
-# Every write is one transaction under `_lock`, which also guards the connections; only the
-# slots' lock is taken under it.  Senders that arrive together share one commit.
+# One database, in a file or in memory, and this process's connections to it: one that sends,
+# one that works, one that reads; in memory one for all.  They are opened at first use and
+# guarded by `_lock`, under which every write is one transaction; only the slots' lock is
+# taken under it.  Every error that reaches the user says which file, what, and what to do.
 # SQLite's own files are never opened by Python: closing such a descriptor drops its locks.
 # ------------------------------------------------------------------------------------------
-#: Milliseconds a dead letter is kept: 7 days.
-_DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
-
-#: Bytes of the write-ahead log that make a worker move it into the database, and a sender.
-_WAL_LIMIT = 16 << 20
-_IDLE_WAL_LIMIT = 1 << 20
-_SENDERS_WAL_LIMIT = 48 << 20
-
 #: Seconds to wait for a lock that another program holds on the database.
 _BUSY_TIMEOUT_S = 30.0
 
 
-class _Row(NamedTuple):
-    """A claimed message; rows sort in the order they are to run."""
+class _Database:
+    """A SQLite database with dramalite's tables.  Safe for threads and forks."""
 
-    priority: int
-    id: int
-    queue: str
-    actor: str
-    crashes: int
-    crash_limit: int
-    message_id: str
-    body: bytes
-
-
-class _Outcome:
-    """What came of a claimed row, and all that is to be committed with it."""
-
-    __slots__ = ("effects", "is_handed_back", "row", "wakes")
-
-    def __init__(self, row: _Row) -> None:
-        self.row = row
-        self.effects: list[tuple[str, tuple[Any, ...]]] = []  # Statements and their values.
-        self.wakes: list[tuple[int, int]] = []  # due_ms and bit of each message it enqueues.
-        self.is_handed_back = False
-
-
-class _Ticket:
-    """Rows that a sender wants stored; whoever holds the lock stores them for all."""
-
-    __slots__ = ("done", "error", "rows")
-
-    def __init__(self, rows: list[tuple[Any, ...]]) -> None:
-        self.rows = rows
-        self.done = False
-        self.error: Exception | None = None
-
-
-class _Engine:
-    """The queue in one SQLite database.  Opened at first use; safe for threads and forks."""
-
-    def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
+    def __init__(self, path: str | None, durability: str) -> None:
         self.path = path
         self.changed = threading.Condition()  # Notified after commits, while someone waits.
-        self._clock = clock
         self._durability = durability
         self._lock = threading.RLock()
         self._connections: dict[str, sqlite3.Connection] = {}
         self._identity: tuple[int, int] | None = None
         self._slots: _Slots | None = None
-        self._slots_looked_for_at = 0.0
-        self._waiting: collections.deque[_Ticket] = collections.deque()
         self._is_writing = False  # Under _lock: this very thread is inside a write.
-        self._has_orphans = False  # Tickets whose senders could not wait: see insert().
-        self._bits: dict[tuple[str, str], int] = {}
-        self._inserts = 0
         self._watchers = 0
-        _engines.add(self)
-        _register_fork_hooks()
 
     # Opening and closing.
 
@@ -2475,8 +2450,7 @@ class _Engine:
             self._connections = {}
             self._slots = None
             self._identity = None
-        self._waiting.clear()
-        self._is_writing = self._has_orphans = False
+        self._is_writing = False
         self._watchers = 0
 
     # Transactions and errors.
@@ -2525,15 +2499,32 @@ class _Engine:
             self._is_writing = True
             try:
                 yield
-                if self._has_orphans:
-                    self._has_orphans = False
-                    self._store_waiting()
+                self._finish_write()
             except sqlite3.Error as error:
                 raise BrokerError(self._describe(error)) from error
             finally:
                 self._is_writing = False
         if self._watchers:
             self.notify()
+
+    def _finish_write(self) -> None:
+        """Called at the end of each write, with the lock held."""
+
+    def notify(self) -> None:
+        """Wake those that watch in this process."""
+        with self.changed:
+            self.changed.notify_all()
+
+    def _read(self, sql: str, values: Any = ()) -> list[tuple[Any, ...]]:
+        """Run a query on the connection that reads."""
+        import sqlite3
+
+        with self._lock:
+            try:
+                connection = self._connect("read")
+                return self._patiently(lambda: connection.execute(sql, values).fetchall())
+            except sqlite3.Error as error:
+                raise BrokerError(self._describe(error)) from error
 
     def _describe(self, error: Exception) -> str:
         """What SQLite's error means for the user, and what to do."""
@@ -2542,6 +2533,123 @@ class _Engine:
             if sign in text:
                 return f"The database {self.path!r} {advice} (SQLite says: {text})"
         return f"The database {self.path!r} can't be used: {text} ({type(error).__name__})."
+
+#: A part of SQLite's error text, and what to tell the user.
+_SQLITE_ADVICE = (
+    ("locked", "was kept locked by another program for 30 s; find out which one holds a "
+               "transaction open on it"),
+    ("disk is full", "or its disk is full; nothing was stored. Free some space"),
+    ("readonly", "is read-only; check the permissions of the file and its folder"),
+    ("unable to open", "can't be opened; check the path and the permissions of file and folder"),
+    ("not a database", "is no SQLite database; it was left untouched. Use another path"),
+    ("malformed", "is damaged; stop all its users, keep a copy, and try "
+                  "`sqlite3 FILE .recover`"),
+    ("disk I/O error", "met an I/O error: a full disk, a quota, or failing hardware; nothing was "
+                       "stored"),
+)  # fmt: skip
+
+
+def _is_busy(error: Exception) -> bool:
+    return "locked" in str(error)
+
+
+def _prepare_file(path: str) -> None:
+    """Create the database file for its owner only; say what is wrong with the path if it is."""
+    folder = os.path.dirname(path)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        if not os.path.isdir(folder):
+            raise ConnectionFailed(
+                f"The folder {folder!r} of the database {path!r} does not exist; create it first."
+            ) from None
+        try:
+            # Exclusive, so that no connection of this process can have the file open yet.
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            if os.path.islink(path):
+                raise ConnectionFailed(
+                    f"The database {path!r} is a link to nowhere; remove it or mend its target."
+                ) from None
+        except OSError as error:
+            raise ConnectionFailed(f"The database {path!r} can't be created: {error}.") from error
+    except OSError as error:
+        raise ConnectionFailed(f"The database {path!r} can't be used: {error}.") from error
+    else:
+        if not stat.S_ISREG(mode):
+            raise ConnectionFailed(f"The database {path!r} is not a regular file; use another path.")
+
+
+# ------------------------------------------------------------------------------------------
+# SQLite engine
+#
+# The queue's operations on a database: storing, claiming, finishing, recovering.
+# Senders that arrive together share one commit.  A worker's exchange writes what came of the
+# messages it ran and claims the next ones in one transaction; an outcome counts only while
+# its row is still the worker's.
+# ------------------------------------------------------------------------------------------
+#: Milliseconds a dead letter is kept: 7 days.
+_DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
+
+#: Bytes of the write-ahead log that make a worker move it into the database, and a sender.
+_WAL_LIMIT = 16 << 20
+_IDLE_WAL_LIMIT = 1 << 20
+_SENDERS_WAL_LIMIT = 48 << 20
+
+class _Row(NamedTuple):
+    """A claimed message; rows sort in the order they are to run."""
+
+    priority: int
+    id: int
+    queue: str
+    actor: str
+    crashes: int
+    crash_limit: int
+    message_id: str
+    body: bytes
+
+
+class _Outcome:
+    """What came of a claimed row, and all that is to be committed with it."""
+
+    __slots__ = ("effects", "is_handed_back", "row", "wakes")
+
+    def __init__(self, row: _Row) -> None:
+        self.row = row
+        self.effects: list[tuple[str, tuple[Any, ...]]] = []  # Statements and their values.
+        self.wakes: list[tuple[int, int]] = []  # due_ms and bit of each message it enqueues.
+        self.is_handed_back = False
+
+
+class _Ticket:
+    """Rows that a sender wants stored; whoever holds the lock stores them for all."""
+
+    __slots__ = ("done", "error", "rows")
+
+    def __init__(self, rows: list[tuple[Any, ...]]) -> None:
+        self.rows = rows
+        self.done = False
+        self.error: Exception | None = None
+
+
+class _Engine(_Database):
+    """The queue in one database."""
+
+    def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
+        super().__init__(path, durability)
+        self._clock = clock
+        self._waiting: collections.deque[_Ticket] = collections.deque()  # Of senders.
+        self._has_orphans = False  # Tickets whose senders could not wait: see insert().
+        self._inserts = 0
+        self._bits: dict[tuple[str, str], int] = {}
+        self._slots_looked_for_at = 0.0
+        _engines.add(self)
+        _register_fork_hooks()
+
+    def forget(self) -> None:
+        super().forget()
+        self._waiting.clear()
+        self._has_orphans = False
 
     # Sending.
 
@@ -2613,6 +2721,9 @@ class _Engine:
         if self._inserts >= 1024:
             self._inserts = 0
             self.checkpoint(_SENDERS_WAL_LIMIT)
+        self._finish_write()
+
+    def _finish_write(self) -> None:
         if self._has_orphans:
             self._has_orphans = False
             self._store_waiting()
@@ -2724,17 +2835,6 @@ class _Engine:
 
     # Looking.
 
-    def _read(self, sql: str, values: Any = ()) -> list[tuple[Any, ...]]:
-        """Run a query on the connection that reads, or in memory the only one."""
-        import sqlite3
-
-        with self._lock:
-            try:
-                connection = self._connect("read")
-                return self._patiently(lambda: connection.execute(sql, values).fetchall())
-            except sqlite3.Error as error:
-                raise BrokerError(self._describe(error)) from error
-
     def data_version(self) -> int:
         """A number that changes when another connection has changed the database."""
         return cast(int, self._read("PRAGMA data_version")[0][0])
@@ -2783,11 +2883,6 @@ class _Engine:
             with self.changed:
                 self._watchers -= 1
         return True
-
-    def notify(self) -> None:
-        """Wake those that watch in this process."""
-        with self.changed:
-            self.changed.notify_all()
 
     # Results.
 
@@ -2925,55 +3020,9 @@ class _Engine:
         slots.wake(due_ms, bit)
 
 
-#: A part of SQLite's error text, and what to tell the user.
-_SQLITE_ADVICE = (
-    ("locked", "was kept locked by another program for 30 s; find out which one holds a "
-               "transaction open on it"),
-    ("disk is full", "or its disk is full; nothing was stored. Free some space"),
-    ("readonly", "is read-only; check the permissions of the file and its folder"),
-    ("unable to open", "can't be opened; check the path and the permissions of file and folder"),
-    ("not a database", "is no SQLite database; it was left untouched. Use another path"),
-    ("malformed", "is damaged; stop all its users, keep a copy, and try "
-                  "`sqlite3 FILE .recover`"),
-    ("disk I/O error", "met an I/O error: a full disk, a quota, or failing hardware; nothing was "
-                       "stored"),
-)  # fmt: skip
-
-
-def _is_busy(error: Exception) -> bool:
-    return "locked" in str(error)
-
-
 def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
     """Of rows for the same queue, actor and eta-or-not, one each: a ring each is enough."""
     return {(row[2], row[3], row[5]): row for row in reversed(rows)}.values()
-
-
-def _prepare_file(path: str) -> None:
-    """Create the database file for its owner only; say what is wrong with the path if it is."""
-    folder = os.path.dirname(path)
-    try:
-        mode = os.stat(path).st_mode
-    except FileNotFoundError:
-        if not os.path.isdir(folder):
-            raise ConnectionFailed(
-                f"The folder {folder!r} of the database {path!r} does not exist; create it first."
-            ) from None
-        try:
-            # Exclusive, so that no connection of this process can have the file open yet.
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        except FileExistsError:
-            if os.path.islink(path):
-                raise ConnectionFailed(
-                    f"The database {path!r} is a link to nowhere; remove it or mend its target."
-                ) from None
-        except OSError as error:
-            raise ConnectionFailed(f"The database {path!r} can't be created: {error}.") from error
-    except OSError as error:
-        raise ConnectionFailed(f"The database {path!r} can't be used: {error}.") from error
-    else:
-        if not stat.S_ISREG(mode):
-            raise ConnectionFailed(f"The database {path!r} is not a regular file; use another path.")
 
 
 # ------------------------------------------------------------------------------------------
@@ -3179,10 +3228,12 @@ class Results(Middleware):
     def actor_options(self) -> set[str]:
         return {"store_results", "result_ttl"}
 
-    def _settings(self, broker: Broker, message: MessageProxy) -> tuple[bool, int]:
-        """Whether to store, and for how long: the message's option, the actor's, or ours."""
-        stores = _option(broker, message, "store_results", self.store_results)
-        return bool(stores), _option(broker, message, "result_ttl", self.result_ttl)
+    def _stores(self, message: MessageProxy) -> bool:
+        return bool(_option(message, "store_results", self.store_results))
+
+    def _ttl(self, message: MessageProxy) -> int:
+        ttl = _option(message, "result_ttl")
+        return self.result_ttl if ttl is None else cast(int, ttl)
 
     def after_process_message(
         self,
@@ -3194,13 +3245,12 @@ class Results(Middleware):
     ) -> None:
         if exception is not None or message.failed:
             return
-        stores, ttl = self._settings(broker, message)
-        if stores:
+        if self._stores(message):
             try:
-                self.backend.store_result(message, result, ttl)
+                self.backend.store_result(message, result, self._ttl(message))
             except (TypeError, ValueError) as error:
                 _fail_for_result(broker, message, error)
-        elif result is not None and not _hands_result_on(broker, message):
+        elif result is not None and not _hands_result_on(message):
             self.logger.warning(
                 "Actor %r returned a value that is not None, but store_results is off: "
                 "the value has been discarded.",
@@ -3208,29 +3258,27 @@ class Results(Middleware):
             )
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        stores, ttl = self._settings(broker, message)
-        if stores and not message.failed:
-            self.backend.store_result(message, None, ttl)
+        if self._stores(message) and not message.failed:
+            self.backend.store_result(message, None, self._ttl(message))
 
     def after_nack(self, broker: Broker, message: MessageProxy) -> None:
-        stores, ttl = self._settings(broker, message)
-        if stores and message.failed:
+        if self._stores(message) and message.failed:
             exception = message._exception or RuntimeError("The message failed.")
-            self.backend.store_exception(message, exception, ttl)
+            self.backend.store_exception(message, exception, self._ttl(message))
 
 
-def _option(broker: Broker, message: MessageProxy, name: str, default: Any) -> Any:
+def _option(message: MessageProxy, name: str, default: Any = None) -> Any:
     """A message's option; where it has none its actor's, and where that has none `default`."""
-    if name in message.options:
-        return message.options[name]
-    actor = broker.actors.get(message.actor_name)
-    return default if actor is None else actor.options.get(name, default)
+    options = message.options
+    if name in options:
+        return options[name]
+    return message.actor_options.get(name, default)
 
 
-def _hands_result_on(broker: Broker, message: MessageProxy) -> bool:
+def _hands_result_on(message: MessageProxy) -> bool:
     """Tell whether a pipeline or a callback gets the message's result."""
     return bool(
-        message.options.get("pipe_target") or _option(broker, message, "on_success", None)
+        message.options.get("pipe_target") or _option(message, "on_success")
     )
 
 
@@ -3257,7 +3305,7 @@ class AgeLimit(Middleware):
         return {"max_age"}
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        max_age = message.options.get("max_age") or _option(broker, message, "max_age", self.max_age)
+        max_age = message.options.get("max_age") or _option(message, "max_age", self.max_age)
         if not max_age:
             return
         if broker.clock.time_ms() - message.message_timestamp >= max_age:
@@ -3295,7 +3343,7 @@ class TimeLimit(Middleware):
         self._deadlines: dict[int, float] = {}  # By thread, those not yet passed.
         self._passed: dict[int, float] = {}  # By thread: when the interrupt was raised.
         self._wakes_at = 0.0
-        self._thread: threading.Thread | None = None
+        self._watched_in = 0  # The process of the watching thread; a fork leaves it behind.
 
     @property
     def actor_options(self) -> set[str]:
@@ -3313,7 +3361,7 @@ class TimeLimit(Middleware):
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         limit = message.options.get("time_limit") or _option(
-            broker, message, "time_limit", self.time_limit
+            message, "time_limit", self.time_limit
         )
         if limit is None or limit == float("inf"):
             return
@@ -3321,7 +3369,7 @@ class TimeLimit(Middleware):
         if self._passed:  # A thread that was given up may have had this one's ident.
             self._passed.pop(threading.get_ident(), None)
         self._deadlines[threading.get_ident()] = deadline
-        if deadline < self._wakes_at or self._thread is None or not self._thread.is_alive():
+        if deadline < self._wakes_at or self._watched_in != os.getpid():
             self._watch(broker.clock, deadline)
 
     def after_process_message(
@@ -3348,12 +3396,12 @@ class TimeLimit(Middleware):
         """Have the watching thread wake up for this deadline."""
         with self._lock:
             self._wakes_at = min(self._wakes_at, deadline)
-            if self._thread is None or not self._thread.is_alive():
+            if self._watched_in != os.getpid():
+                self._watched_in = os.getpid()
                 self._wakes_at = deadline
-                self._thread = threading.Thread(
+                threading.Thread(
                     target=self._enforce, args=(clock,), name="dramalite-time-limit", daemon=True
-                )
-                self._thread.start()
+                ).start()
             self._lock.notify()
 
     def _enforce(self, clock: Clock) -> None:
@@ -3396,13 +3444,6 @@ class ShutdownNotifications(Middleware):
     def actor_options(self) -> set[str]:
         return {"notify_shutdown"}
 
-    def should_notify(self, actor: Actor[Any, Any] | None, message: Any) -> bool:
-        """The first of message, actor and middleware that says anything."""
-        wanted = message.options.get("notify_shutdown")
-        if wanted is None and actor is not None:
-            wanted = actor.options.get("notify_shutdown")
-        return bool(self.notify_shutdown if wanted is None else wanted)
-
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.logger.debug("Sending shutdown notification to worker threads...")
         for thread in list(self._notified & worker.thread_ids):
@@ -3413,7 +3454,10 @@ class ShutdownNotifications(Middleware):
                 )
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        if self.should_notify(broker.actors.get(message.actor_name), message):
+        wanted = message.options.get("notify_shutdown")
+        if wanted is None:
+            wanted = message.actor_options.get("notify_shutdown")
+        if self.notify_shutdown if wanted is None else wanted:
             self._notified.add(threading.get_ident())
 
     def after_process_message(
@@ -3424,7 +3468,8 @@ class ShutdownNotifications(Middleware):
         result: Any = None,
         exception: BaseException | None = None,
     ) -> None:
-        self._notified.discard(threading.get_ident())
+        if self._notified:
+            self._notified.discard(threading.get_ident())
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         self._notified.discard(threading.get_ident())
@@ -3455,7 +3500,7 @@ class Callbacks(Middleware):
         exception: BaseException | None = None,
     ) -> None:
         name = "on_success" if exception is None else "on_failure"
-        callback = message.options.get(name) or _option(broker, message, name, None)
+        callback = message.options.get(name) or _option(message, name)
         if not callback or (exception is None and message._exception is not None):
             return
         if exception is not None:
@@ -3619,7 +3664,7 @@ class Retries(Middleware):
 
     def _decide(self, broker: Broker, message: MessageProxy, exception: BaseException) -> None:
         """Retry the message, or fail it for good."""
-        throws = message.options.get("throws") or _option(broker, message, "throws", None)
+        throws = message.options.get("throws") or _option(message, "throws")
         if throws and isinstance(exception, throws):
             self.logger.info("Aborting message %r.", message.message_id)
             message.fail()
@@ -3631,7 +3676,7 @@ class Retries(Middleware):
         message.options["retries"] = attempt + 1
         message.options["traceback"] = _traceback_text(exception)
         message.options["requeue_timestamp"] = broker.clock.time_ms()
-        max_retries = _option(broker, message, "max_retries", self.max_retries)
+        max_retries = _option(message, "max_retries", self.max_retries)
         if self._is_exhausted(broker, message, attempt, max_retries, exception):
             self._give_up(broker, message, attempt, max_retries)
         else:
@@ -3647,9 +3692,7 @@ class Retries(Middleware):
         max_retries: int | None,
         exception: BaseException,
     ) -> bool:
-        actor = broker.actors.get(message.actor_name)
-        options = {} if actor is None else actor.options
-        retry_when = options.get("retry_when", self.retry_when)
+        retry_when = message.actor_options.get("retry_when", self.retry_when)
         if retry_when is not None:
             return not retry_when(attempt, exception)
         return max_retries is not None and attempt >= max_retries
@@ -3660,7 +3703,7 @@ class Retries(Middleware):
         self.logger.warning("Retries exceeded for message %r.", message.message_id)
         message.fail()
         name = "on_retry_exhausted"
-        callback = message.options.get(name) or _option(broker, message, name, None)
+        callback = message.options.get(name) or _option(message, name)
         if callback:
             retries = {"retries": attempt, "max_retries": max_retries}
             _send_callback(broker, callback, message, retries)
@@ -3670,8 +3713,8 @@ class Retries(Middleware):
     ) -> int:
         if isinstance(exception, Retry) and exception.delay is not None:
             return exception.delay
-        shortest = _option(broker, message, "min_backoff", None)
-        longest = _option(broker, message, "max_backoff", None)
+        shortest = _option(message, "min_backoff")
+        longest = _option(message, "max_backoff")
         return _backoff_ms(
             attempt,
             self.min_backoff if shortest is None else shortest,
@@ -3811,7 +3854,8 @@ class _EngineBroker(Broker):
         """
         message, values = self._prepare(message, delay)
         self._write_rows([values])
-        self.emit_after("enqueue", message, delay)
+        if self._hooks["after_enqueue"]:
+            self.emit_after("enqueue", message, delay)
         return message
 
     def enqueue_many(self, messages: Iterable[Message[Any]]) -> list[Message[Any]]:
@@ -3870,10 +3914,12 @@ class _EngineBroker(Broker):
         outcome = self._collecting.outcome
         if outcome is not None and outcome.row.message_id == message.message_id:
             crashes = outcome.row.crashes  # A retry: it stays the same message.
-        row = self._engine.row(message, body, priority, self._eta(options), crashes, crash_limit)
+        eta = self._eta(options) if "eta" in options else None
+        row = self._engine.row(message, body, priority, eta, crashes, crash_limit)
         if actor is None and self._is_private:
             return (*row[:3], "", *row[4:])  # Any worker may have it, to bury it.
-        self._pairs.add((row[2], message.actor_name))
+        if actor is None or actor.queue_name != row[2]:
+            self._pairs.add((row[2], message.actor_name))
         return row
 
     def _eta(self, options: dict[str, Any]) -> int | None:
@@ -4199,9 +4245,9 @@ class _Processor:
         except DecodeError as error:
             job.exception = error
             return
-        self._logger.debug("Received message %s with id %r.", message, message.message_id)
         try:
             actor = broker.get_actor(message.actor_name)
+            message.actor_options = actor.options
             if broker._hooks["before_process_message"]:
                 broker._collecting.outcome = job.outcome
                 try:
@@ -4217,11 +4263,12 @@ class _Processor:
             job.exception = error
 
     def _call(self, actor: Actor[Any, Any], message: MessageProxy) -> Any:
+        if actor.logger.isEnabledFor(logging.DEBUG):
+            self._logger.debug("Received message %s with id %r.", message, message.message_id)
         args = message.args
         if args and type(args[0]) is dict and _is_message_data(args[0]):
             args = (MessageData(args[0]), *args[1:])
-        call = actor.fn if not actor.logger.isEnabledFor(logging.DEBUG) else actor
-        return _call_interruptibly(call, args, message.kwargs)
+        return _call_interruptibly(actor, args, message.kwargs)
 
     def crash(self, row: _Row) -> _Outcome:
         """The outcome of a message whose workers died as often as it allows."""
@@ -4230,6 +4277,9 @@ class _Processor:
         try:
             job.message = MessageProxy(_decode_row(row))
             job.message.fail()
+            actor = self._broker.actors.get(row.actor)
+            if actor is not None:
+                job.message.actor_options = actor.options
         except DecodeError as error:
             job.exception = error
         else:
@@ -4304,7 +4354,7 @@ class _Processor:
             broker.emit_after("process_message", message, exception=exception)
 
     def _check_use(self, message: MessageProxy) -> None:
-        if _hands_result_on(self._broker, message):
+        if _hands_result_on(message):
             return
         if not any(isinstance(item, Results) for item in self._broker.middleware):
             self._logger.warning(
@@ -4314,7 +4364,7 @@ class _Processor:
             )
 
     def _log_failure(self, message: MessageProxy, exception: BaseException) -> None:
-        throws = message.options.get("throws") or _option(self._broker, message, "throws", None)
+        throws = message.options.get("throws") or _option(message, "throws")
         text = _error_text(exception)
         if isinstance(exception, RateLimitExceeded):
             self._logger.debug("Rate limit exceeded in message %s: %s.", message, text)
@@ -5022,7 +5072,7 @@ def _parser() -> argparse.ArgumentParser:
         help="worker processes (default: the number of CPUs, %(default)s)",
     )  # fmt: skip
     worker.add_argument(
-        "--threads", "-t", type=_count, default=8, metavar="N",
+        "--threads", "-t", type=_positive_count, default=8, metavar="N",
         help="threads per process (default: %(default)s)",
     )  # fmt: skip
     worker.add_argument(
@@ -5044,10 +5094,18 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _count(text: str) -> int:
+    """An argument that is 0 or more."""
     value = int(text)
     if value < 0:
         raise ValueError(text)
     return value
+
+
+def _positive_count(text: str) -> int:
+    """An argument that is 1 or more."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def main(args: list[str] | argparse.Namespace | None = None) -> int:
@@ -5298,8 +5356,12 @@ class _WorkerProcess:
     def _work(self) -> int:
         try:
             broker = self._import()
-        except Exception:  # The user's modules are foreign code.
-            self._logger.exception("The modules can't be imported; fix this and start again.")
+        except BrokerConnectionError as error:
+            self._logger.critical("%s", error)
+            return _BOOT_FAILURE + _EXIT_CONNECTION
+        except (Exception, SystemExit):  # The user's modules are foreign code.
+            names = " ".join([self._namespace.broker, *self._namespace.modules])
+            self._logger.exception("%s can't be imported; fix this and start again.", names)
             return _BOOT_FAILURE + _EXIT_IMPORT
         worker = Worker(
             broker, queues=self._namespace.queues, worker_threads=self._namespace.threads
@@ -5307,7 +5369,7 @@ class _WorkerProcess:
         worker.on_stuck = lambda: self._events.put("retire")
         try:
             worker.start()
-        except BrokerError as error:
+        except BrokerConnectionError as error:
             self._logger.critical("%s", error)
             return _BOOT_FAILURE + _EXIT_CONNECTION
         self._logger.info("Worker process is ready for action.")

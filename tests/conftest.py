@@ -38,8 +38,7 @@ def clean_state(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DRAMALITE_DB", raising=False)
     with contextlib.ExitStack() as closing:
-        bystander = dramalite.StubBroker()
-        closing.callback(bystander.close)
+        bystander = dramalite.Broker(middleware=[])
         dramalite.set_broker(bystander)
         dramalite.set_encoder(dramalite.JSONEncoder())
         yield closing

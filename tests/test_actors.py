@@ -497,6 +497,18 @@ def test_an_async_actor_can_be_called_directly(stub_broker):
     assert add(1, 2) == 3
 
 
+@pytest.mark.parametrize("error", [ValueError("no"), TimeoutError("own"), asyncio.TimeoutError()])
+def test_an_error_of_an_async_actor_reaches_the_caller(stub_broker, error):
+    @dramalite.actor
+    async def fail():
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        fail()
+
+    assert raised.value is error
+
+
 def test_an_async_actors_own_function_is_kept(stub_broker):
     async def add(x, y):
         return x + y

@@ -388,15 +388,32 @@ def test_delayed_messages_run_in_the_order_of_their_times(make_broker, clock, wo
     assert done == [1, 2, 3]
 
 
+def test_delayed_messages_that_are_due_together_run_in_the_order_of_their_times(
+    make_broker, clock, worker
+):
+    broker = make_broker(clock=clock)
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    for hours in [3, 1, 2]:
+        work.send_with_options(args=(hours,), delay=hours * HOUR)
+    clock.advance(DAY)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [1, 2, 3]
+
+
 def test_times_apart_by_real_milliseconds_are_kept_in_order_too(broker, worker):
     done = []
     work = dramalite.actor(done.append, actor_name="work")
     worker(broker)
-    for delay in [90, 30, 60, 0]:
-        work.send_with_options(args=(delay,), delay=delay)
+    times = [
+        work.send_with_options(args=(number,), delay=delay).options["eta"]
+        for number, delay in enumerate([90, 30, 60, 0])
+    ]
     broker.join("default", timeout=PATIENCE)
 
-    assert done == [0, 30, 60, 90]
+    assert done == sorted(range(4), key=times.__getitem__)
 
 
 def test_far_messages_do_not_hide_near_ones(make_broker, clock, worker):
@@ -434,15 +451,17 @@ def test_a_message_with_a_time_is_honoured_on_its_own_queue_too(make_broker, clo
     assert done == ["now", "later"]
 
 
-def test_a_message_whose_time_is_no_number_runs_at_once(broker, worker):
+def test_a_message_whose_time_is_no_number_runs_at_once_with_a_warning(broker, worker, caplog):
     done = []
     work = dramalite.actor(done.append, actor_name="work")
     message = work.message(1)
     broker.enqueue(message.copy(options={"eta": "soon"}))
     worker(broker)
     broker.join("default", timeout=PATIENCE)
+    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
 
     assert done == [1]
+    assert ["soon" in text and "eta" in text for text in warnings] == [True]
 
 
 def test_a_delayed_message_runs_under_its_id_on_its_own_queue(broker, worker):
@@ -740,6 +759,20 @@ def test_dead_letters_are_seen_by_another_broker_on_the_file(make_file_broker, w
     assert [letter.message_id for letter in second.dead_letters] == [sent.message_id]
 
 
+def test_dead_letters_are_kept_for_seven_days(make_file_broker, clock, worker):
+    broker = make_file_broker(clock=clock)
+    fail_for_good(broker, worker)
+    clock.advance(7 * DAY - HOUR)
+    first = worker(broker)
+    kept = len(broker.dead_letters)
+    first.stop()
+    clock.advance(2 * HOUR)
+    worker(broker)
+    wait_until(lambda: len(broker.dead_letters) == 0)
+
+    assert kept == 1
+
+
 def test_flush_all_forgets_dead_letters_and_later_ones_are_kept(broker, worker):
     fail_for_good(broker, worker)
     broker.flush_all()
@@ -749,6 +782,83 @@ def test_flush_all_forgets_dead_letters_and_later_ones_are_kept(broker, worker):
 
     assert after_flush == []
     assert [letter.args for letter in broker.dead_letters] == [(2,)]
+
+
+# Consumers, for code that does without Worker
+
+
+def test_a_consumer_gives_messages_in_order_and_none_when_there_are_none(broker):
+    work = dramalite.actor(print, actor_name="work")
+    for number in range(2):
+        work.send(number)
+    consumer = broker.consume("default", prefetch=5, timeout=10)
+    first, second, nothing = next(consumer), next(consumer), next(consumer)
+    consumer.close()
+
+    assert iter(consumer) is consumer
+    assert [first.args, second.args] == [(0,), (1,)]
+    assert isinstance(first, dramalite.MessageProxy)
+    assert nothing is None
+
+
+def test_a_consumer_holds_no_more_than_its_prefetch_until_it_acknowledges(broker):
+    work = dramalite.actor(print, actor_name="work")
+    for number in range(3):
+        work.send(number)
+    consumer = broker.consume("default", prefetch=2, timeout=10)
+    first, second, nothing = next(consumer), next(consumer), next(consumer)
+    consumer.ack(first)
+    third = next(consumer)
+    consumer.close()
+
+    assert nothing is None
+    assert third.args == (2,)
+
+
+def test_what_a_consumer_acknowledged_is_gone_and_what_it_refused_is_a_dead_letter(broker):
+    work = dramalite.actor(print, actor_name="work")
+    for number in range(2):
+        work.send(number)
+    consumer = broker.consume("default", prefetch=2, timeout=10)
+    consumer.ack(next(consumer))
+    consumer.nack(next(consumer))
+    broker.join("default", timeout=PATIENCE)
+    consumer.close()
+
+    assert [letter.args for letter in broker.dead_letters] == [(1,)]
+
+
+@pytest.mark.parametrize("verb", ["ack", "nack"])
+def test_acknowledging_twice_does_no_harm(broker, verb):
+    dramalite.actor(print, actor_name="work").send(1)
+    consumer = broker.consume("default", prefetch=2, timeout=10)
+    message = next(consumer)
+    consumer.ack(message)
+    getattr(consumer, verb)(message)
+    broker.join("default", timeout=PATIENCE)
+    consumer.close()
+
+    assert list(broker.dead_letters) == []
+
+
+def test_what_a_closed_consumer_held_goes_back_to_its_place(broker):
+    work = dramalite.actor(print, actor_name="work")
+    for number in range(3):
+        work.send(number)
+    consumer = broker.consume("default", prefetch=2, timeout=10)
+    next(consumer)
+    next(consumer)
+    consumer.close()
+    another = broker.consume("default", prefetch=3, timeout=10)
+    order = [next(another).args for _ in range(3)]
+    another.close()
+
+    assert order == [(0,), (1,), (2,)]
+
+
+def test_consuming_a_queue_that_nobody_declared_is_an_error_on_the_stub_broker(stub_broker):
+    with pytest.raises(dramalite.QueueNotFound):
+        stub_broker.consume("nowhere")
 
 
 # A message that cannot be read

@@ -232,6 +232,7 @@ def test_an_async_job_that_takes_too_long_is_cancelled(limited, worker, log, out
         try:
             await asyncio.sleep(DEADLINE)
         finally:
+            await asyncio.sleep(0)
             log.append("cleaned up")
 
     work.send()

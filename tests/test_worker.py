@@ -1,7 +1,11 @@
 """The worker: starting, pausing and stopping it, what a job may do to it, and what it gives back."""
 
+import asyncio
+import gc
 import logging
+import signal
 import threading
+import weakref
 
 import pytest
 
@@ -83,7 +87,6 @@ def test_a_worker_runs_in_any_thread(broker):
 
 
 def test_starting_does_not_block_and_leaves_signals_alone(broker):
-    signal = pytest.importorskip("signal")
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with dramalite.Worker(broker, worker_threads=1):
         inside = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -535,6 +538,49 @@ def test_jobs_get_what_was_sent(broker, worker):
     assert received == [((1, [2, {"a": None}], "é"), {"x": 1.5, "y": True})]
 
 
+@pytest.mark.parametrize("style", ["sync", "async"])
+def test_an_exception_is_forgotten_without_the_garbage_collector(broker, worker, style):
+    errors = []
+
+    class Once(Exception):
+        pass
+
+    def work():
+        if not errors:
+            error = Once()
+            errors.append(weakref.ref(error))
+            raise error
+
+    async def async_work():
+        await asyncio.sleep(0)
+        work()
+
+    function = work if style == "sync" else async_work
+    gc.collect()
+    gc.disable()
+    try:
+        dramalite.actor(function, actor_name="work", min_backoff=0).send()
+        worker(broker)
+        broker.join("default", timeout=PATIENCE)
+        wait_until(lambda: errors[0]() is None, timeout=2)
+    finally:
+        gc.enable()
+
+    assert errors[0]() is None
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="POSIX signal masks")
+def test_jobs_run_with_no_signal_blocked(broker, worker):
+    blocked = []
+    dramalite.actor(
+        lambda: blocked.append(signal.pthread_sigmask(signal.SIG_BLOCK, [])), actor_name="work"
+    ).send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert blocked == [set()]
+
+
 # How failures are logged
 
 
@@ -602,7 +648,7 @@ def test_a_result_of_none_is_not_warned_about(stub_broker, worker, caplog):
 
 
 def test_on_a_broker_in_memory_a_message_for_an_unknown_actor_is_a_dead_letter(
-    clean_state, worker
+    clean_state, worker, caplog
 ):
     broker = dramalite.MemoryBroker()
     clean_state.callback(broker.close)
@@ -614,8 +660,11 @@ def test_on_a_broker_in_memory_a_message_for_an_unknown_actor_is_a_dead_letter(
     worker(broker)
     broker.join("default", timeout=PATIENCE)
 
+    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+
     assert [letter.message_id for letter in broker.dead_letters] == [message.message_id]
     assert done == ["rest"]
+    assert ["nobody" in text for text in errors] == [True]
 
 
 def test_in_a_file_a_message_for_an_unknown_actor_waits_and_the_rest_goes_on(

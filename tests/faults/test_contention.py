@@ -80,7 +80,7 @@ def assert_nobody_met_a_lock(place):
     assert place.sound()
 
 
-@pytest.mark.parametrize("durability", ["normal", "full"])
+@pytest.mark.parametrize("durability", ["full", pytest.param("normal", marks=pytest.mark.torture)])
 def test_eight_producers_and_four_workers_meet_no_lock_error(place, durability):
     place.durability = durability
     crowd(place, producers=8, messages=100, threads=2, workers=4)

@@ -13,10 +13,11 @@ JOBS = """
         note("ran", number)
 
     @dramalite.actor(max_retries=0)
-    def hold(seconds):
-        note("holding", seconds)
-        time.sleep(seconds)
-        note("held", seconds)
+    def hold(times):
+        note("holding")
+        if noted("holding") <= times:
+            time.sleep(30)
+        note("held")
 
     def send(number):
         \"\"\"Send and note what came of it; only a clear error may come instead.\"\"\"
@@ -164,38 +165,121 @@ def test_a_send_in_a_signal_handler_that_interrupts_a_send_is_stored(place):
     assert_noted_is_stored(place, 151)
 
 
-def test_an_exception_from_a_signal_handler_in_the_middle_of_a_send_breaks_nothing(place):
+@pytest.mark.parametrize("interruptions", [150, pytest.param(5000, marks=pytest.mark.torture)])
+def test_an_exception_from_a_signal_handler_in_the_middle_of_a_send_breaks_nothing(place, interruptions):
+    # What Ctrl+C does to a script that goes on: a later send is stored, and not only said to be.
     place.script(
-        """
-        import signal
+        f"""
+        import contextlib, os, random, signal, sqlite3
         import jobs
 
         class Alarm(Exception):
             pass
 
-        def handler(*_):
+        def ring(*_):
             raise Alarm
 
-        signal.signal(signal.SIGALRM, handler)
-        interrupted = number = 0
-        while interrupted < 100:
-            number += 1
+        def count():
+            with contextlib.closing(sqlite3.connect(os.environ["JOBS_DB"], timeout=20)) as connection:
+                return connection.execute("SELECT count(*) FROM dramalite_messages").fetchone()[0]
+
+        signal.signal(signal.SIGALRM, ring)
+        jobs.job.send("first")
+        draw = random.Random(6)
+        for number in range({interruptions}):
+            before = sent = count()
             try:
-                signal.setitimer(signal.ITIMER_REAL, 0.0001 + number % 13 * 0.00003)
-                for _ in range(20):
+                signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.00002, 0.0006))
+                while True:
                     jobs.job.send(number)
+                    sent += 1
             except Alarm:
-                interrupted += 1
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        jobs.send("afterwards")
+                pass
+            jobs.job.send("afterwards")
+            sent += 1
+            stored = count()
+            assert stored in (sent, sent + 1), f"{{stored - before}} stored of {{sent - before}}"
         jobs.broker.close()
         """,
-        seconds=30,
+        seconds=100,
     )
 
-    assert place.notes("stored", "afterwards")
     assert place.sound()
+
+
+#: Runs something at the n-th line of dramalite that a send passes, for each n; as a signal handler would.
+AT_EACH_STEP = """
+    import contextlib, os, sqlite3, sys
+    import dramalite
+    import jobs
+
+    def count():
+        with contextlib.closing(sqlite3.connect(os.environ["JOBS_DB"])) as connection:
+            return connection.execute("SELECT count(*) FROM dramalite_messages").fetchone()[0]
+
+    def at_step(wanted, act, do):
+        \"\"\"Call `do`, and `act` at the wanted line of dramalite on the way; whether there was such a line.\"\"\"
+        step = 0
+
+        def trace(frame, event, argument):
+            nonlocal step
+            if frame.f_code.co_filename != dramalite.__file__:
+                return None
+            if event == "line":
+                step += 1
+                if step == wanted:
+                    at_step.place = f"{frame.f_code.co_name}, line {frame.f_lineno}"
+                    act()
+            return trace
+
+        sys.settrace(trace)
+        try:
+            do()
+        finally:
+            sys.settrace(None)
+        return step >= wanted
+"""
+
+
+def test_a_send_at_any_step_of_another_send_is_stored(place):
+    place.script(
+        AT_EACH_STEP
+        + """
+    for number in range(3):
+        jobs.job.send(number)
+    step, stored = 1, count()
+    while at_step(step, lambda: jobs.job.send("inner"), lambda: jobs.job.send("outer")):
+        assert count() == stored + 2, f"{at_step.place}: {count() - stored} of 2 were stored."
+        step, stored = step + 1, count()
+    assert step > 20
+    """,
+        seconds=20,
+    )
+
+
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.torture)])
+def test_a_send_at_any_step_of_the_first_send_is_stored(place, stride):
+    place.script(
+        AT_EACH_STEP
+        + f"""
+    def at_first_use(step):
+        broker = dramalite.SQLiteBroker(os.environ["JOBS_DB"], durability="normal")
+        job = dramalite.actor(lambda number: None, actor_name="job", broker=broker)
+        seen = at_step(step, lambda: job.send("inner"), lambda: job.send("outer"))
+        assert count() == 1 + seen, f"{{at_step.place}}: {{count()}} of 2 were stored."
+        broker.close()
+        for name in os.listdir("."):
+            if name.startswith("queue.db"):
+                os.remove(name)
+        return seen
+
+    step = 1
+    while at_first_use(step):
+        step += {stride}
+    assert step > 50
+    """,
+        seconds=60,
+    )
 
 
 def test_daemon_threads_that_send_while_the_interpreter_ends_do_not_keep_it(place):
@@ -267,7 +351,7 @@ def test_a_worker_in_the_program_that_is_not_stopped_does_not_keep_the_interpret
         if state != "never used":
             jobs.until(lambda: jobs.noted("ran") == 1)
         if state == "working":
-            jobs.hold.send(30)
+            jobs.hold.send(1)
             jobs.until(lambda: jobs.noted("holding"))
         if state == "paused":
             worker.pause()
@@ -286,7 +370,7 @@ def test_work_that_was_running_when_the_program_ended_is_done_by_the_next(place)
         import dramalite
         import jobs
 
-        jobs.hold.send(1.5)
+        jobs.hold.send(1)
         dramalite.Worker(jobs.broker, worker_threads=2).start()
         jobs.until(lambda: jobs.noted("holding"))
         """,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 JOBS = """
@@ -40,6 +42,16 @@ JOBS = """
         os.waitpid(child, 0)
         until(lambda: (HERE / "release").exists())
         note("forked", number)
+
+    @dramalite.actor(max_retries=0)
+    def terminates(number):
+        import multiprocessing
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+        child.terminate()
+        child.join(5)
+        note("terminated", number, child.exitcode)
+        child.kill()
 
     @dramalite.actor(max_retries=0)
     def uses_a_pool(number):
@@ -217,7 +229,7 @@ def test_a_process_forked_from_a_worker_does_not_work_and_does_not_keep_claims_a
     )
 
     assert place.runs("ran") == {"before": 1, "child": 1}
-    assert {note[2] for note in place.notes("ran")} == {tree.output().strip()}
+    assert {note[2] for note in place.notes("ran")} == {tree.output().split()[-1]}
     assert place.waiting() == 0
 
 
@@ -265,6 +277,14 @@ def test_a_job_that_forks_runs_once_however_its_child_ends(place, ending):
     assert place.runs("ran") == {str(number): 1 for number in range(20)}
     assert place.dead() == 0
     place.wait_until(lambda: len(tree.pids()) == 2, "no process but the supervisor and its worker stays", 5)
+
+
+def test_a_process_that_a_job_forks_can_be_terminated(place):
+    place.send("terminates", 1)
+    place.worker()
+    place.drained(10)
+
+    assert place.notes("terminated") == [["terminated", "1", str(-signal.SIGTERM)]]
 
 
 def test_a_job_may_use_a_pool_of_forked_processes(place):

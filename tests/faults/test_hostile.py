@@ -136,17 +136,15 @@ FAILING = [
     "unknown encoding",
     "signals",
 ]
-POLLUTING = [
-    "close streams",
-    "close descriptors 0 to 2",
-    "change folder",
-    "remove folder",
-    "umask",
-    "environment",
-    "recursion limit",
-    "threads",
-    "switch interval",
-    "unload modules",
+#: What jobs do to the process they run in; those of one line are done one after the other.
+SPOILING = [
+    ["close streams"],
+    ["close descriptors 0 to 2"],
+    ["change folder", "umask", "environment"],
+    ["remove folder"],
+    ["recursion limit", "switch interval"],
+    ["threads"],
+    ["unload modules"],
 ]
 
 
@@ -376,17 +374,16 @@ def test_control_characters_of_an_exception_do_not_reach_the_log_raw(place):
     assert not re.search(r"^\[FAKE\]", tree.output(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("kind", POLLUTING)
-def test_a_job_that_spoils_its_process_does_not_stop_the_next_ones(place, kind):
-    place.ready_worker()
-    place.send("misbehave", kind)
-    place.wait_until(lambda: place.notes("misbehave"), "the job misbehaves")
-    place.drained()
+@pytest.mark.parametrize("kinds", SPOILING, ids=", ".join)
+def test_a_job_that_spoils_its_process_does_not_stop_the_next_ones(place, kinds):
+    tree = place.ready_worker()
+    for kind in kinds:
+        place.send("misbehave", kind)
+        place.wait_until(lambda: place.notes("misbehave", kind.replace(" ", "_")), "the job misbehaves")
     for number in range(5):
         place.send("healthy", number)
         place.send("misbehave", "base exception")
-    place.drained()
-    tree = place.trees[0]
+    place.drained(15)
     tree.signal(signal.SIGTERM)
 
     assert tree.wait(6) == 0, tree.tail()

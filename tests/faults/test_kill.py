@@ -83,7 +83,7 @@ def assert_all_accepted_ran(place, accepted):
     assert place.sound()
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1])
 def test_every_accepted_message_runs_though_the_worker_tree_is_killed_again_and_again(place, seed):
     send_while_workers_are_killed(place, seed, kills=3, messages=300)
 
@@ -166,7 +166,7 @@ def test_a_producer_killed_in_the_middle_of_send_leaves_a_message_wholly_or_not_
             jobs.note("accepted", number)
     """
     draw = random.Random(seed)
-    rounds = 5
+    rounds = 4
     for index in range(rounds):
         before = len(place.notes("accepted"))
         tree = place.start_script(sender, str(index * 100_000))
@@ -197,7 +197,7 @@ def test_a_stopped_worker_keeps_its_job(place):
         os.kill(worker_pid, signal.SIGSTOP)
         connection.execute("ROLLBACK")
     place.worker()
-    place.send("job", 2, delay=2500)  # When this one runs, the other worker had time to take over.
+    place.send("job", 2, delay=2200)  # When this one runs, the other worker had time to take over.
     place.wait_until(lambda: place.notes("end", 2), "the other worker works")
 
     assert len(place.notes("start", 1)) == 1

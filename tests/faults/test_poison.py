@@ -86,7 +86,9 @@ def restart_until_drained(place, most):
     raise AssertionError(f"Still {place.waiting()} messages after {most} workers.\n{place.story()}")
 
 
-@pytest.mark.parametrize("kind", ["leave", "segfault", "kill"])
+@pytest.mark.parametrize(
+    "kind", ["segfault", *(pytest.param(kind, marks=pytest.mark.torture) for kind in ("leave", "kill", "abort"))]
+)
 def test_a_message_that_kills_its_process_three_times_is_parked(place, kind):
     place.script(f"import jobs; jobs.poison.send({kind!r}); [jobs.innocent.send(n) for n in range(5)]")
     restart_until_drained(place, 6)
