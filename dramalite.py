@@ -41,6 +41,8 @@ Contents
     Pipelines
     Retries
     Current message
+    Stored messages
+    Consumers
     Brokers
     Message processing
     Dispatching
@@ -1306,10 +1308,13 @@ class _EventLoopThread:
             if not done.wait(_CANCEL_GRACE_S):
                 raise RuntimeError("Timed out waiting for the cancelled coroutine to end.") from None
             raise
+        task = tasks.pop()
         try:
-            return tasks[0].result()
+            return task.result()
         except asyncio.CancelledError as error:
             raise RuntimeError("The coroutine was cancelled.") from error
+        finally:
+            del task  # Or its exception, whose traceback has this frame, would hold itself.
 
 
 #: Seconds between looks for an interrupt while a thread waits for its coroutine.
@@ -2003,6 +2008,10 @@ class _Slots:
         """Whether this is still what other processes see."""
         return True
 
+    def is_held(self) -> bool:
+        """Whether this process still has what holds its locks."""
+        return True
+
     def close(self) -> None:
         """Let go of what is not needed while no worker runs."""
 
@@ -2109,6 +2118,13 @@ class _SideFile(_Slots):
 
     def is_current(self) -> bool:
         return bool(_file_identity(self.path) == self._identity)
+
+    def is_held(self) -> bool:
+        try:
+            status = os.fstat(self._descriptor)
+        except OSError:  # Closed by a job: the locks went with it.
+            return False
+        return bool((status.st_dev, status.st_ino) == self._identity)
 
     def _ring(self, base: int) -> None:
         port = self.words[base + _PORT]
@@ -3763,6 +3779,144 @@ default_middleware: list[type[Middleware]] = [
 
 
 # ------------------------------------------------------------------------------------------
+# Stored messages
+#
+# Between rows of the engine and messages.
+# ------------------------------------------------------------------------------------------
+def _stand_in(queue: str, actor: str, message_id: str, time_ms: int, reason: str) -> Message[Any]:
+    """A message in place of bytes that are none."""
+    return Message(queue, actor, (), {}, {"traceback": reason}, message_id, time_ms)
+
+
+def _targets(pairs: Iterable[tuple[str, str]]) -> str:
+    """The JSON of (queue, actor) pairs that _CLAIM wants."""
+    return "{" + ",".join(f"{json.dumps(q)}:{json.dumps(a)}" for q, a in pairs) + "}"
+
+
+def _bury(row: _Row, body: bytes, reason: str, clock: Clock) -> tuple[str, tuple[Any, ...]]:
+    """The statement, and its values, that make a dead letter of a row."""
+    now = clock.time_ms()
+    return _BURY, (row.queue, row.actor, row.message_id, now, _cut(reason, _MAX_TRACEBACK_CHARS), body)
+
+
+def _decode_row(row: _Row) -> Message[Any]:
+    """The message of a row, as an actor is to see it: in its own queue, without an eta."""
+    if not isinstance(row.body, bytes):
+        raise DecodeError("The stored body is not bytes.", row.body, TypeError(type(row.body)))
+    message = Message.decode(row.body)
+    if "eta" in message.options:
+        del message.options["eta"]
+    if message.queue_name.endswith((".DQ", ".XQ")):
+        message = message._replace(queue_name=_q_name(message.queue_name))
+    return message
+
+
+# ------------------------------------------------------------------------------------------
+# Consumers
+#
+# Two further ways to a queue, for code that does without Worker: Dramatiq's consumers, and
+# the queues of its StubBroker.
+# ------------------------------------------------------------------------------------------
+class _EngineConsumer(Consumer):
+    """A consumer of one queue, for code that does without Worker."""
+
+    def __init__(self, broker: _EngineBroker, queue_name: str, prefetch: int, timeout: int) -> None:
+        self._broker = broker
+        self._queue = _q_name(queue_name)
+        self._prefetch = prefetch
+        self._timeout_s = timeout / 1000
+        slots = broker._engine.slots()
+        self._slot = slots.acquire(slots.make_bell(), 0, tracked=False)
+        self._claimed: dict[int, tuple[MessageProxy, _Row]] = {}  # By id() of the proxy.
+
+    def __next__(self) -> MessageProxy | None:
+        if not self._broker._engine.watch(self._claim, self._timeout_s):
+            return None
+        return next(reversed(self._claimed.values()))[0]
+
+    def _claim(self) -> bool:
+        if len(self._claimed) >= self._prefetch:
+            return False
+        pairs = [(self._queue, name) for name in (*self._broker.actors, "")]
+        rows = self._broker._engine.exchange(self._slot, [], 1, _targets(pairs), True)
+        for row in rows:
+            try:
+                proxy = MessageProxy(_decode_row(row))
+            except DecodeError as error:
+                self._finish(row, (_bury(row, row.body, str(error), self._broker.clock),))
+                return False
+            self._claimed[id(proxy)] = proxy, row
+        return bool(rows)
+
+    def _finish(self, row: _Row, effects: Iterable[tuple[str, tuple[Any, ...]]]) -> None:
+        outcome = _Outcome(row)
+        outcome.effects.extend(effects)
+        self._broker._engine.exchange(self._slot, [outcome], 0, "{}", False)
+
+    def ack(self, message: MessageProxy) -> None:
+        claimed = self._claimed.pop(id(message), None)
+        if claimed is not None:
+            self._finish(claimed[1], ())
+
+    def nack(self, message: MessageProxy) -> None:
+        claimed = self._claimed.pop(id(message), None)
+        if claimed is not None:
+            reason = message.reason = "It was rejected by a consumer."
+            self._broker._remember_dead(self._queue, message)
+            self._finish(claimed[1], (_bury(claimed[1], claimed[1].body, reason, self._broker.clock),))
+
+    def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        claimed = [self._claimed.pop(id(message), None) for message in messages]
+        rows = [item[1] for item in claimed if item is not None]
+        self._broker._engine.hand_back(self._slot, rows)
+
+    def close(self) -> None:
+        self.requeue([proxy for proxy, _row in self._claimed.values()])
+        self._slot.release()
+
+
+class _QueueView:
+    """A queue as Dramatiq's tests see it: a queue.Queue of encoded messages."""
+
+    def __init__(self, broker: _EngineBroker, name: str) -> None:
+        self._broker = broker
+        self._name = name
+
+    def qsize(self) -> int:
+        """How many messages wait."""
+        return self._broker._engine.counts().get(self._name, {}).get(_READY, 0)
+
+    @property
+    def unfinished_tasks(self) -> int:
+        """How many messages wait, are delayed or run."""
+        return sum(self._broker._engine.counts().get(self._name, {}).values())
+
+    def get(self, block: bool = True, timeout: float | None = None) -> bytes:
+        """Take the first message that waits; queue.Empty after `timeout` seconds."""
+        import queue
+
+        taken: list[bytes] = []
+
+        def take() -> bool:
+            taken.extend(self._broker._engine.take(self._name))
+            return bool(taken)
+
+        if not self._broker._engine.watch(take, timeout if block else 0.0):
+            raise queue.Empty
+        return taken[0]
+
+    def put(self, body: bytes) -> None:
+        """Put an encoded message, or anything else, into the queue."""
+        engine = self._broker._engine
+        try:
+            values = self._broker._row(Message.decode(body), body)
+        except DecodeError:
+            message: Message[Any] = Message(self._name, "", (), {}, {})
+            values = engine.row(message, body, 0, None, 0, self._broker.max_crashes)
+        engine.insert([values])
+
+
+# ------------------------------------------------------------------------------------------
 # Brokers
 #
 # One engine in two places: SQLiteBroker keeps it in a file, MemoryBroker in memory;
@@ -3772,6 +3926,10 @@ default_middleware: list[type[Middleware]] = [
 # ------------------------------------------------------------------------------------------
 #: Bytes that an encoded message may have, where the broker is given no other limit.
 _MAX_MESSAGE_SIZE = 1 << 20
+
+
+#: Dead letters of a queue that a broker in memory remembers with their exceptions.
+_MAX_BURIED = 10_000
 
 
 class _Collecting(threading.local):
@@ -3806,7 +3964,6 @@ class _EngineBroker(Broker):
         self._built_in: list[Middleware] = []
         self.max_message_size = max_message_size
         self.max_crashes = cast(int, _check_crash_limit(max_crashes, "max_crashes"))
-        #: Dead letters of this process by queue, for tests; see also `dead_letters`.
         self._buried: dict[str, list[MessageProxy]] = collections.defaultdict(list)
         self._pairs: set[tuple[str, str]] = set()  # (queue, actor) of what was sent from here.
         super().__init__(middleware)
@@ -3985,6 +4142,13 @@ class _EngineBroker(Broker):
         for letters in self._buried.values():
             letters.clear()
 
+    def _remember_dead(self, queue: str, letter: MessageProxy) -> None:
+        """In memory, keep the latest dead letters with their exceptions, for join() and tests."""
+        if self._is_private:
+            letters = self._buried[queue]
+            letters.append(letter)
+            del letters[:-_MAX_BURIED]
+
     @property
     def dead_letters_by_queue(self) -> dict[str, list[MessageProxy]]:
         """The dead letters of each queue, oldest first, as they were last processed."""
@@ -4006,132 +4170,6 @@ class _EngineBroker(Broker):
     def close(self) -> None:
         """Close the database; the next use opens it again."""
         self._engine.close()
-
-
-class _QueueView:
-    """A queue as Dramatiq's tests see it: a queue.Queue of encoded messages."""
-
-    def __init__(self, broker: _EngineBroker, name: str) -> None:
-        self._broker = broker
-        self._name = name
-
-    def qsize(self) -> int:
-        """How many messages wait."""
-        return self._broker._engine.counts().get(self._name, {}).get(_READY, 0)
-
-    @property
-    def unfinished_tasks(self) -> int:
-        """How many messages wait, are delayed or run."""
-        return sum(self._broker._engine.counts().get(self._name, {}).values())
-
-    def get(self, block: bool = True, timeout: float | None = None) -> bytes:
-        """Take the first message that waits; queue.Empty after `timeout` seconds."""
-        import queue
-
-        taken: list[bytes] = []
-
-        def take() -> bool:
-            taken.extend(self._broker._engine.take(self._name))
-            return bool(taken)
-
-        if not self._broker._engine.watch(take, timeout if block else 0.0):
-            raise queue.Empty
-        return taken[0]
-
-    def put(self, body: bytes) -> None:
-        """Put an encoded message, or anything else, into the queue."""
-        engine = self._broker._engine
-        try:
-            values = self._broker._row(Message.decode(body), body)
-        except DecodeError:
-            message: Message[Any] = Message(self._name, "", (), {}, {})
-            values = engine.row(message, body, 0, None, 0, self._broker.max_crashes)
-        engine.insert([values])
-
-
-class _EngineConsumer(Consumer):
-    """A consumer of one queue, for code that does without Worker."""
-
-    def __init__(self, broker: _EngineBroker, queue_name: str, prefetch: int, timeout: int) -> None:
-        self._broker = broker
-        self._queue = _q_name(queue_name)
-        self._prefetch = prefetch
-        self._timeout_s = timeout / 1000
-        slots = broker._engine.slots()
-        self._slot = slots.acquire(slots.make_bell(), 0, tracked=False)
-        self._claimed: dict[int, tuple[MessageProxy, _Row]] = {}  # By id() of the proxy.
-
-    def __next__(self) -> MessageProxy | None:
-        if not self._broker._engine.watch(self._claim, self._timeout_s):
-            return None
-        return next(reversed(self._claimed.values()))[0]
-
-    def _claim(self) -> bool:
-        if len(self._claimed) >= self._prefetch:
-            return False
-        pairs = [(self._queue, name) for name in (*self._broker.actors, "")]
-        rows = self._broker._engine.exchange(self._slot, [], 1, _targets(pairs), True)
-        for row in rows:
-            try:
-                proxy = MessageProxy(_decode_row(row))
-            except DecodeError as error:
-                self._finish(row, (_bury(row, row.body, str(error), self._broker.clock),))
-                return False
-            self._claimed[id(proxy)] = proxy, row
-        return bool(rows)
-
-    def _finish(self, row: _Row, effects: Iterable[tuple[str, tuple[Any, ...]]]) -> None:
-        outcome = _Outcome(row)
-        outcome.effects.extend(effects)
-        self._broker._engine.exchange(self._slot, [outcome], 0, "{}", False)
-
-    def ack(self, message: MessageProxy) -> None:
-        claimed = self._claimed.pop(id(message), None)
-        if claimed is not None:
-            self._finish(claimed[1], ())
-
-    def nack(self, message: MessageProxy) -> None:
-        claimed = self._claimed.pop(id(message), None)
-        if claimed is not None:
-            reason = "It was rejected by a consumer."
-            self._finish(claimed[1], (_bury(claimed[1], claimed[1].body, reason, self._broker.clock),))
-
-    def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        claimed = [self._claimed.pop(id(message), None) for message in messages]
-        rows = [item[1] for item in claimed if item is not None]
-        self._broker._engine.hand_back(self._slot, rows)
-
-    def close(self) -> None:
-        self.requeue([proxy for proxy, _row in self._claimed.values()])
-        self._slot.release()
-
-
-def _stand_in(queue: str, actor: str, message_id: str, time_ms: int, reason: str) -> Message[Any]:
-    """A message in place of bytes that are none."""
-    return Message(queue, actor, (), {}, {"traceback": reason}, message_id, time_ms)
-
-
-def _targets(pairs: Iterable[tuple[str, str]]) -> str:
-    """The JSON of (queue, actor) pairs that _CLAIM wants."""
-    return "{" + ",".join(f"{json.dumps(q)}:{json.dumps(a)}" for q, a in pairs) + "}"
-
-
-def _bury(row: _Row, body: bytes, reason: str, clock: Clock) -> tuple[str, tuple[Any, ...]]:
-    """The statement, and its values, that make a dead letter of a row."""
-    now = clock.time_ms()
-    return _BURY, (row.queue, row.actor, row.message_id, now, _cut(reason, _MAX_TRACEBACK_CHARS), body)
-
-
-def _decode_row(row: _Row) -> Message[Any]:
-    """The message of a row, as an actor is to see it: in its own queue, without an eta."""
-    if not isinstance(row.body, bytes):
-        raise DecodeError("The stored body is not bytes.", row.body, TypeError(type(row.body)))
-    message = Message.decode(row.body)
-    if "eta" in message.options:
-        del message.options["eta"]
-    if message.queue_name.endswith((".DQ", ".XQ")):
-        message = message._replace(queue_name=_q_name(message.queue_name))
-    return message
 
 
 class SQLiteBroker(_EngineBroker):
@@ -4314,7 +4352,7 @@ class _Processor:
         stand_in = _stand_in(row.queue, row.actor, row.message_id, clock.time_ms(), reason)
         letter = MessageProxy(stand_in)
         letter.reason, letter._exception = reason, job.exception
-        self._broker._buried[row.queue].append(letter)
+        self._broker._remember_dead(row.queue, letter)
 
     def _acknowledge(self, job: _Job, message: MessageProxy) -> None:
         """Call the ack hooks, or for a failed message the nack hooks and make it a dead letter."""
@@ -4388,7 +4426,7 @@ class _Processor:
         except (TypeError, ValueError):
             body = job.row.body
         message.reason = reason
-        self._broker._buried[job.row.queue].append(message)
+        self._broker._remember_dead(job.row.queue, message)
         return _bury(job.row, body, reason, self._broker.clock)
 
 
@@ -4411,6 +4449,10 @@ _LATE_S = 0.005  # So old an outcome is written without waiting for the next cla
 _POLL_S = 0.25  # Between looks for work that no bell announced,
 _SHORT_POLL_S = 0.05  # and where bells were seen not to arrive.
 _NEWS_S = 60.0  # Between two log lines on the same trouble with the database.
+
+
+class _DescriptorsLost(BrokerError):
+    """The process can't go on working; the command line replaces it."""
 
 
 class _Dispatcher:
@@ -4524,7 +4566,6 @@ class _Dispatcher:
                 self._write(outcomes)
                 return False
             self._find_targets()
-            self._seen_version = self._engine.data_version()
             self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
             rows = self._trade(outcomes, limit, suspects)
             if not rows:
@@ -4560,6 +4601,8 @@ class _Dispatcher:
     def _trade(self, outcomes: list[_Outcome], limit: int, suspects: bool) -> list[_Row]:
         """One transaction with the engine; if it fails, the outcomes are kept for the next."""
         try:
+            if limit:
+                self._seen_version = self._engine.data_version()
             rows = self._engine.exchange(self._slot, outcomes, limit, self._targets, suspects)
         except BrokerError as error:
             with self._cond:
@@ -4703,6 +4746,19 @@ class _Dispatcher:
             job.is_given_up = True
             return job
 
+    def drop(self, index: int) -> None:
+        """Make a dead letter of the job that thread `index` failed to process."""
+        with self._cond:
+            job = self.running.pop(index, None)
+        self._slot.run(index, 0)
+        if job is not None and not job.is_given_up:
+            outcome = _Outcome(job.row)
+            reason = "A hook or the worker itself failed on it; see the log."
+            outcome.effects.append(_bury(job.row, job.row.body, reason, self._broker.clock))
+            with self._cond:
+                self._keep(outcome, _SYSTEM_CLOCK.monotonic())
+                self._cond.notify_all()
+
     def replace(self, index: int, outcome: _Outcome) -> None:
         """Write the outcome of a job that was taken away from thread `index`."""
         with self._cond:
@@ -4752,6 +4808,11 @@ class _Dispatcher:
 
     def _check_slot(self) -> None:
         """If the side file was deleted or replaced, get a slot in the one that others see."""
+        if not self._engine.slots().is_held():
+            raise _DescriptorsLost(
+                "A job has closed descriptors that are not its own; the locks of this process "
+                "are gone with them."
+            )
         if self._slot.is_current():
             return
         self.logger.error(
@@ -4852,7 +4913,8 @@ class Worker:
         self.broker = broker
         self.worker_threads = worker_threads
         self.worker_timeout = worker_timeout
-        #: Called when a thread had to be given up; the command line then replaces the process.
+        #: Called when a thread had to be given up, or locks are lost; the command line then
+        #: replaces the process.
         self.on_stuck: Callable[[], None] = lambda: None
         self._queues = frozenset(queues or ())
         self._processor = _Processor(broker)
@@ -4953,17 +5015,26 @@ class Worker:
         """What worker thread `index` does until the worker stops, or the thread is given up."""
         thread = threading.current_thread()
         self.broker.emit_after("worker_thread_boot", thread)
-        run, conclude = self._processor.run, self._processor.conclude
+        while True:
+            try:
+                self._serve(index, dispatcher)
+                break
+            except BaseException:  # From a hook or from here, not from a job: no thread is lost.
+                self.logger.critical("A worker thread failed; it goes on.", exc_info=True)
+                dispatcher.drop(index)
+        self.broker.emit_before("worker_thread_shutdown", thread)
+
+    def _serve(self, index: int, dispatcher: _Dispatcher) -> None:
+        """Run messages until there is to be no more."""
         while (job := dispatcher.next_job(index)) is not None:
-            run(job)
+            self._processor.run(job)
             if os.getpid() != self._pid:
                 os._exit(0)  # The job forked and its child returned here: there it ends.
             if not dispatcher.may_conclude(job):
                 break
-            conclude(job)
+            self._processor.conclude(job)
             if not dispatcher.finish(index, job):
                 break
-        self.broker.emit_before("worker_thread_shutdown", thread)
 
     def _maintain(self, dispatcher: _Dispatcher) -> None:
         """What the maintenance thread does until the worker has stopped."""
@@ -4981,6 +5052,8 @@ class Worker:
                     self._replace_stuck_threads(dispatcher)
             except BrokerError as error:
                 dispatcher.complain(error)
+                if isinstance(error, _DescriptorsLost):
+                    self.on_stuck()
             self._tick.wait(_TICK_S if dispatcher.has_litter() else _IDLE_TICK_S)
             self._tick.clear()
         self.broker.emit_before("consumer_thread_shutdown", thread)

@@ -52,6 +52,9 @@ DURABILITIES = {"full": "durable", "normal": "normal"}
 #: Messages in one call of enqueue_many() when a backlog is filled.
 _FILL = 10_000
 
+#: Seconds in which senders and a worker that started at the same time find each other.
+_ACQUAINTANCE_S = 1.5
+
 #: Milliseconds from now of an eta that no run reaches.
 _FAR_MS = 30 * 24 * 3600 * 1000
 
@@ -301,6 +304,7 @@ def _latencies(durability: str, count: int) -> list[float]:
         samples = Samples.create(folder / "samples", count + 20)
         with dramalite_worker(folder / "queue.db", samples=folder / "samples"):
             _stamp(actors, samples, 0)
+            time.sleep(_ACQUAINTANCE_S)
             for index in range(1, len(samples)):
                 time.sleep(chance.uniform(0.02, 0.08))
                 _stamp(actors, samples, index)
@@ -324,6 +328,7 @@ def _lateness(count: int) -> tuple[list[float], list[float]]:
             producer(path, "normal", "late", count) as sender,
         ):
             _stamp(actors, samples, count + probes)
+            time.sleep(_ACQUAINTANCE_S)
             sender.go()
             for index in range(count, count + probes):
                 actors.stamp.send(index, time.monotonic_ns())

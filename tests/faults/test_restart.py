@@ -72,7 +72,9 @@ def assert_each_ran_once(place, accepted):
     assert place.sound()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.torture)], ids=["SIGTERM", "SIGINT"]
+)
 def test_restarts_under_load_lose_nothing_and_repeat_nothing(place, number):
     restart_under_load(place, seed=int(number), restarts=3, messages=150, number=number)
 
