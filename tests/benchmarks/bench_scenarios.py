@@ -24,6 +24,7 @@ from bench_support import (
     ROOT,
     Figure,
     Run,
+    Sizes,
     Started,
     Target,
     cpu_seconds,
@@ -51,9 +52,6 @@ DURABILITIES = {"full": "durable", "normal": "normal"}
 
 #: Messages in one call of enqueue_many() when a backlog is filled.
 _FILL = 10_000
-
-#: Seconds in which senders and a worker that started at the same time find each other.
-_ACQUAINTANCE_S = 1.5
 
 #: Milliseconds from now of an eta that no run reaches.
 _FAR_MS = 30 * 24 * 3600 * 1000
@@ -274,7 +272,7 @@ def latency(run: Run) -> Iterator[Figure]:
     """From the call of send() here to the first line of the actor in an idle worker process."""
     targets = {"full": 1.5, "normal": 1.0}
     for durability, label in DURABILITIES.items():
-        taken = [_latencies(durability, run.sizes.latency_samples) for _ in range(run.repeat)]
+        taken = [_latencies(durability, run.sizes) for _ in range(run.repeat)]
         name = f"start latency across processes, {label}"
         middle = [percentile(values, 50) for values in taken]
         worst = [percentile(values, 99) for values in taken]
@@ -284,7 +282,7 @@ def latency(run: Run) -> Iterator[Figure]:
 
 def lateness(run: Run) -> Iterator[Figure]:
     """Messages delayed by 0 to 5 s, sent by another process, and undelayed ones meanwhile."""
-    taken = [_lateness(run.sizes.late) for _ in range(run.repeat)]
+    taken = [_lateness(run.sizes) for _ in range(run.repeat)]
     late = [values for values, _ in taken]
     probes = [values for _, values in taken]
     name = f"lateness of {run.sizes.late:,} delayed by 0 to 5 s"
@@ -297,14 +295,15 @@ def lateness(run: Run) -> Iterator[Figure]:
     yield Figure(other, "ms", meanwhile, Target(at_most=10.0))
 
 
-def _latencies(durability: str, count: int) -> list[float]:
-    """Milliseconds of `count` sends at random gaps of 20 to 80 ms."""
+def _latencies(durability: str, sizes: Sizes) -> list[float]:
+    """Milliseconds of sends at random gaps of 20 to 80 ms."""
+    count = sizes.latency_samples
     chance = random.Random(count)
     with workplace() as folder, opened(folder / "queue.db", durability) as (_, actors):
         samples = Samples.create(folder / "samples", count + 20)
         with dramalite_worker(folder / "queue.db", samples=folder / "samples"):
             _stamp(actors, samples, 0)
-            time.sleep(_ACQUAINTANCE_S)
+            time.sleep(sizes.meet_s)
             for index in range(1, len(samples)):
                 time.sleep(chance.uniform(0.02, 0.08))
                 _stamp(actors, samples, index)
@@ -317,8 +316,9 @@ def _stamp(actors: SimpleNamespace, samples: Samples, index: int) -> None:
     wait_until(lambda: samples.get(index) != 0, f"message {index} to run", pause_s=0.005)
 
 
-def _lateness(count: int) -> tuple[list[float], list[float]]:
-    """Milliseconds: of `count` delayed messages after their eta, and of probes every 50 ms."""
+def _lateness(sizes: Sizes) -> tuple[list[float], list[float]]:
+    """Milliseconds: of delayed messages after their eta, and of probes every 50 ms."""
+    count = sizes.late
     probes = int(LONGEST_DELAY_MS / 50)
     with workplace() as folder, opened(folder / "queue.db", "normal") as (_, actors):
         path = folder / "queue.db"
@@ -328,7 +328,7 @@ def _lateness(count: int) -> tuple[list[float], list[float]]:
             producer(path, "normal", "late", count) as sender,
         ):
             _stamp(actors, samples, count + probes)
-            time.sleep(_ACQUAINTANCE_S)
+            time.sleep(sizes.meet_s)
             sender.go()
             for index in range(count, count + probes):
                 actors.stamp.send(index, time.monotonic_ns())

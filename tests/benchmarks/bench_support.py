@@ -44,7 +44,11 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything a run measures."""
+    """How much of everything a run measures.
+
+    `meet_s` is the time that senders and a worker that start together get to find each other,
+    `settle_s` that which a worker gets to come to rest.
+    """
 
     sends_full: int
     sends_normal: int
@@ -55,6 +59,7 @@ class Sizes:
     produced_full: int
     produced_normal: int
     latency_samples: int
+    meet_s: float
     idle_s: float
     settle_s: float
     memory_jobs: int
@@ -77,6 +82,7 @@ FULL_SIZES = Sizes(
     produced_full=12_000,
     produced_normal=40_000,
     latency_samples=300,
+    meet_s=1.5,
     idle_s=20.0,
     settle_s=5.0,
     memory_jobs=100,
@@ -90,15 +96,16 @@ FULL_SIZES = Sizes(
 )
 
 QUICK_SIZES = Sizes(
-    sends_full=200,
-    sends_normal=500,
-    thread_sends=30,
+    sends_full=50,
+    sends_normal=300,
+    thread_sends=10,
     bulk=1_000,
-    drain=6_000,
+    drain=3_000,
     memory_drain=2_000,
-    produced_full=200,
-    produced_normal=500,
-    latency_samples=20,
+    produced_full=60,
+    produced_normal=300,
+    latency_samples=10,
+    meet_s=0.0,
     idle_s=1.0,
     settle_s=0.5,
     memory_jobs=20,
