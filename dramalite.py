@@ -2084,7 +2084,6 @@ class _SideFile(_Slots):
     def __init__(self, path: str, *, create: bool) -> None:
         self.path = os.path.realpath(path)
         self.bells = {}
-        self._sender = _make_sender()
         shared = sys.modules.setdefault(
             "_dramalite_side_files", types.ModuleType("_dramalite_side_files")
         ).__dict__
@@ -2097,6 +2096,9 @@ class _SideFile(_Slots):
             if entry is None or entry[3] != _file_identity(self.path):
                 entry = self._files[self.path] = self._open(create)
             self._descriptor, self.words, self.held, self._identity = entry
+        self._sender = _make_sender()
+        if self._sender is not None:
+            weakref.finalize(self, self._sender.close)
 
     def _open(self, create: bool) -> tuple[int, Any, set[int], tuple[int, int]]:
         import mmap
