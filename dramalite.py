@@ -58,14 +58,11 @@ import abc
 import collections
 import contextlib
 import contextvars
-import dataclasses
 import functools
 import heapq
-import inspect
 import json
 import logging
 import os
-import random
 import re
 import stat
 import sys
@@ -81,6 +78,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, ParamS
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import random
     import socket
     import sqlite3
     import subprocess
@@ -601,12 +599,13 @@ def _fresh_message_id() -> str:
     return _new_message_id(_SYSTEM_CLOCK.time_ms(), os.urandom(10))
 
 
-@dataclasses.dataclass(frozen=True, order=True)
+@functools.total_ordering
 class Message(Generic[_R]):
     """A call that was, or will be, sent to an actor.
 
     Fields can't be assigned, but `options` is a live dict that middleware may change.
-    `message_timestamp` is milliseconds since 1970.
+    `message_timestamp` is milliseconds since 1970.  Written out rather than made by
+    dataclasses, whose import takes longer than that of all the rest.
     """
 
     queue_name: str
@@ -614,20 +613,67 @@ class Message(Generic[_R]):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     options: dict[str, Any]
-    message_id: str = dataclasses.field(default_factory=_fresh_message_id)
-    message_timestamp: int = dataclasses.field(default_factory=_SYSTEM_CLOCK.time_ms)
+    message_id: str
+    message_timestamp: int
 
     #: The broker that made or sent this message, for get_result(); not part of its value.
-    _broker: ClassVar[Broker | None] = None
+    _broker: Broker | None
     _field_defaults: ClassVar[dict[str, Any]] = {}
-    _fields: ClassVar[tuple[str, ...]]
+    __match_args__ = (
+        "queue_name", "actor_name", "args", "kwargs", "options", "message_id", "message_timestamp",
+    )  # fmt: skip
+    _fields: ClassVar[tuple[str, ...]] = __match_args__
 
-    def __post_init__(self) -> None:
-        if type(self.args) is not tuple:
-            object.__setattr__(self, "args", tuple(self.args))
+    def __init__(
+        self,
+        queue_name: str,
+        actor_name: str,
+        args: Iterable[Any],
+        kwargs: dict[str, Any],
+        options: dict[str, Any],
+        message_id: str | None = None,
+        message_timestamp: int | None = None,
+    ) -> None:
+        attributes = self.__dict__
+        attributes["queue_name"] = queue_name
+        attributes["actor_name"] = actor_name
+        attributes["args"] = tuple(args)
+        attributes["kwargs"] = kwargs
+        attributes["options"] = options
+        attributes["message_id"] = _fresh_message_id() if message_id is None else message_id
+        attributes["message_timestamp"] = (
+            _SYSTEM_CLOCK.time_ms() if message_timestamp is None else message_timestamp
+        )
+        attributes["_broker"] = None
+
+    def __setattr__(self, name: str, _value: Any) -> None:
+        from dataclasses import FrozenInstanceError
+
+        raise FrozenInstanceError(f"cannot assign to field {name!r}; use copy({name}=...)")
+
+    __delattr__ = __setattr__  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Message):
+            return NotImplemented
+        return self._astuple() == other._astuple()
+
+    def __lt__(self, other: Message[Any]) -> bool:
+        if not isinstance(other, Message):
+            return NotImplemented
+        return self._astuple() < other._astuple()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _astuple(self) -> tuple[Any, ...]:
+        return tuple(self.asdict().values())
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name}={value!r}" for name, value in self.asdict().items())
+        return f"{type(self).__name__}({shown})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), tuple(self.asdict().values())
+        return type(self), self._astuple()
 
     def __str__(self) -> str:
         shown = [repr(arg) for arg in self.args]
@@ -659,7 +705,7 @@ class Message(Generic[_R]):
     def _replace(self, **changes: Any) -> Message[_R]:
         """Return a message with these fields changed."""
         changed: Message[_R] = type(self)(**{**self.asdict(), **changes})
-        object.__setattr__(changed, "_broker", self._broker)
+        changed.__dict__["_broker"] = self._broker
         return changed
 
     def copy(self, **attributes: Any) -> Message[_R]:
@@ -704,9 +750,6 @@ class Message(Generic[_R]):
             broker = get_broker() if self._broker is None else self._broker
             backend = broker.get_results_backend()
         return cast(_R, backend.get_result(self, block=block, timeout=timeout))
-
-
-Message._fields = tuple(field.name for field in dataclasses.fields(Message))
 
 
 def _build_message(fields: dict[str, Any], broker: Broker | None) -> Message[Any]:
@@ -1058,8 +1101,10 @@ class Broker:
         self.delay_queues: set[str] = set()
         self.actor_options: set[str] = set()
         self.middleware: list[Middleware] = []
+        from random import Random
+
         self.clock = _SYSTEM_CLOCK
-        self.random = random.Random()
+        self.random = Random()
         self._hooks: dict[str, tuple[Callable[..., None], ...]] = dict.fromkeys(_HOOKS, ())
         for item in self._default_middleware() if middleware is None else middleware:
             self.add_middleware(item)
@@ -1480,7 +1525,7 @@ class Actor(Generic[_P, _R]):
         module = getattr(fn, "__module__", None) or "_"
         self.logger = get_logger(module, actor_name)
         self.fn: Callable[_P, _R] = (
-            async_to_sync(fn) if inspect.iscoroutinefunction(fn) else fn
+            async_to_sync(fn) if _is_coroutine_function(fn) else fn
         )
         self.broker = broker
         self.actor_name = actor_name
@@ -1563,6 +1608,17 @@ class Actor(Generic[_P, _R]):
 
     def __str__(self) -> str:
         return f"Actor({self.actor_name})"
+
+
+#: The flag of a code object that `async def` sets; inspect, which names it, is slow to import.
+_CO_COROUTINE = 0x80
+
+
+def _is_coroutine_function(fn: Any) -> bool:
+    """Tell whether calling `fn` makes a coroutine."""
+    while isinstance(fn, (functools.partial, types.MethodType)):
+        fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
+    return bool(getattr(getattr(fn, "__code__", None), "co_flags", 0) & _CO_COROUTINE)
 
 
 def _check_option_names(options: Mapping[str, Any], actor_name: str, broker: Broker) -> None:
@@ -1686,7 +1742,7 @@ class GenericActor(metaclass=_GenericActorMeta):
         return getattr(self.__dict__["__actor__"], name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if inspect.iscoroutinefunction(self.perform):
+        if _is_coroutine_function(self.perform):
             return async_to_sync(self.perform)(*args, **kwargs)
         return self.perform(*args, **kwargs)
 
@@ -2426,7 +2482,7 @@ class _Database:
             if sys.platform == "darwin" and full:
                 connection.execute("PRAGMA fullfsync = 1")
             connection.execute("PRAGMA mmap_size = 0")
-        connection.execute("PRAGMA cache_size = -16384")
+        connection.execute("PRAGMA cache_size = -2048")
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute("PRAGMA trusted_schema = OFF")
         if not self._check_schema(connection):
@@ -2503,7 +2559,8 @@ class _Database:
                     deadline = now + _BUSY_TIMEOUT_S
                 if now > deadline:
                     raise
-            _SYSTEM_CLOCK.sleep(random.uniform(nap / 2, nap))
+            jitter = _SYSTEM_CLOCK.monotonic() * 1e6 % 1  # Or all would come back in step.
+            _SYSTEM_CLOCK.sleep(nap * (1 + jitter) / 2)
             nap = min(nap * 1.5, 2e-3)
 
     @contextlib.contextmanager
@@ -3618,8 +3675,10 @@ class Pipelines(Middleware):
 
 def _only_fits_without(fn: Callable[..., Any], message: Message[Any]) -> bool:
     """Tell whether the message's arguments fit a function, but not with one more at the end."""
+    from inspect import signature as signature_of
+
     try:
-        signature = inspect.signature(fn)
+        signature = signature_of(fn)
         signature.bind(*message.args, **message.kwargs)
     except (TypeError, ValueError):
         return False
