@@ -306,7 +306,13 @@ def _error_text(exception: BaseException) -> str:
         text = str(exception)
     except Exception as error:  # Foreign code; what it raises is told in its place.
         text = f"<str() of this {type(exception).__name__} failed with {type(error).__name__}>"
-    return _cut(text, _MAX_ERROR_CHARS).encode("utf-8", "backslashreplace").decode("utf-8")
+    return _storable(_cut(text, _MAX_ERROR_CHARS))
+
+
+def _storable(text: str) -> str:
+    """The text with control characters, but for line ends and tabs, and surrogates escaped."""
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 
 def _traceback_text(exception: BaseException) -> str:
@@ -315,7 +321,7 @@ def _traceback_text(exception: BaseException) -> str:
         text = "".join(traceback.format_exception(exception, limit=30))
     except Exception:  # A hostile __str__, __repr__ or frame: fall back on the type and text.
         text = f"{type(exception).__name__}: {_error_text(exception)}"
-    return _cut(text, _MAX_TRACEBACK_CHARS).encode("utf-8", "backslashreplace").decode("utf-8")
+    return _storable(_cut(text, _MAX_TRACEBACK_CHARS))
 
 
 # ------------------------------------------------------------------------------------------
@@ -2031,15 +2037,16 @@ class _Slots:
         with self.lock:
             current = self.words[base + _OWNER] == owner
             if index in self.held:
-                return None if current else _Remains(self, index, None, locked=False)
+                return None if current else _Remains(self, index, None, False, 0)
             if not self._take(index):
-                return None if current else _Remains(self, index, None, locked=False)
+                return None if current else _Remains(self, index, None, False, 0)
             running = None
+            pid = self.words[base + _PID] if current else 0
             if current and self.words[base + _RUNNING] >= 0:
                 words = self.words[base + _RUNNING : base + _SLOT_WORDS]
                 running = [word for word in words if word]
             self.held.add(index)
-            return _Remains(self, index, running, locked=True)
+            return _Remains(self, index, running, True, pid)
 
     def wake(self, due_ms: int, bit: int) -> None:
         """Ring one worker that serves `bit` and sleeps beyond `due_ms`, if there is one."""
@@ -2114,6 +2121,9 @@ class _Slot:
     def is_current(self) -> bool:
         return self._slots.is_current()
 
+    def is_held(self) -> bool:
+        return self._slots.is_held()
+
     def release(self) -> None:
         """Leave: from now on this worker is dead to the others."""
         self._slots.free(self._index)
@@ -2127,6 +2137,7 @@ class _Remains(NamedTuple):
     slot: int
     running: list[int] | None
     locked: bool
+    pid: int
 
     def release(self) -> None:
         """Free the slot for another worker, once everything was taken from it."""
@@ -2202,7 +2213,8 @@ class _SideFile(_Slots):
         return _try_lock_byte(self._descriptor, index)
 
     def _give_back(self, index: int) -> None:
-        _unlock_byte(self._descriptor, index)
+        with contextlib.suppress(OSError):  # A job that closed the descriptor gave it back.
+            _unlock_byte(self._descriptor, index)
 
     def close(self) -> None:
         if self._sender is not None:
@@ -2587,16 +2599,16 @@ class _Database:
             self._is_writing = True
             try:
                 yield
-                self._finish_write()
             except sqlite3.Error as error:
                 raise BrokerError(self._describe(error)) from error
             finally:
                 self._is_writing = False
+                self._finish_write()
         if self._watchers:
             self.notify()
 
     def _finish_write(self) -> None:
-        """Called at the end of each write, with the lock held."""
+        """Called after each write, with the lock held."""
 
     def notify(self) -> None:
         """Wake those that watch in this process."""
@@ -2643,11 +2655,15 @@ def _is_busy(error: Exception) -> bool:
     return "locked" in str(error)
 
 
+#: Bytes of a database of one page of the smallest size.
+_SMALLEST_DATABASE = 512
+
+
 def _prepare_file(path: str) -> None:
     """Create the database file for its owner only; say what is wrong with the path if it is."""
     folder = os.path.dirname(path)
     try:
-        mode = os.stat(path).st_mode
+        status = os.stat(path)
     except FileNotFoundError:
         if not os.path.isdir(folder):
             raise ConnectionFailed(
@@ -2666,8 +2682,12 @@ def _prepare_file(path: str) -> None:
     except OSError as error:
         raise ConnectionFailed(f"The database {path!r} can't be used: {error}.") from error
     else:
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(status.st_mode):
             raise ConnectionFailed(f"The database {path!r} is not a regular file; use another path.")
+        if 0 < status.st_size < _SMALLEST_DATABASE:  # SQLite would take it for empty.
+            raise ConnectionFailed(
+                f"The database {path!r} is no SQLite database; it was left untouched. Use another path."
+            )
 
 
 # ------------------------------------------------------------------------------------------
@@ -2767,11 +2787,7 @@ class _Engine(_Database):
                 self._has_orphans = True
                 return
             if not ticket.done:
-                self._is_writing = True
-                try:
-                    self._store_waiting()
-                finally:
-                    self._is_writing = False
+                self._store_all()
         if ticket.error is not None:
             raise ticket.error
         for row in rows if len(rows) == 1 else _one_row_a_target(rows):
@@ -2783,6 +2799,8 @@ class _Engine(_Database):
         """Store the rows of all senders that wait, in one commit.  Call with _lock held."""
         import sqlite3
 
+        if not self._waiting:
+            return  # A signal handler's send, just now, took all with it.
         tickets = [self._waiting.popleft()]
         rows = tickets[0].rows
         while self._waiting:
@@ -2811,12 +2829,23 @@ class _Engine(_Database):
         if self._inserts >= 1024:
             self._inserts = 0
             self.checkpoint(_SENDERS_WAL_LIMIT)
-        self._finish_write()
+
+    def _store_all(self) -> None:
+        """Store what waits, and what is left behind meanwhile.  Call with _lock held."""
+        while True:
+            self._is_writing = True
+            try:
+                self._store_waiting()
+            finally:
+                self._is_writing = False
+            if not self._has_orphans:
+                return
+            self._has_orphans = False
 
     def _finish_write(self) -> None:
         if self._has_orphans:
             self._has_orphans = False
-            self._store_waiting()
+            self._store_all()
 
     # Working.
 
@@ -2884,14 +2913,14 @@ class _Engine(_Database):
         for queue, actor in {(row.queue, row.actor) for row in rows}:
             self.wake(0, queue, actor)
 
-    def recover(self, slot: _Slot) -> tuple[list[_Row], bool]:
+    def recover(self, slot: _Slot) -> tuple[list[tuple[_Row, int]], bool]:
         """Take back what dead workers had claimed.
 
         Counts a crash for each message that was running.  Returns those that have reached
-        their limit, claimed by this worker, to be made dead letters of; and whether anybody
-        was found dead.
+        their limit, claimed by this worker, to be made dead letters of, each with the id of the
+        process that died; and whether anybody was found dead.
         """
-        crashed: list[Any] = []
+        crashed: list[tuple[_Row, int]] = []
         is_news = False
         if self.path is None:
             return crashed, is_news
@@ -2908,15 +2937,16 @@ class _Engine(_Database):
                 values = {"dead": owner, "owner": slot.owner, "running": running}
                 with self._transaction(connection):
                     connection.execute(_COUNT_CRASH, values)
-                    crashed += connection.execute(_TAKE_OVER_CRASHED, values).fetchall()
+                    over = connection.execute(_TAKE_OVER_CRASHED, values).fetchall()
                     taken = connection.execute(_TAKE_BACK, values).rowcount
                 remains.release()
+                crashed += [(_Row._make(row), remains.pid) for row in over]
                 is_news = True
                 get_logger("dramalite.worker").warning(
                     "A worker died; %d of its messages go back to their queues, %d of them were "
                     "running.", taken, len(remains.running or []),
                 )  # fmt: skip
-        return [_Row._make(row) for row in crashed], is_news
+        return crashed, is_news
 
     def adopt(self, slot: _Slot, old_owner: int) -> None:
         """Make the rows of a worker's old slot those of its new one."""
@@ -3861,6 +3891,10 @@ default_middleware: list[type[Middleware]] = [
 #
 # Between rows of the engine and messages.
 # ------------------------------------------------------------------------------------------
+#: Bytes that retries may have added to a message that was within max_message_size.
+_SIZE_SLACK = 1 << 18
+
+
 def _stand_in(queue: str, actor: str, message_id: str, time_ms: int, reason: str) -> Message[Any]:
     """A message in place of bytes that are none."""
     return Message(queue, actor, (), {}, {"traceback": reason}, message_id, time_ms)
@@ -3877,10 +3911,13 @@ def _bury(row: _Row, body: bytes, reason: str, clock: Clock) -> tuple[str, tuple
     return _BURY, (row.queue, row.actor, row.message_id, now, _cut(reason, _MAX_TRACEBACK_CHARS), body)
 
 
-def _decode_row(row: _Row) -> Message[Any]:
+def _decode_row(row: _Row, max_size: int) -> Message[Any]:
     """The message of a row, as an actor is to see it: in its own queue, without an eta."""
     if not isinstance(row.body, bytes):
         raise DecodeError("The stored body is not bytes.", row.body, TypeError(type(row.body)))
+    if len(row.body) > max_size + _SIZE_SLACK:
+        error = ValueError(f"It has {len(row.body)} bytes; max_message_size is {max_size}.")
+        raise DecodeError(str(error), row.body[:100], error)
     message = Message.decode(row.body)
     if "eta" in message.options:
         del message.options["eta"]
@@ -3919,7 +3956,7 @@ class _EngineConsumer(Consumer):
         rows, _version = self._broker._engine.exchange(self._slot, [], 1, _targets(pairs), True)
         for row in rows:
             try:
-                proxy = MessageProxy(_decode_row(row))
+                proxy = MessageProxy(_decode_row(row, self._broker.max_message_size))
             except DecodeError as error:
                 self._finish(row, (_bury(row, row.body, str(error), self._broker.clock),))
                 return False
@@ -4354,7 +4391,7 @@ class _Processor:
         """Decode the message, call the before hooks and the actor; keep what comes of it."""
         broker = self._broker
         try:
-            message = job.message = MessageProxy(_decode_row(job.row))
+            message = job.message = MessageProxy(_decode_row(job.row, broker.max_message_size))
         except DecodeError as error:
             job.exception = error
             return
@@ -4383,12 +4420,12 @@ class _Processor:
             args = (MessageData(args[0]), *args[1:])
         return _call_interruptibly(actor, args, message.kwargs)
 
-    def crash(self, row: _Row) -> _Outcome:
-        """The outcome of a message whose workers died as often as it allows."""
+    def crash(self, row: _Row, death: str) -> _Outcome:
+        """The outcome of a message whose workers died as often as it allows, last by `death`."""
         job = _Job(row)
         times = "once" if row.crashes == 1 else f"{row.crashes} times"
         try:
-            job.message = MessageProxy(_decode_row(row))
+            job.message = MessageProxy(_decode_row(row, self._broker.max_message_size))
             job.message.fail()
             actor = self._broker.actors.get(row.actor)
             if actor is not None:
@@ -4397,7 +4434,8 @@ class _Processor:
             job.exception = error
         else:
             job.exception = WorkerCrashed(
-                f"The worker process died {times} while running this message; it is not run again."
+                f"The worker process died {times} while running this message"
+                f"{f', last with {death}' if death else ''}; it is not run again."
             )
         return self.conclude(job)
 
@@ -4485,9 +4523,10 @@ class _Processor:
             self._logger.info("Failed to process message %s with expected exception %s.", message, text)
         elif not isinstance(exception, Retry):
             self._logger.error(
-                "Failed to process message %s of %s with unhandled exception: %s",
-                message.message_id, message.actor_name, text,
-                exc_info=exception if len(text) < _MAX_ERROR_CHARS else None,
+                "Failed to process message %s of %s with unhandled exception:\n    %s",
+                message.message_id, message.actor_name,
+                # Indented, so that no line of it can pass for a line of the log.
+                _traceback_text(exception).replace("\n", "\n    "),
             )  # fmt: skip
 
     def _dead_letter(self, job: _Job, message: MessageProxy) -> tuple[str, tuple[Any, ...]]:
@@ -4704,6 +4743,7 @@ class _Dispatcher:
 
     def complain(self, error: BrokerError) -> None:
         """Log trouble with the database, the same trouble not more than once a minute."""
+        self._seen_version = -1  # Look again in any case once it is over.
         now = _SYSTEM_CLOCK.monotonic()
         if self._trouble_at is None or now > self._trouble_at + _NEWS_S:
             self._trouble_at = now
@@ -4865,12 +4905,12 @@ class _Dispatcher:
         if is_late:
             self.write()
 
-    def keep_house(self, processor: _Processor) -> None:
+    def keep_house(self, processor: _Processor, describe_death: Callable[[int], str]) -> None:
         """Take back what dead workers held, mend the slot, find strangers, tidy the file."""
         self._check_slot()
         crashed, is_news = self._engine.recover(self._slot)
-        for row in crashed:
-            outcome = processor.crash(row)
+        for row, pid in crashed:
+            outcome = processor.crash(row, describe_death(pid))
             with self._cond:
                 self._suspects += 1  # It was not among this worker's claims.
                 self._keep(outcome, _SYSTEM_CLOCK.monotonic())
@@ -4886,7 +4926,7 @@ class _Dispatcher:
 
     def _check_slot(self) -> None:
         """If the side file was deleted or replaced, get a slot in the one that others see."""
-        if not self._engine.slots().is_held():
+        if not self._slot.is_held():
             raise _DescriptorsLost(
                 "A job has closed descriptors that are not its own; the locks of this process "
                 "are gone with them."
@@ -4991,9 +5031,14 @@ class Worker:
         self.broker = broker
         self.worker_threads = worker_threads
         self.worker_timeout = worker_timeout
-        #: Called when a thread had to be given up, or locks are lost; the command line then
-        #: replaces the process.
+        #: Called when a thread had to be given up; the command line then replaces the process
+        #: when the other threads are done.
         self.on_stuck: Callable[[], None] = lambda: None
+        #: Called when a job has closed what holds our locks; the command line then replaces the
+        #: process at once.
+        self.on_lost: Callable[[], None] = lambda: None
+        #: How the process of an id died, "" if that is not known; the command line knows it.
+        self.describe_death: Callable[[int], str] = lambda _pid: ""
         self._queues = frozenset(queues or ())
         self._processor = _Processor(broker)
         self._dispatcher: _Dispatcher | None = None  # None while the worker is not running.
@@ -5098,8 +5143,9 @@ class Worker:
                 self._serve(index, dispatcher)
                 break
             except BaseException:  # From a hook or from here, not from a job: no thread is lost.
-                self.logger.critical("A worker thread failed; it goes on.", exc_info=True)
                 dispatcher.drop(index)
+                with contextlib.suppress(Exception):  # The log itself may be what failed.
+                    self.logger.critical("A worker thread failed; it goes on.", exc_info=True)
         self.broker.emit_before("worker_thread_shutdown", thread)
 
     def _serve(self, index: int, dispatcher: _Dispatcher) -> None:
@@ -5126,12 +5172,12 @@ class Worker:
                 now = _SYSTEM_CLOCK.monotonic()
                 if now >= house_kept_at + _IDLE_TICK_S:
                     house_kept_at = now
-                    dispatcher.keep_house(self._processor)
+                    dispatcher.keep_house(self._processor, self.describe_death)
                     self._replace_stuck_threads(dispatcher)
             except BrokerError as error:
                 dispatcher.complain(error)
                 if isinstance(error, _DescriptorsLost):
-                    self.on_stuck()
+                    self.on_lost()
             self._tick.wait(_TICK_S if dispatcher.has_litter() else _IDLE_TICK_S)
             self._tick.clear()
         self.broker.emit_before("consumer_thread_shutdown", thread)
@@ -5191,6 +5237,9 @@ _BOOT_FAILURE = 100
 #: Milliseconds that running messages get in a worker process whose supervisor is gone.
 _ORPHAN_GRACE_MS = 1000
 
+#: Seconds within which the supervisor has noticed how a process died.
+_DEATH_NOTE_S = 0.5
+
 #: Seconds before a dead worker process is replaced, by the number of early deaths in a row.
 _RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _STABLE_AFTER_S = 30.0
@@ -5241,6 +5290,7 @@ def _parser() -> argparse.ArgumentParser:
         help="how long running messages may take when stopping (default: %(default)s ms)",
     )  # fmt: skip
     worker.add_argument("--child", type=int, metavar="N", help=argparse.SUPPRESS)
+    worker.add_argument("--deaths", metavar="FILE", help=argparse.SUPPRESS)
     return parser
 
 
@@ -5279,7 +5329,12 @@ def _child_command(args: Any) -> list[str]:
 
 
 def _set_up_logging(verbose: int) -> None:
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, format=_LOG_FORMAT)
+    """Log to a standard error of our own: one that a job can't close by closing sys.stderr."""
+    stream = open(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format=_LOG_FORMAT, stream=stream
+    )
+    logging.raiseExceptions = False  # A log that can't be written must not stop the work.
 
 
 class _Supervisor:
@@ -5288,6 +5343,7 @@ class _Supervisor:
 
     def __init__(self, namespace: argparse.Namespace, command: list[str]) -> None:
         import queue
+        import tempfile
 
         self._namespace = namespace
         self._command = command
@@ -5297,6 +5353,8 @@ class _Supervisor:
         self._started_at: dict[int, float] = {}
         self._early_deaths: dict[int, int] = collections.defaultdict(int)
         self._restarts: dict[int, float] = {}  # When to start a child again.
+        # Lines of process id and cause, for the children that make dead letters of it.
+        self._deaths = tempfile.NamedTemporaryFile("w", prefix="dramalite-deaths-")
         self._stops = 0  # How often a stop was asked for,
         self._stopped_at = 0.0  # and when last.
         self._exit_code = _EXIT_OK
@@ -5378,7 +5436,9 @@ class _Supervisor:
         import subprocess
 
         child = subprocess.Popen(
-            [*self._command, "--child", str(index)], stdin=subprocess.PIPE, bufsize=0
+            [*self._command, "--child", str(index), "--deaths", self._deaths.name],
+            stdin=subprocess.PIPE,
+            bufsize=0,
         )
         self._children[index] = child
         self._started_at[index] = _SYSTEM_CLOCK.monotonic()
@@ -5391,6 +5451,9 @@ class _Supervisor:
         """A child has ended: replace it, unless it was to end or can't start at all."""
         child = self._children.pop(index)
         cast("IO[bytes]", child.stdin).close()
+        with contextlib.suppress(OSError):  # A full disk costs the cause, no more.
+            self._deaths.write(f"{child.pid} {_describe_exit(code)}\n")
+            self._deaths.flush()
         if code in (_BOOT_FAILURE + _EXIT_IMPORT, _BOOT_FAILURE + _EXIT_CONNECTION):
             self._exit_code = code - _BOOT_FAILURE
             if not self._stops:
@@ -5490,6 +5553,7 @@ class _WorkerProcess:
         import queue
 
         self._namespace = namespace
+        self._pid = os.getpid()
         self._logger = get_logger("dramalite", f"WorkerProcess({namespace.child})")
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -5500,7 +5564,7 @@ class _WorkerProcess:
         code = self._work()
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError):  # Closed by a job, or a full disk.
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # Closed by a job.
                 stream.flush()
         os._exit(code)
 
@@ -5517,6 +5581,8 @@ class _WorkerProcess:
         worker = Worker(
             broker, queues=self._namespace.queues, worker_threads=self._namespace.threads
         )
+        worker.on_lost = lambda: os._exit(_EXIT_KILLED)
+        worker.describe_death = self._describe_death
         worker.on_stuck = lambda: self._events.put("retire")
         try:
             worker.start()
@@ -5533,6 +5599,21 @@ class _WorkerProcess:
         worker.stop(timeout)
         return _EXIT_OK
 
+    def _describe_death(self, pid: int) -> str:
+        """How a process died, as its supervisor writes down in these moments."""
+        deadline = _SYSTEM_CLOCK.monotonic() + _DEATH_NOTE_S
+        causes: list[str] = []
+        while not causes and _SYSTEM_CLOCK.monotonic() < deadline:
+            try:
+                with open(self._namespace.deaths, encoding="utf-8") as file:
+                    lines = [line.rstrip().partition(" ") for line in file]
+            except OSError:
+                break
+            causes = [cause for process, _space, cause in lines if process == str(pid)]
+            if not causes:
+                _SYSTEM_CLOCK.sleep(0.02)
+        return causes[-1] if causes else ""
+
     def _detach_from_terminal(self) -> None:
         """Take our pipe from standard input, leave Ctrl+C to the supervisor, hear SIGTERM."""
         import signal
@@ -5545,16 +5626,26 @@ class _WorkerProcess:
             target=self._listen, args=(control,), name="dramalite-control", daemon=True
         ).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, lambda *_: self._events.put("terminate"))
+        signal.signal(signal.SIGTERM, self._terminate)
         for name in ("SIGHUP", "SIGBREAK"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
 
+    def _terminate(self, number: int, _frame: Any) -> None:
+        """Stop on SIGTERM; a process that a job forked ends by it, as it would without us."""
+        import signal
+
+        if os.getpid() != self._pid:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._events.put("terminate")
+
     def _listen(self, control: int) -> None:
         """Turn the supervisor's orders into events."""
-        while order := os.read(control, 64):
-            for word in order.decode("ascii").split():
-                self._events.put(word)
+        with contextlib.suppress(OSError):  # Closed by a job: then we are cut off all the same.
+            while order := os.read(control, 64):
+                for word in order.decode("ascii").split():
+                    self._events.put(word)
         self._events.put("orphaned")
 
     def _next_event(self) -> str:

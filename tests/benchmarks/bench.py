@@ -7,6 +7,7 @@ where there is one.  Names of scenarios restrict the run to them; --list shows t
 from __future__ import annotations
 
 import argparse
+import compileall
 import datetime
 import json
 import os
@@ -28,6 +29,7 @@ import bench_scenarios as scenarios  # noqa: E402
 from bench_support import (  # noqa: E402
     FULL_SIZES,
     QUICK_SIZES,
+    ROOT,
     BenchError,
     Figure,
     Run,
@@ -62,6 +64,8 @@ def main(arguments: list[str]) -> int:
         for name, scenario in SCENARIOS.items():
             print(f"{name:<16} {_title(scenario)}")
         return 0
+    # Compiled beforehand: else each process would do it anew where bytecode isn't written.
+    compileall.compile_file(ROOT / "dramalite.py", quiet=2)
     header = _header()
     print("\n".join(f"{key}: {value}" for key, value in header.items()), flush=True)
     run = Run(QUICK_SIZES if options.quick else FULL_SIZES, options.repeat)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import py_compile
 import signal
 import sqlite3
 import subprocess
@@ -31,6 +32,9 @@ MARK = "DRAMALITE_TEST_TREE"
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
+
+# Compiled once, where that can be written, and not again by each of some hundred processes.
+py_compile.compile(str(MODULE), quiet=2)
 
 #: What every jobs.py begins with: a broker on the place's file, and note().
 PRELUDE = '''\

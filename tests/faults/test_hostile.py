@@ -341,23 +341,24 @@ def test_a_job_that_fails_in_an_odd_way_fails_alone(place, block):
 
 
 def test_odd_failures_are_retried_like_any_other(place):
+    kinds = [kind for kind in FAILING if kind != "ten megabytes"]
     place.worker(threads=2)
-    for kind in FAILING:
+    for kind in kinds:
         place.send("misbehave_again", kind)
     place.drained()
 
-    assert place.runs("again") == {kind.replace(" ", "_"): 3 for kind in FAILING}
-    assert place.dead() == len(FAILING)
+    assert place.runs("again") == {kind.replace(" ", "_"): 3 for kind in kinds}
+    assert place.dead() == len(kinds)
 
 
 def test_a_large_exception_is_cut_before_it_is_stored_or_logged(place):
     tree = place.worker()
-    for _ in range(3):
-        place.send("misbehave_again", "ten megabytes")
+    place.send("misbehave_again", "ten megabytes")
     place.drained()
 
+    assert place.runs("again") == {"ten_megabytes": 3}
     rows = place.query("SELECT * FROM dramalite_dead")
-    assert len(rows) == 3
+    assert len(rows) == 1
     assert max(len(value) for row in rows for value in row if isinstance(value, (str, bytes))) < 100_000
     assert len(tree.output()) < 500_000
     assert place.db.stat().st_size < 5_000_000

@@ -85,9 +85,9 @@ def assert_all_accepted_ran(place, accepted):
 
 @pytest.mark.parametrize("seed", [1])
 def test_every_accepted_message_runs_though_the_worker_tree_is_killed_again_and_again(place, seed):
-    send_while_workers_are_killed(place, seed, kills=3, messages=300)
+    send_while_workers_are_killed(place, seed, kills=3, messages=200)
 
-    assert_all_accepted_ran(place, 600)
+    assert_all_accepted_ran(place, 400)
 
 
 @pytest.mark.torture
@@ -224,7 +224,7 @@ def test_a_job_that_keeps_the_interpreter_lock_is_not_taken_over(place):
 def test_delayed_messages_survive_a_kill(place):
     tree = place.ready_worker()
     for number in range(50):
-        place.send("job", number, delay=400 + 10 * number)
+        place.send("job", number, delay=200 + 6 * number)
     tree.kill_all()
     place.worker()
     place.drained()
