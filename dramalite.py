@@ -47,6 +47,7 @@ Contents
     Message processing
     Dispatching
     Worker
+    Worker process
     Command line
     Hand-over
     Licence: MIT
@@ -2084,6 +2085,10 @@ class _Slots:
         """Let go of what is not needed while no worker runs."""
 
 
+class _DescriptorsLost(BrokerError):
+    """The process can't go on working; the command line replaces it."""
+
+
 class _Slot:
     """A worker's slot: its identity, its bell, and what it tells the others."""
 
@@ -2393,6 +2398,12 @@ _TAKE = """
          ORDER BY priority, id LIMIT 1)
     RETURNING body"""
 
+_FLUSH = (
+    "DELETE FROM dramalite_messages WHERE state = 0 AND (queue = :queue OR :queue IS NULL)",
+    "DELETE FROM dramalite_messages WHERE state = 1 AND (queue = :queue OR :queue IS NULL)",
+    "DELETE FROM dramalite_dead WHERE queue = :queue OR :queue IS NULL",
+)
+
 _COUNTS = "SELECT queue, state, count(*) FROM dramalite_messages GROUP BY queue, state"
 
 _IS_BUSY = """
@@ -2401,6 +2412,39 @@ _IS_BUSY = """
         OR EXISTS (SELECT 1 FROM dramalite_messages WHERE state = 1 AND queue = :queue)"""
 
 _STORE_RESULT = "INSERT OR REPLACE INTO dramalite_results (key, value, expires_at) VALUES (?, ?, ?)"
+
+
+class _Row(NamedTuple):
+    """A claimed message; rows sort in the order they are to run."""
+
+    priority: int
+    id: int
+    queue: str
+    actor: str
+    crashes: int
+    crash_limit: int
+    message_id: str
+    body: bytes
+
+
+class _Outcome:
+    """What came of a claimed row, and all that is to be committed with it."""
+
+    __slots__ = ("effects", "is_handed_back", "row", "wakes")
+
+    def __init__(self, row: _Row) -> None:
+        self.row = row
+        self.effects: list[tuple[str, tuple[Any, ...]]] = []  # Statements and their values.
+        self.wakes: list[tuple[int, int]] = []  # due_ms and bit of each message it enqueues.
+        self.is_handed_back = False
+
+
+def _handed_back(row: _Row) -> _Outcome:
+    """The outcome of a row that goes back to its place in the queue."""
+    outcome = _Outcome(row)
+    outcome.is_handed_back = True
+    return outcome
+
 
 # ------------------------------------------------------------------------------------------
 # SQLite connections
@@ -2569,7 +2613,7 @@ class _Database:
                 now = _SYSTEM_CLOCK.monotonic()
                 if deadline is None:
                     deadline = now + _BUSY_TIMEOUT_S
-                if now > deadline:
+                if now > deadline or not (self._slots is None or self._slots.is_held()):
                     raise
             jitter = _SYSTEM_CLOCK.monotonic() * 1e6 % 1  # Or all would come back in step.
             _SYSTEM_CLOCK.sleep(nap * (1 + jitter) / 2)
@@ -2705,31 +2749,6 @@ _DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
 _WAL_LIMIT = 16 << 20
 _IDLE_WAL_LIMIT = 1 << 20
 _SENDERS_WAL_LIMIT = 48 << 20
-
-class _Row(NamedTuple):
-    """A claimed message; rows sort in the order they are to run."""
-
-    priority: int
-    id: int
-    queue: str
-    actor: str
-    crashes: int
-    crash_limit: int
-    message_id: str
-    body: bytes
-
-
-class _Outcome:
-    """What came of a claimed row, and all that is to be committed with it."""
-
-    __slots__ = ("effects", "is_handed_back", "row", "wakes")
-
-    def __init__(self, row: _Row) -> None:
-        self.row = row
-        self.effects: list[tuple[str, tuple[Any, ...]]] = []  # Statements and their values.
-        self.wakes: list[tuple[int, int]] = []  # due_ms and bit of each message it enqueues.
-        self.is_handed_back = False
-
 
 class _Ticket:
     """Rows that a sender wants stored; whoever holds the lock stores them for all."""
@@ -3035,17 +3054,8 @@ class _Engine(_Database):
         with self._writing():
             connection = self._connect("send")
             with self._transaction(connection):
-                connection.execute(
-                    "DELETE FROM dramalite_messages WHERE state = 0 AND (queue = ?1 OR ?1 IS NULL)",
-                    (queue,),
-                )
-                connection.execute(
-                    "DELETE FROM dramalite_messages WHERE state = 1 AND (queue = ?1 OR ?1 IS NULL)",
-                    (queue,),
-                )
-                connection.execute(
-                    "DELETE FROM dramalite_dead WHERE queue = ?1 OR ?1 IS NULL", (queue,)
-                )
+                for statement in _FLUSH:
+                    connection.execute(statement, {"queue": queue})
 
     def prune(self) -> None:
         """Delete, some at a time, what has been kept for long enough."""
@@ -4565,10 +4575,6 @@ _SHORT_POLL_S = 0.05  # and where bells were seen not to arrive.
 _NEWS_S = 60.0  # Between two log lines on the same trouble with the database.
 
 
-class _DescriptorsLost(BrokerError):
-    """The process can't go on working; the command line replaces it."""
-
-
 class _Dispatcher:
     """Hands claimed messages to the threads of a worker and takes their outcomes."""
 
@@ -4591,6 +4597,7 @@ class _Dispatcher:
         self._heap: list[_Row] = []
         self._finished: list[_Outcome] = []
         self._finished_at = 0.0  # When the oldest of them was.
+        self._traded: list[_Outcome] = []  # Those that are being written.
         self._popped_at = 0.0  # When the heap last gave or got a row.
         self._suspects = 0  # Claimed rows that were running when a process died.
         self._idle = 0  # Threads that wait on _cond for something to do.
@@ -4715,6 +4722,7 @@ class _Dispatcher:
 
     def _trade(self, outcomes: list[_Outcome], limit: int, suspects: bool) -> list[_Row]:
         """One transaction with the engine; if it fails, the outcomes are kept for the next."""
+        self._traded = outcomes
         try:
             rows, version = self._engine.exchange(
                 self._slot, outcomes, limit, self._targets, suspects
@@ -4723,8 +4731,10 @@ class _Dispatcher:
             with self._cond:
                 if not isinstance(error, ConnectionClosed):  # With the file, its rows are gone.
                     self._finished = outcomes + self._finished
+            self._traded = []
             self.complain(error)
             return []
+        self._traded = []
         self._trouble_at = None
         if limit:
             self._seen_version = version
@@ -4927,6 +4937,9 @@ class _Dispatcher:
     def _check_slot(self) -> None:
         """If the side file was deleted or replaced, get a slot in the one that others see."""
         if not self._slot.is_held():
+            with self._cond:  # One of these did it: they count as running in the crash.
+                for index, outcome in enumerate((self._finished + self._traded)[:_MAX_TRACKED]):
+                    self._slot.run(index, outcome.row.id)
             raise _DescriptorsLost(
                 "A job has closed descriptors that are not its own; the locks of this process "
                 "are gone with them."
@@ -4983,13 +4996,6 @@ class _Dispatcher:
                     "are left for one that does.",
                     queue, name,
                 )  # fmt: skip
-
-
-def _handed_back(row: _Row) -> _Outcome:
-    """The outcome of a row that goes back to its place in the queue."""
-    outcome = _Outcome(row)
-    outcome.is_handed_back = True
-    return outcome
 
 
 # ------------------------------------------------------------------------------------------
@@ -5221,13 +5227,11 @@ def _stop_live_workers() -> None:
             worker.stop(timeout=_EXIT_GRACE_MS)
 
 # ------------------------------------------------------------------------------------------
-# Command line
+# Worker process
 #
-# `worker` is two kinds of processes.  The supervisor takes signals, starts the worker
-# processes, replaces those that die, and tells them to stop; it imports no user code.  A
-# worker process is the same command once more with --child: it imports the user's modules
-# and runs a Worker.  They talk through the child's standard input, a pipe: a line "stop", or
-# its end, which means that the supervisor is gone.
+# One process of the command line: imports the user's modules, runs a Worker, obeys the
+# supervisor through its standard input, a pipe: a line "stop" or "kill", or the pipe's end,
+# which means that the supervisor is gone.
 # ------------------------------------------------------------------------------------------
 _EXIT_OK, _EXIT_KILLED, _EXIT_IMPORT, _EXIT_CONNECTION, _EXIT_PID_FILE = range(5)
 
@@ -5240,6 +5244,202 @@ _ORPHAN_GRACE_MS = 1000
 #: Seconds within which the supervisor has noticed how a process died.
 _DEATH_NOTE_S = 0.5
 
+def _set_up_logging(verbose: int) -> None:
+    """Log to a standard error of our own: one that a job can't close by closing sys.stderr."""
+    stream = open(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.INFO, format=_LOG_FORMAT, stream=stream
+    )
+    logging.raiseExceptions = False  # A log that can't be written must not stop the work.
+
+
+class _WorkerProcess:
+    """A worker process: imports the user's modules, runs a Worker, obeys the supervisor."""
+
+    def __init__(self, namespace: argparse.Namespace) -> None:
+        import queue
+
+        self._namespace = namespace
+        self._logger = get_logger("dramalite", f"WorkerProcess({namespace.child})")
+        self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def run(self) -> int:
+        """Work until told to stop; ends the process, for threads left by jobs must not hold it."""
+        self._detach_from_terminal()
+        _set_up_logging(self._namespace.verbose)
+        code = self._work()
+        logging.shutdown()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # Closed by a job.
+                stream.flush()
+        os._exit(code)
+
+    def _work(self) -> int:
+        try:
+            broker = self._import()
+        except BrokerConnectionError as error:
+            self._logger.critical("%s", error)
+            return _BOOT_FAILURE + _EXIT_CONNECTION
+        except (Exception, SystemExit):  # The user's modules are foreign code.
+            names = " ".join([self._namespace.broker, *self._namespace.modules])
+            self._logger.exception("%s can't be imported; fix this and start again.", names)
+            return _BOOT_FAILURE + _EXIT_IMPORT
+        worker = Worker(
+            broker, queues=self._namespace.queues, worker_threads=self._namespace.threads
+        )
+        worker.on_lost = lambda: os._exit(_EXIT_KILLED)
+        worker.describe_death = self._describe_death
+        worker.on_stuck = lambda: self._events.put("retire")
+        try:
+            worker.start()
+        except BrokerConnectionError as error:
+            self._logger.critical("%s", error)
+            return _BOOT_FAILURE + _EXIT_CONNECTION
+        self._logger.info("Worker process is ready for action.")
+        timeout = self._namespace.worker_shutdown_timeout
+        if self._next_event() == "orphaned":
+            self._logger.warning("The supervisor is gone; leaving.")
+            timeout = min(timeout, _ORPHAN_GRACE_MS)
+        self._logger.info("Stopping worker process...")
+        threading.Thread(target=self._await_kill, daemon=True).start()
+        worker.stop(timeout)
+        return _EXIT_OK
+
+    def _describe_death(self, pid: int) -> str:
+        """How a process died, as its supervisor writes down in these moments."""
+        deadline = _SYSTEM_CLOCK.monotonic() + _DEATH_NOTE_S
+        causes: list[str] = []
+        while not causes and _SYSTEM_CLOCK.monotonic() < deadline:
+            try:
+                with open(self._namespace.deaths, encoding="utf-8") as file:
+                    lines = [line.rstrip().partition(" ") for line in file]
+            except OSError:
+                break
+            causes = [cause for process, _space, cause in lines if process == str(pid)]
+            if not causes:
+                _SYSTEM_CLOCK.sleep(0.02)
+        return causes[-1] if causes else ""
+
+    def _detach_from_terminal(self) -> None:
+        """Take our pipe from standard input, leave Ctrl+C to the supervisor, hear SIGTERM."""
+        import signal
+
+        control = os.dup(0)
+        null = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(null, 0)
+        os.close(null)
+        threading.Thread(
+            target=self._listen, args=(control,), name="dramalite-control", daemon=True
+        ).start()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: self._events.put("terminate"))
+        if hasattr(os, "register_at_fork"):
+            _give_forks_default_signals()
+        for name in ("SIGHUP", "SIGBREAK"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+    def _listen(self, control: int) -> None:
+        """Turn the supervisor's orders into events."""
+        with contextlib.suppress(OSError):  # Closed by a job: then we are cut off all the same.
+            while order := os.read(control, 64):
+                for word in order.decode("ascii").split():
+                    self._events.put(word)
+        self._events.put("orphaned")
+
+    def _next_event(self) -> str:
+        import queue
+
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._events.get(timeout=0.5 if _WINDOWS else None)
+
+    def _await_kill(self) -> None:
+        """While stopping: an order to end the process at once.
+
+        A service manager may signal us beside the supervisor: that is not a second order.
+        """
+        while self._next_event() != "kill":
+            pass
+        os._exit(_EXIT_KILLED)
+
+    def _import(self) -> _EngineBroker:
+        """Import the modules; return the broker that the first argument names."""
+        for path in self._namespace.path or ():
+            sys.path.insert(0, os.path.abspath(path))
+        module_name, _, attribute = self._namespace.broker.partition(":")
+        module = _import_module(module_name)
+        broker = _find_broker(module, module_name, attribute) if attribute else get_broker()
+        broker.emit_after("process_boot")
+        for name in self._namespace.modules:
+            _import_module(name)
+        if not isinstance(broker, _EngineBroker):
+            raise ImportError(f"{broker!r} is not a broker that dramalite can work on.")
+        return broker
+
+
+def _give_forks_default_signals() -> None:
+    """Let SIGTERM end a process that a job forks, from its first moment.
+
+    Blocked until the child has the default action: CPython drops what arrives before.
+    """
+    import signal
+
+    masks = threading.local()
+
+    def block() -> None:
+        masks.before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def unblock() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.before)
+
+    def reset() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        unblock()
+
+    os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=reset)
+
+
+def _import_module(name: str) -> types.ModuleType:
+    import importlib
+
+    module = importlib.import_module(name)
+    ours = sys.modules[__name__]
+    for other in list(sys.modules.values()):
+        path = getattr(other, "__file__", None)
+        is_main = other.__name__ in ("__main__", "__mp_main__")
+        if other is not ours and not is_main and path is not None and path == ours.__file__:
+            raise ImportError(
+                f"Module {name!r} imports dramalite as {other.__name__!r}, but the command runs it as "
+                f"{__name__!r}; start it with `python -m {other.__name__} worker ...`."
+            )
+    return module
+
+
+def _find_broker(module: types.ModuleType, module_name: str, path: str) -> Broker:
+    """Follow an attribute path to a broker, or to a function that sets the default one."""
+    value: Any = module
+    for name in path.split("."):
+        try:
+            value = getattr(value, name)
+        except AttributeError:
+            raise ImportError(f"Module {module_name!r} does not define a {path!r} variable.") from None
+    if callable(value) and not isinstance(value, Broker):
+        value()
+        return get_broker()
+    if not isinstance(value, Broker):
+        raise ImportError(f"'{module_name}:{path}' is not a Broker.")
+    return value
+
+
+# ------------------------------------------------------------------------------------------
+# Command line
+#
+# The command `worker` is a supervisor: it takes signals, starts the worker processes, replaces
+# those that die, and tells them to stop; it imports no user code.  A worker process is the
+# same command once more, with --child.
+# ------------------------------------------------------------------------------------------
 #: Seconds before a dead worker process is replaced, by the number of early deaths in a row.
 _RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _STABLE_AFTER_S = 30.0
@@ -5326,15 +5526,6 @@ def _child_command(args: Any) -> list[str]:
     if not isinstance(args, list):
         raise TypeError("Give the arguments as a list of strings to start worker processes.")
     return [sys.executable, "-m", __name__, *args]
-
-
-def _set_up_logging(verbose: int) -> None:
-    """Log to a standard error of our own: one that a job can't close by closing sys.stderr."""
-    stream = open(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format=_LOG_FORMAT, stream=stream
-    )
-    logging.raiseExceptions = False  # A log that can't be written must not stop the work.
 
 
 class _Supervisor:
@@ -5544,171 +5735,6 @@ def _check_pid_file(path: str) -> None:
         raise _PidFileError(f"The pid file {path!r} can't be read: {error}.") from error
     if pid != os.getpid() and pid > 0 and _process_is_alive(pid):
         raise _PidFileError(f"The pid file {path!r} belongs to process {pid}, which is running.")
-
-
-class _WorkerProcess:
-    """A worker process: imports the user's modules, runs a Worker, obeys the supervisor."""
-
-    def __init__(self, namespace: argparse.Namespace) -> None:
-        import queue
-
-        self._namespace = namespace
-        self._pid = os.getpid()
-        self._logger = get_logger("dramalite", f"WorkerProcess({namespace.child})")
-        self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
-
-    def run(self) -> int:
-        """Work until told to stop; ends the process, for threads left by jobs must not hold it."""
-        self._detach_from_terminal()
-        _set_up_logging(self._namespace.verbose)
-        code = self._work()
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError, ValueError, AttributeError):  # Closed by a job.
-                stream.flush()
-        os._exit(code)
-
-    def _work(self) -> int:
-        try:
-            broker = self._import()
-        except BrokerConnectionError as error:
-            self._logger.critical("%s", error)
-            return _BOOT_FAILURE + _EXIT_CONNECTION
-        except (Exception, SystemExit):  # The user's modules are foreign code.
-            names = " ".join([self._namespace.broker, *self._namespace.modules])
-            self._logger.exception("%s can't be imported; fix this and start again.", names)
-            return _BOOT_FAILURE + _EXIT_IMPORT
-        worker = Worker(
-            broker, queues=self._namespace.queues, worker_threads=self._namespace.threads
-        )
-        worker.on_lost = lambda: os._exit(_EXIT_KILLED)
-        worker.describe_death = self._describe_death
-        worker.on_stuck = lambda: self._events.put("retire")
-        try:
-            worker.start()
-        except BrokerConnectionError as error:
-            self._logger.critical("%s", error)
-            return _BOOT_FAILURE + _EXIT_CONNECTION
-        self._logger.info("Worker process is ready for action.")
-        timeout = self._namespace.worker_shutdown_timeout
-        if self._next_event() == "orphaned":
-            self._logger.warning("The supervisor is gone; leaving.")
-            timeout = min(timeout, _ORPHAN_GRACE_MS)
-        self._logger.info("Stopping worker process...")
-        threading.Thread(target=self._await_kill, daemon=True).start()
-        worker.stop(timeout)
-        return _EXIT_OK
-
-    def _describe_death(self, pid: int) -> str:
-        """How a process died, as its supervisor writes down in these moments."""
-        deadline = _SYSTEM_CLOCK.monotonic() + _DEATH_NOTE_S
-        causes: list[str] = []
-        while not causes and _SYSTEM_CLOCK.monotonic() < deadline:
-            try:
-                with open(self._namespace.deaths, encoding="utf-8") as file:
-                    lines = [line.rstrip().partition(" ") for line in file]
-            except OSError:
-                break
-            causes = [cause for process, _space, cause in lines if process == str(pid)]
-            if not causes:
-                _SYSTEM_CLOCK.sleep(0.02)
-        return causes[-1] if causes else ""
-
-    def _detach_from_terminal(self) -> None:
-        """Take our pipe from standard input, leave Ctrl+C to the supervisor, hear SIGTERM."""
-        import signal
-
-        control = os.dup(0)
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
-        threading.Thread(
-            target=self._listen, args=(control,), name="dramalite-control", daemon=True
-        ).start()
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, self._terminate)
-        for name in ("SIGHUP", "SIGBREAK"):
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-    def _terminate(self, number: int, _frame: Any) -> None:
-        """Stop on SIGTERM; a process that a job forked ends by it, as it would without us."""
-        import signal
-
-        if os.getpid() != self._pid:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self._events.put("terminate")
-
-    def _listen(self, control: int) -> None:
-        """Turn the supervisor's orders into events."""
-        with contextlib.suppress(OSError):  # Closed by a job: then we are cut off all the same.
-            while order := os.read(control, 64):
-                for word in order.decode("ascii").split():
-                    self._events.put(word)
-        self._events.put("orphaned")
-
-    def _next_event(self) -> str:
-        import queue
-
-        while True:
-            with contextlib.suppress(queue.Empty):
-                return self._events.get(timeout=0.5 if _WINDOWS else None)
-
-    def _await_kill(self) -> None:
-        """While stopping: an order to end the process at once.
-
-        A service manager may signal us beside the supervisor: that is not a second order.
-        """
-        while self._next_event() != "kill":
-            pass
-        os._exit(_EXIT_KILLED)
-
-    def _import(self) -> _EngineBroker:
-        """Import the modules; return the broker that the first argument names."""
-        for path in self._namespace.path or ():
-            sys.path.insert(0, os.path.abspath(path))
-        module_name, _, attribute = self._namespace.broker.partition(":")
-        module = _import_module(module_name)
-        broker = _find_broker(module, module_name, attribute) if attribute else get_broker()
-        broker.emit_after("process_boot")
-        for name in self._namespace.modules:
-            _import_module(name)
-        if not isinstance(broker, _EngineBroker):
-            raise ImportError(f"{broker!r} is not a broker that dramalite can work on.")
-        return broker
-
-
-def _import_module(name: str) -> types.ModuleType:
-    import importlib
-
-    module = importlib.import_module(name)
-    ours = sys.modules[__name__]
-    for other in list(sys.modules.values()):
-        path = getattr(other, "__file__", None)
-        is_main = other.__name__ in ("__main__", "__mp_main__")
-        if other is not ours and not is_main and path is not None and path == ours.__file__:
-            raise ImportError(
-                f"Module {name!r} imports dramalite as {other.__name__!r}, but the command runs it as "
-                f"{__name__!r}; start it with `python -m {other.__name__} worker ...`."
-            )
-    return module
-
-
-def _find_broker(module: types.ModuleType, module_name: str, path: str) -> Broker:
-    """Follow an attribute path to a broker, or to a function that sets the default one."""
-    value: Any = module
-    for name in path.split("."):
-        try:
-            value = getattr(value, name)
-        except AttributeError:
-            raise ImportError(f"Module {module_name!r} does not define a {path!r} variable.") from None
-    if callable(value) and not isinstance(value, Broker):
-        value()
-        return get_broker()
-    if not isinstance(value, Broker):
-        raise ImportError(f"'{module_name}:{path}' is not a Broker.")
-    return value
 
 
 # ------------------------------------------------------------------------------------------
