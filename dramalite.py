@@ -4319,14 +4319,32 @@ class SQLiteBroker(_EngineBroker):
 
     _is_private = False
 
-    def __init__(self, path: str | os.PathLike[str] = "dramalite.db", **options: Any) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] = "dramalite.db",
+        *,
+        middleware: list[Middleware] | None = None,
+        durability: str = "full",
+        max_message_size: int = _MAX_MESSAGE_SIZE,
+        max_crashes: int = 3,
+        clock: Clock | None = None,
+        random: random.Random | None = None,
+    ) -> None:
         path = os.fspath(path)
         if not path or "\0" in path:
             raise ValueError(f"The path {path!r} names no file; give that of the database.")
         if path == ":memory:":
             raise ValueError("':memory:' is no file; use MemoryBroker().")
         self.path = os.path.abspath(path)
-        super().__init__(self.path, **options)
+        super().__init__(
+            self.path,
+            middleware=middleware,
+            durability=durability,
+            max_message_size=max_message_size,
+            max_crashes=max_crashes,
+            clock=clock,
+            random=random,
+        )
 
     def __repr__(self) -> str:
         return f"SQLiteBroker({self.path!r})"
@@ -4336,11 +4354,22 @@ class MemoryBroker(_EngineBroker):
     """A broker in memory, for this process alone: the same engine, gone with the process."""
 
     def __init__(
-        self, middleware: list[Middleware] | None = None, *, fail_fast_default: bool = False,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(None, middleware=middleware, **options)
-        self.fail_fast_default = fail_fast_default
+        self,
+        middleware: list[Middleware] | None = None,
+        *,
+        max_message_size: int = _MAX_MESSAGE_SIZE,
+        max_crashes: int = 3,
+        clock: Clock | None = None,
+        random: random.Random | None = None,
+    ) -> None:
+        super().__init__(
+            None,
+            middleware=middleware,
+            max_message_size=max_message_size,
+            max_crashes=max_crashes,
+            clock=clock,
+            random=random,
+        )
 
     @property
     def dead_letters_by_queue(self) -> dict[str, list[MessageProxy]]:
@@ -4352,10 +4381,23 @@ class StubBroker(MemoryBroker):
     """A MemoryBroker with exactly Dramatiq's default middleware, whose join() raises failures."""
 
     def __init__(
-        self, middleware: list[Middleware] | None = None, *, fail_fast_default: bool = True,
-        **options: Any,
-    ) -> None:  # fmt: skip
-        super().__init__(middleware, fail_fast_default=fail_fast_default, **options)
+        self,
+        middleware: list[Middleware] | None = None,
+        *,
+        fail_fast_default: bool = True,
+        max_message_size: int = _MAX_MESSAGE_SIZE,
+        max_crashes: int = 3,
+        clock: Clock | None = None,
+        random: random.Random | None = None,
+    ) -> None:
+        super().__init__(
+            middleware,
+            max_message_size=max_message_size,
+            max_crashes=max_crashes,
+            clock=clock,
+            random=random,
+        )
+        self.fail_fast_default = fail_fast_default
 
     def _default_middleware(self) -> list[Middleware]:
         return [kind() for kind in default_middleware]
