@@ -2081,6 +2081,19 @@ class _Slots:
         """Whether this process still has what holds its locks."""
         return True
 
+    def begin_checkpoint(self) -> bool:
+        """Become the only one that checkpoints, by the header's lock; False if one does already."""
+        with self.lock:
+            if 0 in self.held or not self._take(0):
+                return False
+            self.held.add(0)
+            return True
+
+    def end_checkpoint(self) -> None:
+        with self.lock:
+            self.held.discard(0)
+            self._give_back(0)
+
     def close(self) -> None:
         """Let go of what is not needed while no worker runs."""
 
@@ -2470,6 +2483,7 @@ class _Database:
         self._connections: dict[str, sqlite3.Connection] = {}
         self._identity: tuple[int, int] | None = None
         self._slots: _Slots | None = None
+        self._checkpoint_lock = threading.Lock()  # Held where SQLite works without _lock.
         self._is_writing = False  # Under _lock: this very thread is inside a write.
         self._watchers = 0
 
@@ -2589,6 +2603,7 @@ class _Database:
         _inherited.append((self._connections, self._slots))
         self.changed = threading.Condition()
         self._lock = threading.RLock()
+        self._checkpoint_lock = threading.Lock()
         if self.path is not None:
             self._connections = {}
             self._slots = None
@@ -3084,20 +3099,34 @@ class _Engine(_Database):
     def checkpoint(self, limit: int) -> None:
         """Move the write-ahead log into the database if it is longer than `limit` bytes.
 
-        TRUNCATE only, never automatic: it holds the write lock, and so keeps clear of the
+        First what can be moved while others write, then, with the write lock, the little that
+        is left.  Never automatic, and by one process at a time: that keeps clear of the
         WAL-reset bug of SQLite 3.7.0 to 3.51.2 (sqlite.org/wal.html#walresetbug).
         """
         import sqlite3
 
-        if self.path is None:
+        if self.path is None or not self._wal_is_over(limit):
             return
+        slots = self._slots
+        if slots is not None and not slots.begin_checkpoint():
+            return  # Another one is at it.
         try:
-            if os.stat(self.path + "-wal").st_size <= limit:
-                return
+            with contextlib.suppress(sqlite3.Error):  # Not now then; the next will.
+                with self._checkpoint_lock:
+                    with self._lock:
+                        connection = self._connect("checkpoint")
+                    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+                with self._lock:
+                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        finally:
+            if slots is not None:
+                slots.end_checkpoint()
+
+    def _wal_is_over(self, limit: int) -> bool:
+        try:
+            return os.stat(cast(str, self.path) + "-wal").st_size > limit
         except OSError:
-            return
-        with self._lock, contextlib.suppress(sqlite3.Error):  # Not now then; the next will.
-            self._connect("work").execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+            return False
 
     # Waking up.
 
@@ -3180,8 +3209,9 @@ def _register_fork_hooks() -> None:
 
 def _before_fork() -> None:
     for engine in list(_engines):
-        engine._lock.acquire()
-        _locked_for_fork.append(engine._lock)
+        for lock in (engine._checkpoint_lock, engine._lock):
+            lock.acquire()
+            _locked_for_fork.append(lock)
 
 
 def _after_fork_in_parent() -> None:
@@ -4793,7 +4823,7 @@ class _Dispatcher:
                 outcomes, self._finished = self._finished, []
             self._write(outcomes)
 
-    def complain(self, error: BrokerError) -> None:
+    def complain(self, error: BrokerError | OSError) -> None:
         """Log trouble with the database, the same trouble not more than once a minute."""
         self._seen_version = -1  # Look again in any case once it is over.
         now = _SYSTEM_CLOCK.monotonic()
@@ -5222,7 +5252,7 @@ class Worker:
                     house_kept_at = now
                     dispatcher.keep_house(self._processor, self.describe_death)
                     self._replace_stuck_threads(dispatcher)
-            except BrokerError as error:
+            except (BrokerError, OSError) as error:  # OSError: a job closed our descriptors.
                 dispatcher.complain(error)
                 if isinstance(error, _DescriptorsLost):
                     self.on_lost()
@@ -5284,7 +5314,7 @@ _BOOT_FAILURE = 100
 _ORPHAN_GRACE_MS = 1000
 
 #: Seconds within which the supervisor has noticed how a process died.
-_DEATH_NOTE_S = 0.5
+_DEATH_NOTE_S = 2.0
 
 def _set_up_logging(verbose: int) -> None:
     """Log to a standard error of our own: one that a job can't close by closing sys.stderr."""

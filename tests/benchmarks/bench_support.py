@@ -461,7 +461,10 @@ def free_port() -> int:
 
 def _environment(extra: dict[str, str]) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT), str(HERE)])
-    return {**os.environ, "PYTHONPATH": path, **extra}
+    inherited = dict(os.environ)
+    # Without bytecode each process compiles for itself, which takes time and memory.
+    inherited.pop("PYTHONDONTWRITEBYTECODE", None)
+    return {**inherited, "PYTHONPATH": path, **extra}
 
 
 def _end(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:

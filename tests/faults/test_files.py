@@ -347,6 +347,86 @@ def test_a_worker_whose_file_was_deleted_goes_on_with_the_new_one(place):
     assert tree.output().count("\n") < 200
 
 
+#: Deletes the database right before or after its n-th connection is opened: the worst moments there are.
+STRIKE = """
+    import contextlib, os, sys
+    import dramalite
+    import jobs
+
+    moment, wanted, opened = sys.argv[1], int(sys.argv[2]), 0
+
+    def strike(event, _):
+        global opened
+        if event == moment:
+            opened += 1
+            if opened == wanted:
+                for name in ("", "-wal", "-shm"):
+                    with contextlib.suppress(FileNotFoundError):
+                        os.remove(os.environ["JOBS_DB"] + name)
+                jobs.note("struck")
+
+    sys.addaudithook(strike)
+"""
+
+
+MOMENTS = {"before": "sqlite3.connect", "after": "sqlite3.connect/handle"}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("connection", [1, 2])
+def test_a_file_deleted_while_it_is_being_opened_is_never_written_to_in_secret(place, moment, connection):
+    tree = place.script(
+        STRIKE
+        + """
+    stored = []
+    for number in (101, 102, 103, 104):
+        try:
+            jobs.job.send(number)
+        except dramalite.BrokerError as error:
+            assert os.environ["JOBS_DB"] in str(error), error
+        else:
+            stored.append(number)
+        if number == 102:
+            with contextlib.suppress(dramalite.BrokerError, dramalite.QueueJoinTimeout):
+                jobs.broker.join("default", timeout=1)  # Reads, through a connection of its own.
+            before = list(stored)
+    print("later:", *[number for number in stored if number not in before or wanted == 1])
+    jobs.broker.close()
+    """,
+        MOMENTS[moment],
+        str(connection),
+        seconds=15,
+    )
+
+    stored = set(map(int, tree.output().partition("later:")[2].split()))
+    assert 104 in stored
+    assert stored <= {number for number in range(101, 105) if any(f"[{number}]" in text for text in stored_texts(place))}
+
+
+@pytest.mark.parametrize("moment", ["before"])
+@pytest.mark.parametrize("connection", [1, 2, 3])
+def test_a_worker_whose_file_was_deleted_while_it_opened_it_finds_the_new_one(place, moment, connection):
+    place.script("import jobs; jobs.job.send(1); jobs.broker.close()")
+    place.start_script(
+        STRIKE
+        + """
+    worker = dramalite.Worker(jobs.broker, worker_threads=2)
+    while True:
+        with contextlib.suppress(dramalite.BrokerError):
+            worker.start()
+            break
+    jobs.note("up")
+    jobs.until(lambda: False, 60)
+    """,
+        MOMENTS[moment],
+        str(connection),
+    )
+    place.wait_until(lambda: place.notes("up"), "the worker is up")
+    assert outcome_of_a_send(place, 2) == "stored"
+
+    place.wait_until(lambda: place.notes("ran", 2), "the worker finds the new file", 10)
+
+
 def test_a_worker_whose_file_was_replaced_by_rubbish_says_so_and_waits(place):
     tree = place.ready_worker()
     delete(place.db)
