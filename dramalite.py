@@ -2098,10 +2098,6 @@ class _Slots:
         """Let go of what is not needed while no worker runs."""
 
 
-class _DescriptorsLost(BrokerError):
-    """The process can't go on working; the command line replaces it."""
-
-
 class _Slot:
     """A worker's slot: its identity, its bell, and what it tells the others."""
 
@@ -2518,8 +2514,10 @@ class _Database:
                 f"SQLite is {sqlite3.sqlite_version}; dramalite needs 3.35 or newer: "
                 f"use a newer Python build."
             )
+        identity = None
         if self.path is not None:
             _prepare_file(self.path)
+            identity = _file_identity(self.path)
         connection: sqlite3.Connection | None = None
         try:
             connection = sqlite3.connect(
@@ -2537,7 +2535,10 @@ class _Database:
                 raise
             raise ConnectionFailed(self._describe(error)) from error
         if self.path is not None:
-            self._identity = _file_identity(self.path)
+            if identity is None or _file_identity(self.path) != identity:
+                connection.close()
+                self._report_lost_file()
+            self._identity = identity
         return connection
 
     def _configure(self, connection: sqlite3.Connection, role: str) -> None:
@@ -4973,6 +4974,15 @@ class _Dispatcher:
         """Tell whether claimed rows or outcomes lie about."""
         return bool(self._heap or self._finished) and self._trouble_at is None
 
+    def has_lost_descriptors(self) -> bool:
+        """Tell whether a job has closed what holds our locks; the process had better end."""
+        if self._slot.is_held():
+            return False
+        with self._cond:  # One of these did it: they count as running in the crash.
+            for index, outcome in enumerate((self._finished + self._traded)[:_MAX_TRACKED]):
+                self._slot.run(index, outcome.row.id)
+        return True
+
     def look_after(self) -> None:
         """Write late outcomes, call help, and hand back what nobody comes to run."""
         now = _SYSTEM_CLOCK.monotonic()
@@ -5008,14 +5018,6 @@ class _Dispatcher:
 
     def _check_slot(self) -> None:
         """If the side file was deleted or replaced, get a slot in the one that others see."""
-        if not self._slot.is_held():
-            with self._cond:  # One of these did it: they count as running in the crash.
-                for index, outcome in enumerate((self._finished + self._traded)[:_MAX_TRACKED]):
-                    self._slot.run(index, outcome.row.id)
-            raise _DescriptorsLost(
-                "A job has closed descriptors that are not its own; the locks of this process "
-                "are gone with them."
-            )
         if self._slot.is_current():
             return
         self.logger.error(
@@ -5112,9 +5114,6 @@ class Worker:
         #: Called when a thread had to be given up; the command line then replaces the process
         #: when the other threads are done.
         self.on_stuck: Callable[[], None] = lambda: None
-        #: Called when a job has closed what holds our locks; the command line then replaces the
-        #: process at once.
-        self.on_lost: Callable[[], None] = lambda: None
         #: How the process of an id died, "" if that is not known; the command line knows it.
         self.describe_death: Callable[[int], str] = lambda _pid: ""
         self._queues = frozenset(queues or ())
@@ -5198,6 +5197,10 @@ class Worker:
     def __exit__(self, *_error: object) -> None:
         self.stop()
 
+    def has_lost_descriptors(self) -> bool:
+        """Tell whether a job has closed files of dramalite's; such a process must be ended."""
+        return self._dispatcher is not None and self._dispatcher.has_lost_descriptors()
+
     @property
     def thread_ids(self) -> set[int]:
         """The idents of the worker threads."""
@@ -5254,8 +5257,6 @@ class Worker:
                     self._replace_stuck_threads(dispatcher)
             except (BrokerError, OSError) as error:  # OSError: a job closed our descriptors.
                 dispatcher.complain(error)
-                if isinstance(error, _DescriptorsLost):
-                    self.on_lost()
             self._tick.wait(_TICK_S if dispatcher.has_litter() else _IDLE_TICK_S)
             self._tick.clear()
         self.broker.emit_before("consumer_thread_shutdown", thread)
@@ -5313,6 +5314,9 @@ _BOOT_FAILURE = 100
 #: Milliseconds that running messages get in a worker process whose supervisor is gone.
 _ORPHAN_GRACE_MS = 1000
 
+#: Seconds between two looks whether this process is still fit for work.
+_WATCH_S = 1.0
+
 #: Seconds within which the supervisor has noticed how a process died.
 _DEATH_NOTE_S = 2.0
 
@@ -5334,6 +5338,7 @@ class _WorkerProcess:
         self._namespace = namespace
         self._logger = get_logger("dramalite", f"WorkerProcess({namespace.child})")
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._worker: Worker | None = None
 
     def run(self) -> int:
         """Work until told to stop; ends the process, for threads left by jobs must not hold it."""
@@ -5359,7 +5364,7 @@ class _WorkerProcess:
         worker = Worker(
             broker, queues=self._namespace.queues, worker_threads=self._namespace.threads
         )
-        worker.on_lost = lambda: os._exit(_EXIT_KILLED)
+        self._worker = worker
         worker.describe_death = self._describe_death
         worker.on_stuck = lambda: self._events.put("retire")
         try:
@@ -5424,7 +5429,10 @@ class _WorkerProcess:
 
         while True:
             with contextlib.suppress(queue.Empty):
-                return self._events.get(timeout=0.5 if _WINDOWS else None)
+                return self._events.get(timeout=_WATCH_S)
+            # Looked at from here, since SQLite may sleep for seconds over closed descriptors.
+            if self._worker is not None and self._worker.has_lost_descriptors():
+                os._exit(_EXIT_KILLED)
 
     def _await_kill(self) -> None:
         """While stopping: an order to end the process at once.

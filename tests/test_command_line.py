@@ -354,7 +354,7 @@ def test_the_pid_file_goes_when_the_import_fails(place):
 @pytest.mark.parametrize("whole_group", [False, True], ids=["to the parent", "to everyone"])
 def test_a_graceful_stop_finishes_running_work_and_starts_no_more(place, number, whole_group):
     tree = place.worker(threads=1)
-    place.send("work", 1, 0.4)
+    place.send("work", 1, 0.25)
     started(place, 1)
     place.send("work", 2, 0)
     if whole_group:
@@ -371,7 +371,7 @@ def test_a_graceful_stop_finishes_running_work_and_starts_no_more(place, number,
 
 def test_what_a_graceful_stop_left_is_done_by_the_next_worker_once(place):
     tree = place.worker(threads=1)
-    place.send("work", 1, 0.3)
+    place.send("work", 1, 0.2)
     started(place, 1)
     for number in range(2, 8):
         place.send("work", number, 0)
