@@ -73,7 +73,6 @@ import traceback
 import types
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from datetime import datetime, timedelta, timezone
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
 
 if TYPE_CHECKING:
@@ -83,6 +82,7 @@ if TYPE_CHECKING:
     import socket
     import sqlite3
     import subprocess
+    from datetime import datetime, timedelta
 
 __version__ = "0.1.0"
 
@@ -355,7 +355,7 @@ _MAX_DURATION_MS = 1 << 53
 
 def _milliseconds(value: Any, what: str) -> int:
     """Convert an int, a float or a timedelta to milliseconds, not negative."""
-    number = value.total_seconds() * 1000 if isinstance(value, timedelta) else value
+    number = value.total_seconds() * 1000 if hasattr(value, "total_seconds") else value
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{what} is {value!r}; give milliseconds as an int, or a timedelta.")
     if not 0 <= number <= _MAX_DURATION_MS:
@@ -420,7 +420,16 @@ def _to_json(value: Any) -> str:
     return "".join(_iterate_json(value, 0))
 
 
-_from_json = json.JSONDecoder().decode
+_json_decoder: Any = json.JSONDecoder()
+
+
+def _from_json(text: str) -> Any:
+    """Decode JSON; without a detour for the white space around it, where there is none."""
+    try:
+        value, end = _json_decoder.scan_once(text, 0)
+    except StopIteration:
+        end = -1
+    return value if end == len(text) else _json_decoder.decode(text)
 
 
 def _is_message_data(value: dict[Any, Any]) -> bool:
@@ -693,6 +702,8 @@ class Message(Generic[_R]):
     @property
     def message_datetime(self) -> datetime:
         """The moment the message was made, in UTC."""
+        from datetime import datetime, timezone
+
         return datetime.fromtimestamp(self.message_timestamp / 1000, tz=timezone.utc)
 
     def asdict(self) -> dict[str, Any]:
@@ -772,15 +783,21 @@ _FIELD_TYPES: tuple[tuple[str, type], ...] = (
     ("queue_name", str), ("actor_name", str), ("args", list), ("kwargs", dict), ("options", dict),
     ("message_id", str), ("message_timestamp", int),
 )  # fmt: skip
-_FIELD_NAMES = [name for name, _kind in _FIELD_TYPES]
-_FIELD_KINDS = [kind for _name, kind in _FIELD_TYPES]
 
 
 def _is_well_formed(fields: Any) -> bool:
     """Tell whether decoded data are exactly a message's fields, each of its type."""
-    if type(fields) is not dict or fields.keys() != _WIRE_FIELDS:
-        return False
-    return [type(fields[name]) for name in _FIELD_NAMES] == _FIELD_KINDS
+    return (
+        type(fields) is dict
+        and fields.keys() == _WIRE_FIELDS
+        and type(fields["queue_name"]) is str
+        and type(fields["actor_name"]) is str
+        and type(fields["args"]) is list
+        and type(fields["kwargs"]) is dict
+        and type(fields["options"]) is dict
+        and type(fields["message_id"]) is str
+        and type(fields["message_timestamp"]) is int
+    )
 
 
 def _check_fields(fields: Any) -> None:
@@ -888,6 +905,15 @@ class Middleware:
         """Functions to run in processes of their own beside the workers."""
         return []
 
+    def concerns(self, options: Mapping[str, Any]) -> bool:
+        """Tell whether the process hooks have anything to do for a plain message of an actor.
+
+        That is one without options of its own, of an actor with these options, that succeeds
+        with None.  Where this says False, brokers leave before_process_message and
+        after_process_message out.  A worker asks once for each actor.
+        """
+        return True
+
     def before_declare_actor(self, broker: Broker, actor: Actor[Any, Any]) -> None:
         """Called before an actor is declared."""
 
@@ -979,6 +1005,16 @@ def _overridden_hooks(middleware: Middleware) -> list[str]:
         if getattr(getattr(middleware, name, None), "__func__", None) is not vars(Middleware)[name]
         and hasattr(middleware, name)
     ]
+
+
+def _is_concerned(middleware: Middleware, hook: str, options: Mapping[str, Any]) -> bool:
+    """What the middleware's concerns() says; True where `hook` was overridden below it."""
+    for kind in type(middleware).__mro__:
+        if "concerns" in vars(kind):
+            return middleware.concerns(options)
+        if hook in vars(kind):
+            break
+    return True
 
 
 # ------------------------------------------------------------------------------------------
@@ -1173,7 +1209,17 @@ class Broker:
         A MiddlewareError stops the chain and reaches the caller; other errors are logged.
         """
         name = "before_" + signal
-        for hook in self._hooks_named(name):
+        self._call_before(name, self._hooks_named(name), *args, **kwargs)
+
+    def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
+        """Call the hook after_<signal> of all middleware, in reverse; errors are logged."""
+        name = "after_" + signal
+        self._call_after(name, self._hooks_named(name), *args, **kwargs)
+
+    def _call_before(
+        self, name: str, hooks: tuple[Callable[..., None], ...], *args: Any, **kwargs: Any
+    ) -> None:
+        for hook in hooks:
             try:
                 hook(self, *args, **kwargs)
             except MiddlewareError:
@@ -1181,10 +1227,10 @@ class Broker:
             except Exception:  # The others still get their turn, and the work goes on.
                 self.logger.critical("Hook %s of %r failed; going on.", name, hook, exc_info=True)
 
-    def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
-        """Call the hook after_<signal> of all middleware, in reverse; errors are logged."""
-        name = "after_" + signal
-        for hook in reversed(self._hooks_named(name)):
+    def _call_after(
+        self, name: str, hooks: tuple[Callable[..., None], ...], *args: Any, **kwargs: Any
+    ) -> None:
+        for hook in reversed(hooks):
             try:
                 hook(self, *args, **kwargs)
             except Exception:  # The others may hold locks or timers to release.
@@ -1196,6 +1242,14 @@ class Broker:
         if hooks is None:
             return tuple(getattr(item, name) for item in self.middleware if hasattr(item, name))
         return hooks
+
+    def _hooks_for(self, name: str, options: Mapping[str, Any]) -> tuple[Callable[..., None], ...]:
+        """The methods for a process hook that a plain message of an actor concerns."""
+        return tuple(
+            getattr(item, name)
+            for item in self.middleware
+            if name in _overridden_hooks(item) and _is_concerned(item, name, options)
+        )
 
     # Actors and queues.
 
@@ -2464,6 +2518,9 @@ def _handed_back(row: _Row) -> _Outcome:
 # taken under it.  Every error that reaches the user says which file, what, and what to do.
 # SQLite's own files are never opened by Python: closing such a descriptor drops its locks.
 # ------------------------------------------------------------------------------------------
+#: Of new files: a message touches few pages, and every touched one goes into the log whole.
+_PAGE_SIZE = 2048
+
 #: Seconds to wait for a lock that another program holds on the database.
 _BUSY_TIMEOUT_S = 30.0
 
@@ -2472,7 +2529,10 @@ class _Database:
     """A SQLite database with dramalite's tables.  Safe for threads and forks."""
 
     def __init__(self, path: str | None, durability: str) -> None:
+        from sqlite3 import Error
+
         self.path = path
+        self._errors = Error
         self.changed = threading.Condition()  # Notified after commits, while someone waits.
         self._durability = durability
         self._lock = threading.RLock()
@@ -2528,7 +2588,7 @@ class _Database:
                 cached_statements=256,
             )
             self._configure(connection, role)
-        except (sqlite3.Error, BrokerError) as error:
+        except (self._errors, BrokerError) as error:
             if connection is not None:
                 connection.close()
             if isinstance(error, BrokerError):
@@ -2546,6 +2606,7 @@ class _Database:
         if self.path is not None:
             # The schema first: a file that is refused stays as it is.
             self._check_schema(connection)
+            connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
             self._patiently(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchall())
             connection.execute("PRAGMA wal_autocheckpoint = 0")
             full = role == "send" and self._durability == "full"
@@ -2586,11 +2647,9 @@ class _Database:
 
     def close(self) -> None:
         """Close the connections; the next use opens them again."""
-        import sqlite3
-
         with self._lock:
             for connection in self._connections.values():
-                with contextlib.suppress(sqlite3.Error):  # A full disk must not keep us here.
+                with contextlib.suppress(self._errors):  # A full disk must not keep us here.
                     connection.close()
             self._connections.clear()
             self._identity = None
@@ -2616,14 +2675,12 @@ class _Database:
 
     def _patiently(self, run: Callable[..., _R], *args: Any) -> _R:
         """Run a statement, again while another connection holds the lock, up to 30 s."""
-        import sqlite3
-
         deadline = None
         nap = 50e-6
         while True:
             try:
                 return run(*args)
-            except sqlite3.OperationalError as error:
+            except self._errors as error:
                 if not _is_busy(error):
                     raise
                 now = _SYSTEM_CLOCK.monotonic()
@@ -2638,28 +2695,24 @@ class _Database:
     @contextlib.contextmanager
     def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
         """One write transaction: all of it, or after any exception nothing."""
-        import sqlite3
-
         self._patiently(connection.execute, "BEGIN IMMEDIATE")
         try:
             yield
             self._patiently(connection.execute, "COMMIT")
         except BaseException:
             if connection.in_transaction:
-                with contextlib.suppress(sqlite3.Error):  # The first error is the one to tell.
+                with contextlib.suppress(self._errors):  # The first error is the one to tell.
                     connection.execute("ROLLBACK")
             raise
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Hold the lock for a write; SQLite's errors become BrokerErrors."""
-        import sqlite3
-
         with self._lock:
             self._is_writing = True
             try:
                 yield
-            except sqlite3.Error as error:
+            except self._errors as error:
                 raise BrokerError(self._describe(error)) from error
             finally:
                 self._is_writing = False
@@ -2679,13 +2732,11 @@ class _Database:
         self, sql: str, values: Any = (), role: str = "read"
     ) -> list[tuple[Any, ...]]:
         """Run a query, on the connection that reads if no other is asked for."""
-        import sqlite3
-
         with self._lock:
             try:
                 connection = self._connect(role)
                 return self._patiently(lambda: connection.execute(sql, values).fetchall())
-            except sqlite3.Error as error:
+            except self._errors as error:
                 raise BrokerError(self._describe(error)) from error
 
     def _describe(self, error: Exception) -> str:
@@ -2761,10 +2812,15 @@ def _prepare_file(path: str) -> None:
 #: Milliseconds a dead letter is kept: 7 days.
 _DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
 
-#: Bytes of the write-ahead log that make a worker move it into the database, and a sender.
-_WAL_LIMIT = 16 << 20
-_IDLE_WAL_LIMIT = 1 << 20
-_SENDERS_WAL_LIMIT = 48 << 20
+#: Bytes of the write-ahead log at which it is moved (and started anew at twice as many), and
+#: at which an idle worker empties it.
+_LONG_LOG = 8 << 20
+_IDLE_LOG = 1 << 20
+
+#: Passes of a checkpoint beside writers; one so short leaves little to the next.
+_MOST_PASSES = 4
+_SHORT_PASS_S = 0.01
+
 
 class _Ticket:
     """Rows that a sender wants stored; whoever holds the lock stores them for all."""
@@ -2777,6 +2833,20 @@ class _Ticket:
         self.error: Exception | None = None
 
 
+def _import_for_sending() -> None:
+    """Import what a send uses, before the first one, which may be in a signal handler.
+
+    In CPython 3.10 and 3.11 an import there fails if it interrupts one of the same module.
+    """
+    import array
+    import mmap
+    import socket
+    import sqlite3
+    import zlib
+
+    del array, mmap, socket, sqlite3, zlib
+
+
 class _Engine(_Database):
     """The queue in one database."""
 
@@ -2785,9 +2855,10 @@ class _Engine(_Database):
         self._clock = clock
         self._waiting: collections.deque[_Ticket] = collections.deque()  # Of senders.
         self._has_orphans = False  # Tickets whose senders could not wait: see insert().
-        self._inserts = 0
+        self._logged = 0  # Bytes, about, that sends have put into the log since it was looked at.
         self._bits: dict[tuple[str, str], int] = {}
         self._slots_looked_for_at = 0.0
+        _import_for_sending()
         _engines.add(self)
         _register_fork_hooks()
 
@@ -2829,11 +2900,12 @@ class _Engine(_Database):
             self._wake(row[5] or 0, self.bit(row[2], row[3]))
         if self._watchers:
             self.notify()
+        if self._logged > 4 * _LONG_LOG:
+            self._logged = 0
+            self.checkpoint()
 
     def _store_waiting(self) -> None:
         """Store the rows of all senders that wait, in one commit.  Call with _lock held."""
-        import sqlite3
-
         if not self._waiting:
             return  # A signal handler's send, just now, took all with it.
         tickets = [self._waiting.popleft()]
@@ -2841,7 +2913,8 @@ class _Engine(_Database):
         while self._waiting:
             tickets.append(self._waiting.popleft())
             rows = rows + tickets[-1].rows
-        error: Exception | None = BrokerError("The send was interrupted; it may not be stored.")
+        is_stored = False
+        error: Exception | None = None
         try:
             connection = self._connect("send")
             if len(rows) == 1:
@@ -2850,20 +2923,19 @@ class _Engine(_Database):
             elif rows:
                 with self._transaction(connection):
                     connection.executemany(_INSERT, rows)
-            error = None
-        except sqlite3.Error as cause:
+            is_stored = True
+        except self._errors as cause:
             error = BrokerError(self._describe(cause))
             error.__cause__ = cause
         except BrokerError as cause:
             error = cause
         finally:
+            if not is_stored and error is None:
+                error = BrokerError("The send was interrupted; it may not be stored.")
             for ticket in tickets:
                 ticket.error = error
                 ticket.done = True
-        self._inserts += len(rows)
-        if self._inserts >= 1024:
-            self._inserts = 0
-            self.checkpoint(_SENDERS_WAL_LIMIT)
+        self._logged += sum([len(row[-1]) for row in rows]) + 2 * _PAGE_SIZE * len(rows)
 
     def _store_all(self) -> None:
         """Store what waits, and what is left behind meanwhile.  Call with _lock held."""
@@ -3097,37 +3169,52 @@ class _Engine(_Database):
                     (now,),
                 )
 
-    def checkpoint(self, limit: int) -> None:
-        """Move the write-ahead log into the database if it is longer than `limit` bytes.
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the database, and start it anew where it is long.
 
-        First what can be moved while others write, then, with the write lock, the little that
-        is left.  Never automatic, and by one process at a time: that keeps clear of the
+        What can be moved beside writers goes first; then the write lock is held for the little
+        that is left.  Never automatic, and by one process at a time: that keeps clear of the
         WAL-reset bug of SQLite 3.7.0 to 3.51.2 (sqlite.org/wal.html#walresetbug).
         """
-        import sqlite3
+        if self._wal_size() > _LONG_LOG:
+            self._checkpoint("RESTART")
 
-        if self.path is None or not self._wal_is_over(limit):
-            return
+    def empty_log(self, limit: int) -> None:
+        """checkpoint(), then give the log's disk space back, if that is more than `limit` bytes.
+
+        Shrinking a long file may take a tenth of a second, in which nobody can write.
+        """
+        if self._wal_size() > limit:
+            self._checkpoint("TRUNCATE")
+
+    def _checkpoint(self, mode: str) -> None:
         slots = self._slots
         if slots is not None and not slots.begin_checkpoint():
             return  # Another one is at it.
         try:
-            with contextlib.suppress(sqlite3.Error):  # Not now then; the next will.
+            with contextlib.suppress(self._errors):  # Not now then; the next will.
                 with self._checkpoint_lock:
                     with self._lock:
                         connection = self._connect("checkpoint")
-                    connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
-                with self._lock:
-                    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                    for _ in range(_MOST_PASSES):
+                        started = _SYSTEM_CLOCK.monotonic()
+                        moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                        if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
+                            break  # Little can have been written meanwhile.
+                if mode == "TRUNCATE" or moved[1] > 2 * _LONG_LOG // _PAGE_SIZE:
+                    with self._lock:
+                        connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
         finally:
             if slots is not None:
                 slots.end_checkpoint()
 
-    def _wal_is_over(self, limit: int) -> bool:
+    def _wal_size(self) -> int:
+        if self.path is None:
+            return 0
         try:
-            return os.stat(cast(str, self.path) + "-wal").st_size > limit
+            return os.stat(self.path + "-wal").st_size
         except OSError:
-            return False
+            return 0
 
     # Waking up.
 
@@ -3391,6 +3478,9 @@ class Results(Middleware):
     def actor_options(self) -> set[str]:
         return {"store_results", "result_ttl"}
 
+    def concerns(self, options: Mapping[str, Any]) -> bool:
+        return bool(options.get("store_results", self.store_results))
+
     def _stores(self, message: MessageProxy) -> bool:
         return bool(_option(message, "store_results", self.store_results))
 
@@ -3466,6 +3556,9 @@ class AgeLimit(Middleware):
     @property
     def actor_options(self) -> set[str]:
         return {"max_age"}
+
+    def concerns(self, options: Mapping[str, Any]) -> bool:
+        return bool(options.get("max_age", self.max_age))
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         max_age = message.options.get("max_age") or _option(message, "max_age", self.max_age)
@@ -3607,6 +3700,10 @@ class ShutdownNotifications(Middleware):
     def actor_options(self) -> set[str]:
         return {"notify_shutdown"}
 
+    def concerns(self, options: Mapping[str, Any]) -> bool:
+        wanted = options.get("notify_shutdown")
+        return bool(self.notify_shutdown if wanted is None else wanted)
+
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.logger.debug("Sending shutdown notification to worker threads...")
         for thread in list(self._notified & worker.thread_ids):
@@ -3653,6 +3750,9 @@ class Callbacks(Middleware):
     @property
     def actor_options(self) -> set[str]:
         return {"on_failure", "on_success"}
+
+    def concerns(self, options: Mapping[str, Any]) -> bool:
+        return bool(options.get("on_success"))
 
     def after_process_message(
         self,
@@ -3703,6 +3803,9 @@ class Pipelines(Middleware):
     @property
     def actor_options(self) -> set[str]:
         return {"pipe_ignore", "pipe_target"}
+
+    def concerns(self, options: Mapping[str, Any]) -> bool:
+        return False  # A message in a pipeline has a pipe_target of its own.
 
     def after_process_message(
         self,
@@ -3807,6 +3910,9 @@ class Retries(Middleware):
             "max_retries", "min_backoff", "max_backoff", "retry_when", "throws",
             "on_retry_exhausted",
         }  # fmt: skip
+
+    def concerns(self, options: Mapping[str, Any]) -> bool:
+        return False
 
     def after_process_message(
         self,
@@ -4449,7 +4555,8 @@ class _Job:
     """A claimed message on its way through a worker."""
 
     __slots__ = (
-        "exception", "is_concluding", "is_given_up", "message", "outcome", "result", "row", "started",
+        "exception", "is_concluding", "is_given_up", "message", "outcome", "plan", "result", "row",
+        "started",
     )  # fmt: skip
 
     def __init__(self, row: _Row, started: float = 0.0) -> None:
@@ -4459,8 +4566,21 @@ class _Job:
         self.is_given_up = False  # Its thread's outcome no longer counts.
         self.outcome = _Outcome(row)
         self.message: MessageProxy | None = None  # None where the row can't be decoded.
+        self.plan: _Plan | None = None  # Where the message has no options of its own.
         self.result: Any = None
         self.exception: BaseException | None = None
+
+
+class _Plan:
+    """The process hooks to call for an actor's plain messages: see Middleware.concerns()."""
+
+    __slots__ = ("after", "before", "hooks", "options")
+
+    def __init__(self, broker: Broker, options: dict[str, Any]) -> None:
+        self.hooks = broker._hooks  # All, and those the plan was made of.
+        self.options = dict(options)
+        self.before = broker._hooks_for("before_process_message", options)
+        self.after = broker._hooks_for("after_process_message", options)
 
 
 class _Processor:
@@ -4469,6 +4589,14 @@ class _Processor:
     def __init__(self, broker: _EngineBroker) -> None:
         self._broker = broker
         self._logger = get_logger("dramalite.worker", "WorkerThread")
+        self._plans: dict[str, _Plan] = {}  # By actor.
+
+    def _plan(self, actor: Actor[Any, Any]) -> _Plan:
+        """The process hooks that a plain message of this actor concerns."""
+        plan = self._plans.get(actor.actor_name)
+        if plan is None or plan.hooks is not self._broker._hooks or plan.options != actor.options:
+            plan = self._plans[actor.actor_name] = _Plan(self._broker, actor.options)
+        return plan
 
     def run(self, job: _Job) -> None:
         """Decode the message, call the before hooks and the actor; keep what comes of it."""
@@ -4481,10 +4609,14 @@ class _Processor:
         try:
             actor = broker.get_actor(message.actor_name)
             message.actor_options = actor.options
-            if broker._hooks["before_process_message"]:
+            plan = self._plan(actor)
+            if not message.options:
+                job.plan = plan
+            before = plan.hooks["before_process_message"] if message.options else plan.before
+            if before:
                 broker._collecting.outcome = job.outcome
                 try:
-                    broker.emit_before("process_message", message)
+                    broker._call_before("before_process_message", before, message)
                 finally:
                     broker._collecting.outcome = None
             if not message.failed:
@@ -4568,6 +4700,9 @@ class _Processor:
         """Log what came of the message and tell the middleware."""
         broker, exception = self._broker, job.exception
         if exception is None:
+            if job.result is None and job.plan is not None and not message.options:
+                broker._call_after("after_process_message", job.plan.after, message)
+                return
             if job.result is not None:
                 self._check_use(message)
             broker.emit_after("process_message", message, result=job.result)
@@ -4645,6 +4780,7 @@ _STALE_S = 0.05  # A claimed row that nobody started for so long is handed back.
 _LATE_S = 0.005  # So old an outcome is written without waiting for the next claim.
 _POLL_S = 0.25  # Between looks for work that no bell announced,
 _SHORT_POLL_S = 0.05  # and where bells were seen not to arrive.
+_IDLE_S = 2.0  # Without a job: time to tidy up.
 _NEWS_S = 60.0  # Between two log lines on the same trouble with the database.
 
 
@@ -4691,20 +4827,30 @@ class _Dispatcher:
 
     # What a worker thread calls.
 
-    def next_job(self, index: int) -> _Job | None:
-        """Wait for thread `index`'s next message; None means that the thread is to end."""
+    def next_job(self, index: int, done: _Job | None) -> _Job | None:
+        """Keep the outcome of the job `done`, and wait for thread `index`'s next one.
+
+        None means that the thread is to end: the worker stops, or the job was handed back.
+        """
         while True:
             with self._cond:
+                now = _SYSTEM_CLOCK.monotonic()
+                if done is not None:
+                    if done.is_given_up:
+                        return None
+                    self._finish(index, done, now)
+                    done = None
+                if self._heap and not self.is_stopping:
+                    return self._pop(index, now)
+                self._slot.run(index, 0)
                 if self.is_stopping:
                     return None
-                if self._heap:
-                    return self._pop(index)
             if not self.exchange():
                 self._wait()
 
-    def _pop(self, index: int) -> _Job:
+    def _pop(self, index: int, now: float) -> _Job:
         """Take the best row; with more to do than this thread can soon, call another one."""
-        now = self._popped_at = _SYSTEM_CLOCK.monotonic()
+        self._popped_at = now
         row = heapq.heappop(self._heap)
         job = self.running[index] = _Job(row, now)
         self._slot.run(index, row.id)
@@ -4716,27 +4862,21 @@ class _Dispatcher:
             self._cond.notify()
         return job
 
+    def _finish(self, index: int, job: _Job, now: float) -> None:
+        """Keep a job's outcome for the next exchange.  Call with _cond held."""
+        del self.running[index]
+        self._keep(job.outcome, now)
+        taken = now - job.started
+        # A slow job is believed at once, a fast one slowly.
+        self._average_s += (taken - self._average_s) * (0.3 if taken > _BATCH_S else 0.05)
+        if not self.running and (self._is_paused or not self._heap):
+            self._cond.notify_all()  # For pause() and join().
+
     def may_conclude(self, job: _Job) -> bool:
         """Tell whether a job's outcome still counts; from now on nobody takes it away."""
         with self._cond:
             job.is_concluding = True
             return not job.is_given_up
-
-    def finish(self, index: int, job: _Job) -> bool:
-        """Keep a job's outcome for the next exchange; False if it was handed back meanwhile."""
-        now = _SYSTEM_CLOCK.monotonic()
-        with self._cond:
-            if job.is_given_up:
-                return False
-            self._slot.run(index, 0)
-            del self.running[index]
-            self._keep(job.outcome, now)
-            taken = now - job.started
-            # A slow job is believed at once, a fast one slowly.
-            self._average_s += (taken - self._average_s) * (0.3 if taken > _BATCH_S else 0.05)
-            if not self.running and (self._is_paused or not self._heap):
-                self._cond.notify_all()  # For pause() and join().
-        return True
 
     def _keep(self, outcome: _Outcome, now: float) -> None:
         """Keep an outcome for the next exchange.  Call with _cond held."""
@@ -5010,7 +5150,8 @@ class _Dispatcher:
             self.write()
             self._slot.bell.ring()
         self._look_for_strangers()
-        self._engine.checkpoint(_WAL_LIMIT if self.running else _IDLE_WAL_LIMIT)
+        if not self.running and _SYSTEM_CLOCK.monotonic() > self._popped_at + _IDLE_S:
+            self._engine.empty_log(_IDLE_LOG)
         self._engine.prune()
         with self._cond:
             if self._idle and not self._is_waited_for:
@@ -5079,6 +5220,7 @@ class _Dispatcher:
 # or outcomes lie about, else every second.
 # ------------------------------------------------------------------------------------------
 _TICK_S = 0.005
+_LOG_TICK_S = 0.2
 _IDLE_TICK_S = 1.0
 _STUCK_GRACE_S = 5.0  # After a time limit's interrupt, before the thread is given up.
 _EXIT_GRACE_MS = 1000  # For running messages, when the interpreter exits under a worker.
@@ -5231,26 +5373,28 @@ class Worker:
 
     def _serve(self, index: int, dispatcher: _Dispatcher) -> None:
         """Run messages until there is to be no more."""
-        while (job := dispatcher.next_job(index)) is not None:
+        job: _Job | None = None
+        while (job := dispatcher.next_job(index, job)) is not None:
             self._processor.run(job)
             if os.getpid() != self._pid:
                 os._exit(0)  # The job forked and its child returned here: there it ends.
             if not dispatcher.may_conclude(job):
                 break
             self._processor.conclude(job)
-            if not dispatcher.finish(index, job):
-                break
 
     def _maintain(self, dispatcher: _Dispatcher) -> None:
         """What the maintenance thread does until the worker has stopped."""
         thread = threading.current_thread()
         self.broker.emit_after("consumer_thread_boot", thread)
-        house_kept_at = 0.0
+        house_kept_at = log_moved_at = 0.0
         while not (dispatcher.is_stopping and not dispatcher.running):
             try:
                 if dispatcher.has_litter():
                     dispatcher.look_after()
                 now = _SYSTEM_CLOCK.monotonic()
+                if now >= log_moved_at + _LOG_TICK_S:
+                    log_moved_at = now
+                    self.broker._engine.checkpoint()
                 if now >= house_kept_at + _IDLE_TICK_S:
                     house_kept_at = now
                     dispatcher.keep_house(self._processor, self.describe_death)
