@@ -2524,6 +2524,20 @@ _PAGE_SIZE = 2048
 #: Seconds to wait for a lock that another program holds on the database.
 _BUSY_TIMEOUT_S = 30.0
 
+#: Between two tries to get that lock: as long as waited so far, within these bounds.  Shorter
+#: ones cost throughput: workers would get their turns sooner, and write more, smaller batches.
+_SHORTEST_NAP_S = 50e-6
+_LONGEST_NAP_S = 2e-3
+
+#: Bytes of the write-ahead log at which a worker moves it; the log starts anew at twice as many.
+#: Where no worker runs, senders move it: earlier where each send waits for a flush, later where
+#: none does and the moving is the only flush there is.
+_LONG_LOG = 8 << 20
+
+#: Passes of a checkpoint beside writers; one so short leaves little to the next.
+_MOST_PASSES = 4
+_SHORT_PASS_S = 0.01
+
 
 class _Database:
     """A SQLite database with dramalite's tables.  Safe for threads and forks."""
@@ -2675,8 +2689,7 @@ class _Database:
 
     def _patiently(self, run: Callable[..., _R], *args: Any) -> _R:
         """Run a statement, again while another connection holds the lock, up to 30 s."""
-        deadline = None
-        nap = 50e-6
+        started = None
         while True:
             try:
                 return run(*args)
@@ -2684,13 +2697,14 @@ class _Database:
                 if not _is_busy(error):
                     raise
                 now = _SYSTEM_CLOCK.monotonic()
-                if deadline is None:
-                    deadline = now + _BUSY_TIMEOUT_S
-                if now > deadline or not (self._slots is None or self._slots.is_held()):
+                if started is None:
+                    started = now
+                waited = now - started
+                if waited > _BUSY_TIMEOUT_S or not (self._slots is None or self._slots.is_held()):
                     raise
-            jitter = _SYSTEM_CLOCK.monotonic() * 1e6 % 1  # Or all would come back in step.
+            nap = min(max(_SHORTEST_NAP_S, waited), _LONGEST_NAP_S)
+            jitter = now * 1e6 % 1  # Or all would come back in step.
             _SYSTEM_CLOCK.sleep(nap * (1 + jitter) / 2)
-            nap = min(nap * 1.5, 2e-3)
 
     @contextlib.contextmanager
     def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
@@ -2738,6 +2752,60 @@ class _Database:
                 return self._patiently(lambda: connection.execute(sql, values).fetchall())
             except self._errors as error:
                 raise BrokerError(self._describe(error)) from error
+
+    # The write-ahead log.
+
+    def checkpoint(self, limit: int) -> None:
+        """If the write-ahead log takes more than `limit` bytes, move it into the database.
+
+        It then starts anew, over the old one: a flush of what was written in place of something
+        takes half as long as one that makes the file longer.
+
+        What can be moved beside writers goes first; then the write lock is held for the little
+        that is left.  Never automatic, and by one process at a time: that keeps clear of the
+        WAL-reset bug of SQLite 3.7.0 to 3.51.2 (sqlite.org/wal.html#walresetbug).
+        """
+        if self._wal_size() > limit:
+            self._checkpoint("RESTART")
+
+    def empty_log(self, limit: int) -> None:
+        """checkpoint(limit), and give the log's disk space back.
+
+        Shrinking a long file may take a tenth of a second, in which nobody can write.
+        """
+        if self._wal_size() > limit:
+            self._checkpoint("TRUNCATE")
+
+    def _checkpoint(self, mode: str) -> None:
+        slots = self._slots
+        if slots is not None and not slots.begin_checkpoint():
+            return  # Another one is at it.
+        try:
+            with contextlib.suppress(self._errors):  # Not now then; the next will.
+                with self._checkpoint_lock:
+                    with self._lock:
+                        connection = self._connect("checkpoint")
+                    for _ in range(_MOST_PASSES):
+                        started = _SYSTEM_CLOCK.monotonic()
+                        moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                        if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
+                            break  # Little can have been written meanwhile.
+                if mode == "TRUNCATE" or moved[1] > 2 * _LONG_LOG // _PAGE_SIZE:
+                    with self._lock:
+                        connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+        finally:
+            if slots is not None:
+                slots.end_checkpoint()
+
+    def _wal_size(self) -> int:
+        if self.path is None:
+            return 0
+        try:
+            return os.stat(self.path + "-wal").st_size
+        except OSError:
+            return 0
+
+    # Errors.
 
     def _describe(self, error: Exception) -> str:
         """What SQLite's error means for the user, and what to do."""
@@ -2811,16 +2879,6 @@ def _prepare_file(path: str) -> None:
 # ------------------------------------------------------------------------------------------
 #: Milliseconds a dead letter is kept: 7 days.
 _DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
-
-#: Bytes of the write-ahead log at which it is moved (and started anew at twice as many), and
-#: at which an idle worker empties it.
-_LONG_LOG = 8 << 20
-_IDLE_LOG = 1 << 20
-
-#: Passes of a checkpoint beside writers; one so short leaves little to the next.
-_MOST_PASSES = 4
-_SHORT_PASS_S = 0.01
-
 
 class _Ticket:
     """Rows that a sender wants stored; whoever holds the lock stores them for all."""
@@ -2900,9 +2958,9 @@ class _Engine(_Database):
             self._wake(row[5] or 0, self.bit(row[2], row[3]))
         if self._watchers:
             self.notify()
-        if self._logged > 4 * _LONG_LOG:
+        if self._logged > (_LONG_LOG // 2 if self._durability == "full" else _LONG_LOG * 4):
             self._logged = 0
-            self.checkpoint()
+            self.checkpoint(0)
 
     def _store_waiting(self) -> None:
         """Store the rows of all senders that wait, in one commit.  Call with _lock held."""
@@ -3168,53 +3226,6 @@ class _Engine(_Database):
                        (SELECT key FROM dramalite_results WHERE expires_at < ? LIMIT 1000)""",
                     (now,),
                 )
-
-    def checkpoint(self) -> None:
-        """Move the write-ahead log into the database, and start it anew where it is long.
-
-        What can be moved beside writers goes first; then the write lock is held for the little
-        that is left.  Never automatic, and by one process at a time: that keeps clear of the
-        WAL-reset bug of SQLite 3.7.0 to 3.51.2 (sqlite.org/wal.html#walresetbug).
-        """
-        if self._wal_size() > _LONG_LOG:
-            self._checkpoint("RESTART")
-
-    def empty_log(self, limit: int) -> None:
-        """checkpoint(), then give the log's disk space back, if that is more than `limit` bytes.
-
-        Shrinking a long file may take a tenth of a second, in which nobody can write.
-        """
-        if self._wal_size() > limit:
-            self._checkpoint("TRUNCATE")
-
-    def _checkpoint(self, mode: str) -> None:
-        slots = self._slots
-        if slots is not None and not slots.begin_checkpoint():
-            return  # Another one is at it.
-        try:
-            with contextlib.suppress(self._errors):  # Not now then; the next will.
-                with self._checkpoint_lock:
-                    with self._lock:
-                        connection = self._connect("checkpoint")
-                    for _ in range(_MOST_PASSES):
-                        started = _SYSTEM_CLOCK.monotonic()
-                        moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-                        if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
-                            break  # Little can have been written meanwhile.
-                if mode == "TRUNCATE" or moved[1] > 2 * _LONG_LOG // _PAGE_SIZE:
-                    with self._lock:
-                        connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
-        finally:
-            if slots is not None:
-                slots.end_checkpoint()
-
-    def _wal_size(self) -> int:
-        if self.path is None:
-            return 0
-        try:
-            return os.stat(self.path + "-wal").st_size
-        except OSError:
-            return 0
 
     # Waking up.
 
@@ -4854,11 +4865,8 @@ class _Dispatcher:
         row = heapq.heappop(self._heap)
         job = self.running[index] = _Job(row, now)
         self._slot.run(index, row.id)
-        if self._idle and (
-            len(self._heap) * self._average_s > _HELP_S
-            if self._heap
-            else not self._is_waited_for
-        ):
+        work_s = len(self._heap) * self._average_s
+        if self._idle and (work_s > _HELP_S if self._heap else not self._is_waited_for):
             self._cond.notify()
         return job
 
@@ -5151,7 +5159,7 @@ class _Dispatcher:
             self._slot.bell.ring()
         self._look_for_strangers()
         if not self.running and _SYSTEM_CLOCK.monotonic() > self._popped_at + _IDLE_S:
-            self._engine.empty_log(_IDLE_LOG)
+            self._engine.empty_log(_LONG_LOG)
         self._engine.prune()
         with self._cond:
             if self._idle and not self._is_waited_for:
@@ -5394,7 +5402,7 @@ class Worker:
                 now = _SYSTEM_CLOCK.monotonic()
                 if now >= log_moved_at + _LOG_TICK_S:
                     log_moved_at = now
-                    self.broker._engine.checkpoint()
+                    self.broker._engine.checkpoint(_LONG_LOG)
                 if now >= house_kept_at + _IDLE_TICK_S:
                     house_kept_at = now
                     dispatcher.keep_house(self._processor, self.describe_death)
