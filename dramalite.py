@@ -4825,6 +4825,7 @@ class _Dispatcher:
         self._wait_ends_ms = 0  # until then, or a ring.
         self._average_s = 0.01  # Running average of a job's time; cautious at first.
         self._is_paused = False
+        self._has_recovered = False  # First what dead workers held, then what is new.
         self._trouble_at: float | None = None  # When trouble was last logged; None after success.
         self._seen_version = 0  # Of the database, before the last look for work.
         self._was_polled = False  # That look was due to no ring.
@@ -4902,7 +4903,8 @@ class _Dispatcher:
             with self._cond:
                 if self._heap:
                     return True
-                limit = 0 if self._is_paused or self.is_stopping else self._limit()
+                may_claim = self._has_recovered and not (self._is_paused or self.is_stopping)
+                limit = self._limit() if may_claim else 0
                 suspects = self._suspects == 0
                 outcomes, self._finished = self._finished, []
             if not limit:
@@ -5156,6 +5158,8 @@ class _Dispatcher:
                 self._keep(outcome, _SYSTEM_CLOCK.monotonic())
         if is_news:
             self.write()
+        if is_news or not self._has_recovered:
+            self._has_recovered = True
             self._slot.bell.ring()
         self._look_for_strangers()
         if not self.running and _SYSTEM_CLOCK.monotonic() > self._popped_at + _IDLE_S:

@@ -247,7 +247,7 @@ def test_only_the_named_queues_are_served(place):
     place.wait_until(lambda: place.notes("mail", 2), "the named queue is served again")
 
     assert place.notes("ping") == []
-    assert place.waiting() == 1
+    place.wait_until(lambda: place.waiting() == 1, "what was done is acknowledged")
 
 
 def test_threads_of_one_process_work_at_the_same_time(place):
