@@ -31,14 +31,17 @@ Contents
     Liveness and wake-ups
     SQL
     SQLite connections
+    Waking and watching
     SQLite engine
     Forking
     Results
+    Rate limits
     Age limit
     Time limit
     Shutdown notifications
     Callbacks
     Pipelines
+    Group callbacks
     Retries
     Current message
     Stored messages
@@ -90,8 +93,8 @@ __all__ = [
     # Errors
     "ActorNotFound", "BrokerConnectionError", "BrokerError", "ConnectionClosed", "ConnectionFailed",
     "DecodeError", "DramaliteError", "DramatiqError", "QueueJoinTimeout", "QueueNotFound",
-    "RateLimitExceeded", "ResultError", "ResultFailure", "ResultMissing", "ResultTimeout", "Retry",
-    "WorkerCrashed",
+    "RateLimitExceeded", "ResultError", "ResultFailure", "ResultMissing", "ResultTimeout",
+    "ResultUnavailable", "Retry", "WorkerCrashed",
     # Clock
     "Clock",
     # Logging
@@ -113,9 +116,12 @@ __all__ = [
     # Composition
     "group", "pipeline",
     # Results
-    "Missing", "ResultBackend", "Results", "SQLiteResultBackend",
+    "Missing", "ResultBackend", "Results", "SQLiteResultBackend", "StubResultBackend",
+    # Rate limits
+    "Barrier", "BucketRateLimiter", "ConcurrentRateLimiter", "RateLimiter", "RateLimiterBackend",
+    "SQLiteRateLimiterBackend", "StubRateLimiterBackend", "WindowRateLimiter",
     # Middleware
-    "AgeLimit", "Callbacks", "CurrentMessage", "Pipelines", "Retries", "Shutdown",
+    "AgeLimit", "Callbacks", "CurrentMessage", "GroupCallbacks", "Pipelines", "Retries", "Shutdown",
     "ShutdownNotifications", "TimeLimit", "TimeLimitExceeded", "default_middleware",
     # Brokers
     "MemoryBroker", "SQLiteBroker", "StubBroker",
@@ -273,6 +279,17 @@ class ResultTimeout(ResultError):
 
 class ResultMissing(ResultError):
     """There is no result (yet).  `message` is the Message."""
+
+
+class ResultUnavailable(ResultMissing):
+    """There is no result and there will be none; `reason` says why."""
+
+    def __init__(self, message: Any, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.message} has no result: {self.reason}"
 
 
 class ResultFailure(ResultError):
@@ -611,6 +628,14 @@ def _new_message_id(time_ms: int, entropy: bytes) -> str:
     return f"{stamp[:8]}-{stamp[8:]}-7{noise[:3]}-{variant}{noise[5:8]}-{noise[8:]}"
 
 
+def _time_of_message_id(message_id: str) -> int:
+    """When a message was made, milliseconds since 1970, if its id is of version 7; or 0."""
+    if len(message_id) == 36 and message_id[14] == "7":
+        with contextlib.suppress(ValueError):
+            return int(message_id[:8] + message_id[9:13], 16)
+    return 0
+
+
 def _fresh_message_id() -> str:
     return _new_message_id(_SYSTEM_CLOCK.time_ms(), os.urandom(10))
 
@@ -696,7 +721,7 @@ class Message(Generic[_R]):
         shown += [f"{name}={value!r}" for name, value in self.kwargs.items()]
         return f"{self.actor_name}({', '.join(shown)})"
 
-    def __or__(self, other: Message[Any] | pipeline) -> pipeline:
+    def __or__(self, other: Message[Any] | pipeline | group) -> pipeline:
         return pipeline([self, other])
 
     @property
@@ -768,6 +793,15 @@ class Message(Generic[_R]):
             broker = get_broker() if self._broker is None else self._broker
             backend = broker.get_results_backend()
         return cast(_R, backend.get_result(self, block=block, timeout=timeout))
+
+    async def get_result_async(
+        self, *, backend: ResultBackend | None = None, timeout: int | None = None
+    ) -> _R:
+        """get_result(block=True) for coroutines, in any event loop; it holds no thread."""
+        if backend is None:
+            broker = get_broker() if self._broker is None else self._broker
+            backend = broker.get_results_backend()
+        return cast(_R, await backend.get_result_async(self, timeout=timeout))
 
 
 def _build_message(fields: dict[str, Any], broker: Broker | None) -> Message[Any]:
@@ -1652,6 +1686,12 @@ class Actor(Generic[_P, _R]):
         message = self.message_with_options(args=args, kwargs=kwargs, **options)
         return self.broker.enqueue(message, delay=delay)
 
+    async def send_async(self, *args: _P.args, **kwargs: _P.kwargs) -> Message[_R]:
+        """send() for coroutines: the event loop goes on while the message is stored."""
+        import asyncio
+
+        return await asyncio.to_thread(self.send, *args, **kwargs)
+
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function here and now: no message, no middleware, no retries."""
         if not self.logger.isEnabledFor(logging.DEBUG):
@@ -1827,36 +1867,55 @@ def _longer_delay(one: int | timedelta | None, other: int | timedelta | None) ->
 class pipeline:  # noqa: N801  (Dramatiq's name)
     """Messages to run one after the other; each result is the next one's last argument.
 
-    Children may be pipelines, which are joined in.  `broker` is the default broker if None.
+    Children may be pipelines, which are joined in, and groups of messages and pipelines: each
+    member gets the result of the step before, the step after gets the list of theirs.
+    `broker` is the default broker if None.
     """
 
     def __init__(
-        self, children: Iterable[Message[Any] | pipeline], *, broker: Broker | None = None
+        self, children: Iterable[Message[Any] | pipeline | group], *, broker: Broker | None = None
     ) -> None:
         self.broker = get_broker() if broker is None else broker
-        self.messages: list[Message[Any]] = []
+        #: The steps, in order; a group is one.
+        self.messages: list[Any] = []
         for child in children:
-            if not isinstance(child, (Message, pipeline)):
-                raise TypeError(f"{child!r} can't be part of a pipeline; give messages or pipelines.")
-            messages = child.messages if isinstance(child, pipeline) else [child]
-            self.messages += [message.copy() for message in messages]
-        for message, successor in zip(self.messages, self.messages[1:], strict=False):
-            message.options["pipe_target"] = successor.asdict()
+            if not isinstance(child, (Message, pipeline, group)):
+                raise TypeError(
+                    f"{child!r} can't be part of a pipeline; give messages, pipelines or groups."
+                )
+            steps = child.messages if isinstance(child, pipeline) else [child]
+            self.messages += [step.copy() for step in steps]
+        pairs = list(zip(self.messages, self.messages[1:], strict=False))
+        for step, successor in reversed(pairs):  # What a step is told holds all that follows.
+            if isinstance(step, Message):
+                step.options.pop("pipe_group", None)
+                step.options.pop("pipe_target", None)
+                if isinstance(successor, group):
+                    step.options["pipe_group"] = successor.describe()
+                else:
+                    step.options["pipe_target"] = successor.asdict()
+            elif isinstance(successor, group):
+                raise TypeError("A group can't follow a group in a pipeline; put a step between them.")
+            else:
+                step.successor = successor
 
     def __len__(self) -> int:
         return len(self.messages)
 
-    def __or__(self, other: Message[Any] | pipeline) -> pipeline:
+    def __or__(self, other: Message[Any] | pipeline | group) -> pipeline:
         return type(self)([*self.messages, other], broker=self.broker)
 
     def __str__(self) -> str:
         return f"pipeline([{', '.join(map(str, self.messages))}])"
 
     def run(self, *, delay: int | timedelta | None = None) -> pipeline:
-        """Send the first message; the others follow as results come."""
+        """Send the first step; the others follow as results come."""
         if self.messages:
-            delay = _longer_delay(delay, self.messages[0].options.get("delay"))
-            self.broker.enqueue(self.messages[0], delay=delay)
+            first = self.messages[0]
+            if isinstance(first, group):
+                first.run(delay=delay)
+            else:
+                self.broker.enqueue(first, delay=_longer_delay(delay, first.options.get("delay")))
         return self
 
     @property
@@ -1872,18 +1931,24 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
                 return count
         return len(self.messages)
 
-    def _has_result(self, message: Message[Any]) -> bool:
-        return _has_result(message, self.broker)
+    def _has_result(self, step: Message[Any] | group) -> bool:
+        return step.completed if isinstance(step, group) else _has_result(step, self.broker)
 
     def get_result(self, *, block: bool = False, timeout: int | None = None) -> Any:
-        """Return the last message's result; see Message.get_result()."""
+        """Return the last step's result, a list if it is a group; see Message.get_result()."""
         if not self.messages:
             raise ValueError("An empty pipeline has no result.")
-        backend = self.broker.get_results_backend()
-        return self.messages[-1].get_result(backend=backend, block=block, timeout=timeout)
+        try:
+            (result,) = _results_in_order(self.messages[-1:], self.broker, block, timeout)
+        except ResultUnavailable:
+            for step in self.messages:  # Where a step failed, that is the error to raise.
+                with contextlib.suppress(ResultMissing):
+                    list(_results_in_order([step], self.broker, False, None))
+            raise
+        return result
 
     def get_results(self, *, block: bool = False, timeout: int | None = None) -> Iterator[Any]:
-        """Yield the result of each message, in order; `timeout` is for all of them together."""
+        """Yield the result of each step, in order; `timeout` is for all of them together."""
         return _results_in_order(self.messages, self.broker, block, timeout)
 
 
@@ -1898,19 +1963,46 @@ class group:  # noqa: N801  (Dramatiq's name)
     ) -> None:
         self.broker = get_broker() if broker is None else broker
         self.children = list(children)
+        #: Message data of what to send when all have succeeded, and when all have ended.
+        self.completion_callbacks: list[dict[str, Any]] = []
+        self.end_callbacks: list[dict[str, Any]] = []
+        #: The step after this one, in a pipeline.
+        self.successor: Message[Any] | None = None
 
     def __len__(self) -> int:
         return len(self.children)
 
+    def __or__(self, other: Message[Any] | pipeline | group) -> pipeline:
+        return pipeline([self, other], broker=self.broker)
+
     def __str__(self) -> str:
         return f"group([{', '.join(map(str, self.children))}])"
 
+    def copy(self) -> group:
+        """Return a group of the same children, with the same callbacks."""
+        copied = type(self)(self.children, broker=self.broker)
+        copied.completion_callbacks = list(self.completion_callbacks)
+        copied.end_callbacks = list(self.end_callbacks)
+        return copied
+
+    def add_completion_callback(self, message: Message[Any], *, whatever: bool = False) -> None:
+        """Send a message once all members have succeeded; with `whatever`, when all have ended.
+
+        A member that failed for good or was skipped has ended.  The count is committed with
+        each member's acknowledgement: none is lost or counted twice, and it never expires.
+        """
+        (self.end_callbacks if whatever else self.completion_callbacks).append(message.asdict())
+
     def run(self, *, delay: int | timedelta | None = None) -> group:
-        """Send all children, plain messages in one transaction."""
-        plain = [child for child in self.children if isinstance(child, Message)]
+        """Send all children, plain messages in one transaction.
+
+        Raises RuntimeError if there are callbacks and the broker has no GroupCallbacks.
+        """
+        children = self._children_to_send()
+        plain = [child for child in children if isinstance(child, Message)]
         undelayed = [m for m in plain if _longer_delay(delay, m.options.get("delay")) is None]
         self.broker.enqueue_many(undelayed)
-        for child in self.children:
+        for child in children:
             if isinstance(child, Message):
                 wait = _longer_delay(delay, child.options.get("delay"))
                 if wait is not None:
@@ -1918,6 +2010,70 @@ class group:  # noqa: N801  (Dramatiq's name)
             else:
                 child.run(delay=delay)
         return self
+
+    def _children_to_send(self) -> list[Any]:
+        """The children; where somebody waits for all of them, copies that count."""
+        successor = self.successor
+        if not (self.completion_callbacks or self.end_callbacks or successor is not None):
+            return self.children
+        counter = next((m for m in self.broker.middleware if isinstance(m, GroupCallbacks)), None)
+        if counter is None:
+            raise RuntimeError(
+                "This broker counts no groups; add the middleware: "
+                "broker.add_middleware(GroupCallbacks())."
+            )
+        callbacks = list(self.completion_callbacks)
+        children = self.children
+        if successor is not None:
+            children = [_storing_results(child) for child in children]
+            callbacks.append(_after_group(successor, children).asdict())
+        uuid = _fresh_message_id()
+        membership = {"group_completion_uuid": uuid, "group_completion_callbacks": callbacks}
+        if self.end_callbacks:
+            membership["group_end_callbacks"] = self.end_callbacks
+        children = [_with_membership(child, membership) for child in children]
+        count = sum(map(_count_members, children))
+        if count:
+            counter.create(self.broker, uuid, count)
+        else:  # All of nothing has succeeded.
+            for data in (*callbacks, *self.end_callbacks):
+                self.broker.enqueue(Message(**data))
+        return children
+
+    def describe(self) -> dict[str, Any]:
+        """This group as data for the step before it; see restore()."""
+        chains: list[list[dict[str, Any]]] = []
+        for child in self.children:
+            steps: list[Any] = child.messages if isinstance(child, pipeline) else [child]
+            if not steps or not all(isinstance(step, Message) for step in steps):
+                raise TypeError(
+                    f"{child} can't be in a group that is a step of a pipeline; give messages, or "
+                    f"pipelines of messages."
+                )
+            chains.append([step.asdict() for step in steps])
+        successor = self.successor
+        return {
+            "chains": chains,
+            "completion_callbacks": self.completion_callbacks,
+            "end_callbacks": self.end_callbacks,
+            "successor": None if successor is None else successor.asdict(),
+        }
+
+    @classmethod
+    def restore(cls, data: dict[str, Any], broker: Broker) -> group:
+        """The group that describe() told of."""
+        chains: list[list[Message[Any]]] = [
+            [Message(**step) for step in chain] for chain in data["chains"]
+        ]
+        restored = cls(
+            [pipeline(chain, broker=broker) if len(chain) > 1 else chain[0] for chain in chains],
+            broker=broker,
+        )
+        restored.completion_callbacks = data["completion_callbacks"]
+        restored.end_callbacks = data["end_callbacks"]
+        if data["successor"] is not None:
+            restored.successor = Message(**data["successor"])
+        return restored
 
     @property
     def completed(self) -> bool:
@@ -1940,6 +2096,46 @@ class group:  # noqa: N801  (Dramatiq's name)
         """Wait until all children have results; raises ResultTimeout or ResultFailure."""
         for _result in self.get_results(block=True, timeout=timeout):
             pass
+
+
+def _with_membership(child: Any, membership: dict[str, Any]) -> Any:
+    """A copy of a group's child whose members count for the group; a pipeline's is its last."""
+    if isinstance(child, Message):
+        if "group_completion_uuid" not in child.options:
+            return child.copy(options=membership)
+        further = [*child.options.get("group_further", []), membership]
+        return child.copy(options={"group_further": further})
+    if isinstance(child, pipeline):
+        *steps, last = child.messages or [None]
+        return pipeline([*steps, _with_membership(last, membership)] if last else [], broker=child.broker)
+    copied = child.copy()
+    copied.children = [_with_membership(member, membership) for member in child.children]
+    return copied
+
+
+def _count_members(child: Any) -> int:
+    if isinstance(child, Message):
+        return 1
+    return sum(map(_count_members, child.messages[-1:] if isinstance(child, pipeline) else child.children))
+
+
+#: Milliseconds that results are kept for the step that waits for a group: 7 days.
+_STEP_RESULT_TTL_MS = 7 * 24 * 3600 * 1000
+
+
+def _storing_results(child: Any) -> Any:
+    """A copy of a group's member that keeps its result for the step after the group."""
+    if isinstance(child, pipeline):
+        *steps, last = child.messages
+        return pipeline([*steps, _storing_results(last)], broker=child.broker)
+    return child.copy(options={"store_results": True, "result_ttl": _STEP_RESULT_TTL_MS})
+
+
+def _after_group(successor: Message[Any], children: list[Any]) -> Message[Any]:
+    """The message that follows a group: it gets its members' results when it is run."""
+    last = [child.messages[-1] if isinstance(child, pipeline) else child for child in children]
+    sources = [[message.queue_name, message.actor_name, message.message_id] for message in last]
+    return successor.copy(options={"pipe_results": sources})
 
 
 def _has_result(message: Message[Any], broker: Broker) -> bool:
@@ -1986,6 +2182,9 @@ _MAX_TRACKED = _SLOT_WORDS - _RUNNING
 
 #: A worker that sleeps until it is rung.
 _FOREVER = 1 << 62
+
+#: What a slot serves that belongs to no worker but to those that wait for outcomes.
+_WATCHING = 1 << 62
 
 
 class _Bell:
@@ -2111,6 +2310,14 @@ class _Slots:
                 words[base + _WAKE_AT] = 0
                 self._ring(base)
                 return
+
+    def wake_watchers(self) -> None:
+        """Ring all that wait for outcomes."""
+        words = self.words
+        for base in range(_SLOT_WORDS, (words[0] + 1) * _SLOT_WORDS, _SLOT_WORDS):
+            if words[base + _SERVES] == _WATCHING and words[base + _WAKE_AT]:
+                words[base + _WAKE_AT] = 0
+                self._ring(base)
 
     def _ring(self, base: int) -> None:
         bell = self.bells.get(base // _SLOT_WORDS)
@@ -2370,6 +2577,18 @@ _SCHEMA = (
         expires_at INTEGER NOT NULL    -- milliseconds since 1970
     ) WITHOUT ROWID""",
     "CREATE INDEX dramalite_results_by_age ON dramalite_results (expires_at)",
+    """CREATE TABLE dramalite_limits (
+        key TEXT PRIMARY KEY,
+        value INTEGER NOT NULL,
+        expires_at INTEGER NOT NULL    -- milliseconds since 1970
+    ) WITHOUT ROWID""",
+    "CREATE INDEX dramalite_limits_by_age ON dramalite_limits (expires_at)",
+    """CREATE TABLE dramalite_groups (
+        uuid TEXT PRIMARY KEY,
+        unsuccessful INTEGER NOT NULL, -- members that have not succeeded yet
+        unended INTEGER NOT NULL,      -- members that are still to be run
+        failed_at INTEGER              -- when one last failed, milliseconds since 1970
+    ) WITHOUT ROWID""",
     f"INSERT INTO dramalite_meta VALUES ('schema_version', {_SCHEMA_VERSION})",
 )
 
@@ -2378,6 +2597,19 @@ _INSERT = """
                                     message_id, body)
     VALUES (max(?, (SELECT coalesce(max(id), 0) + 1 FROM dramalite_messages)),
             ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+
+# The same for the completion callback of a group, once nothing is left to wait for.
+_INSERT_AFTER_GROUP = _INSERT.replace("VALUES (", "SELECT ").rstrip(")") + """
+     WHERE EXISTS (SELECT 1 FROM dramalite_groups WHERE uuid = ? AND {} = 0)"""
+
+_CREATE_GROUP = "INSERT INTO dramalite_groups (uuid, unsuccessful, unended) VALUES (?, ?, ?)"
+
+_COUNT_MEMBER = """
+    UPDATE dramalite_groups
+       SET unsuccessful = unsuccessful - ?, unended = unended - 1, failed_at = coalesce(?, failed_at)
+     WHERE uuid = ?"""
+
+_END_GROUP = "DELETE FROM dramalite_groups WHERE uuid = ? AND unsuccessful = 0"
 
 _DUE = """
     SELECT id FROM dramalite_messages WHERE state = 1 AND eta <= ? ORDER BY eta, id LIMIT 256"""
@@ -2474,6 +2706,14 @@ _IS_BUSY = """
         OR EXISTS (SELECT 1 FROM dramalite_messages WHERE state = 2 AND queue = :queue)
         OR EXISTS (SELECT 1 FROM dramalite_messages WHERE state = 1 AND queue = :queue)"""
 
+_PRUNE_LIMITS = """
+    DELETE FROM dramalite_limits WHERE key IN
+        (SELECT key FROM dramalite_limits WHERE expires_at <= ? LIMIT 10)"""
+
+_LIMIT = "SELECT value FROM dramalite_limits WHERE key = ? AND expires_at > ?"
+
+_SET_LIMIT = "INSERT OR REPLACE INTO dramalite_limits (key, value, expires_at) VALUES (?, ?, ?)"
+
 _STORE_RESULT = "INSERT OR REPLACE INTO dramalite_results (key, value, expires_at) VALUES (?, ?, ?)"
 
 
@@ -2547,7 +2787,6 @@ class _Database:
 
         self.path = path
         self._errors = Error
-        self.changed = threading.Condition()  # Notified after commits, while someone waits.
         self._durability = durability
         self._lock = threading.RLock()
         self._connections: dict[str, sqlite3.Connection] = {}
@@ -2675,7 +2914,6 @@ class _Database:
     def forget(self) -> None:
         """In a forked child: what was inherited is the parent's; keep it, never touch it."""
         _inherited.append((self._connections, self._slots))
-        self.changed = threading.Condition()
         self._lock = threading.RLock()
         self._checkpoint_lock = threading.Lock()
         if self.path is not None:
@@ -2738,9 +2976,7 @@ class _Database:
         """Called after each write, with the lock held."""
 
     def notify(self) -> None:
-        """Wake those that watch in this process."""
-        with self.changed:
-            self.changed.notify_all()
+        """Called after each write, while somebody watches."""
 
     def _read(
         self, sql: str, values: Any = (), role: str = "read"
@@ -2870,6 +3106,193 @@ def _prepare_file(path: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------
+# Waking and watching
+#
+# What a commit tells others.  New work rings one worker that sleeps and serves it.  Outcomes
+# and limits wake those that watch: threads and coroutines of this process at once, those of
+# other processes by a ring to a listening thread there.
+# ------------------------------------------------------------------------------------------
+#: Seconds between looks for what is announced by rings, which may get lost.
+_WATCH_POLL_S = 0.25
+
+class _WatchedDatabase(_Database):
+    """A database whose changes workers and watchers hear of."""
+
+    def __init__(self, path: str | None, durability: str) -> None:
+        super().__init__(path, durability)
+        self._bits: dict[tuple[str, str], int] = {}
+        self._slots_looked_for_at = 0.0
+        self.changed = threading.Condition()  # Guards all below, and _watchers.
+        self._changes = 0  # How often those that watch were notified.
+        self._callbacks: list[Callable[[], object]] = []  # For those that can't wait in a thread.
+        self._is_listening = False  # Whether a thread hears of other processes' commits.
+
+    def forget(self) -> None:
+        super().forget()
+        self.changed = threading.Condition()
+        self._callbacks = []
+        self._is_listening = False
+
+    # Waking workers.
+
+    def slots(self) -> _Slots:
+        """The slots of this database's workers; makes the side file if need be."""
+        with self._lock:
+            if self._slots is None or not self._slots.is_current():
+                if self.path is None:
+                    self._slots = _Slots()
+                else:
+                    self._connect("work")
+                    try:
+                        self._slots = _SideFile(self.path + "-lock", create=True)
+                    except OSError as error:
+                        raise ConnectionFailed(
+                            f"The side file {self.path + '-lock'!r} can't be used: {error}."
+                        ) from error
+            return self._slots
+
+    def bit(self, queue: str, actor: str) -> int:
+        """The bit that stands for a queue and actor in a worker's word of what it serves."""
+        bit = self._bits.get((queue, actor))
+        if bit is None:
+            import zlib
+
+            bit = 1 << zlib.crc32(f"{queue} {actor}".encode("utf-8", "replace")) % 62
+            self._bits[queue, actor] = bit
+        return bit
+
+    def ring_all(self) -> None:
+        """Have the workers of this process look for work."""
+        if self._slots is not None:
+            for bell in list(self._slots.bells.values()):
+                bell.ring()
+
+    def wake(self, due_ms: int, queue: str, actor: str) -> None:
+        """Ring a worker that sleeps beyond `due_ms` and serves the actor."""
+        self._wake(due_ms, self.bit(queue, actor))
+
+    def _wake(self, due_ms: int, bit: int) -> None:
+        slots = self._slots
+        if slots is None:
+            # No worker has run in this process; look now and then whether one runs elsewhere.
+            now = _SYSTEM_CLOCK.monotonic()
+            if self.path is None or now < self._slots_looked_for_at + 1.0:
+                return
+            self._slots_looked_for_at = now
+            try:
+                slots = self._slots = _SideFile(self.path + "-lock", create=False)
+            except OSError:  # None runs, or it can't be seen from here: it polls.
+                return
+        slots.wake(due_ms, bit)
+
+    # Watching.
+
+    def notify(self) -> None:
+        """Wake those that watch in this process."""
+        with self.changed:
+            self._changes += 1
+            self.changed.notify_all()
+            callbacks, self._callbacks = self._callbacks, []
+        for callback in callbacks:
+            callback()
+
+    def _announce(self) -> None:
+        """Ring for those that wait elsewhere for outcomes."""
+        if self.path is not None and self._slots is not None:
+            self._slots.wake_watchers()
+
+    def watch(
+        self, is_done: Callable[[], bool], timeout_s: float | None, is_announced: bool = True
+    ) -> bool:
+        """Wait until is_done(), looked at again after each change; tell whether it came true.
+
+        Changes by this process are noticed at once, and so are those of workers elsewhere: they
+        ring for outcomes and limits.  What is not announced by a ring is seen within 20 ms.
+        """
+        deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
+        nap = 2e-3
+        with self._watching(is_announced):
+            while True:
+                seen = self._changes
+                if is_done():
+                    return True
+                left = _WATCH_POLL_S if self._is_listening and is_announced else nap
+                nap = min(nap * 1.5, 0.02)
+                if deadline is not None:
+                    left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
+                if left <= 0:
+                    return False
+                with self.changed:
+                    if self._changes == seen:
+                        self.changed.wait(left)
+
+    async def watch_async(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        """watch() for a coroutine; is_done() runs in a thread of asyncio's pool."""
+        import asyncio
+
+        deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
+        loop = asyncio.get_running_loop()
+        nap = 2e-3
+        with self._watching(is_announced=True):
+            while True:
+                event = asyncio.Event()
+                callback = functools.partial(loop.call_soon_threadsafe, event.set)
+                with self.changed:
+                    self._callbacks.append(callback)
+                try:
+                    if await asyncio.to_thread(is_done):
+                        return True
+                    left = _WATCH_POLL_S if self._is_listening or self.path is None else nap
+                    nap = min(nap * 1.5, 0.02)
+                    if deadline is not None:
+                        left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
+                    if left <= 0:
+                        return False
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(event.wait(), left)
+                finally:
+                    with self.changed:
+                        if callback in self._callbacks:
+                            self._callbacks.remove(callback)
+
+    @contextlib.contextmanager
+    def _watching(self, is_announced: bool) -> Iterator[None]:
+        with self.changed:
+            self._watchers += 1
+            must_listen = is_announced and self.path is not None and not self._is_listening
+            if must_listen:
+                self._is_listening = True
+        if must_listen:
+            threading.Thread(target=self._listen, name="dramalite-listener", daemon=True).start()
+        try:
+            yield
+        finally:
+            with self.changed:
+                self._watchers -= 1
+
+    def _listen(self) -> None:
+        """Pass on, while somebody watches, the rings of workers in other processes."""
+        slot = None
+        try:
+            slots = self.slots()
+            slot = slots.acquire(slots.make_bell(), _WATCHING, False)
+            while slot.is_held() and slot.is_current():
+                slot.sleep_until(_FOREVER)  # Said before the look that notify() causes.
+                self.notify()
+                if not slot.bell.wait(1.0):
+                    with self.changed:
+                        if not self._watchers:
+                            self._is_listening = False
+                            break
+        except (BrokerError, OSError):
+            pass  # No slot free, or no side file: those that watch look for themselves.
+        finally:
+            self._is_listening = False
+            if slot is not None:
+                slot.release()
+
+
+# ------------------------------------------------------------------------------------------
 # SQLite engine
 #
 # The queue's operations on a database: storing, claiming, finishing, recovering.
@@ -2905,7 +3328,7 @@ def _import_for_sending() -> None:
     del array, mmap, socket, sqlite3, zlib
 
 
-class _Engine(_Database):
+class _Engine(_WatchedDatabase):
     """The queue in one database."""
 
     def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
@@ -2914,8 +3337,6 @@ class _Engine(_Database):
         self._waiting: collections.deque[_Ticket] = collections.deque()  # Of senders.
         self._has_orphans = False  # Tickets whose senders could not wait: see insert().
         self._logged = 0  # Bytes, about, that sends have put into the log since it was looked at.
-        self._bits: dict[tuple[str, str], int] = {}
-        self._slots_looked_for_at = 0.0
         _import_for_sending()
         _engines.add(self)
         _register_fork_hooks()
@@ -3039,6 +3460,8 @@ class _Engine(_Database):
         for outcome in outcomes:
             for due_ms, bit in outcome.wakes:
                 self._wake(due_ms, bit)
+        if outcomes:
+            self._announce()
         rows.sort()
         return [_Row._make(row) for row in rows], version
 
@@ -3138,6 +3561,20 @@ class _Engine(_Database):
         """Tell whether messages of a queue wait, are delayed or run."""
         return bool(self._read(_IS_BUSY, {"queue": queue})[0][0])
 
+    def has_message(self, message_id: str, sent_ms: int) -> bool:
+        """Tell whether a message that was sent after a time (ms since 1970) is still to be run.
+
+        That may be as a later step of a pipeline: the first one's body holds it.
+        """
+        rows = self._read(
+            "SELECT 1 FROM dramalite_messages WHERE id >= ? AND message_id = ? LIMIT 1",
+            (sent_ms * 1000, message_id),
+        ) or self._read(
+            "SELECT 1 FROM dramalite_messages WHERE id >= ? AND instr(body, CAST(? AS BLOB)) LIMIT 1",
+            (sent_ms * 1000, message_id),
+        )
+        return bool(rows)
+
     def counts(self) -> dict[str, dict[int, int]]:
         """How many messages each queue holds, by state."""
         counts: dict[str, dict[int, int]] = {}
@@ -3149,28 +3586,6 @@ class _Engine(_Database):
         """(queue, actor, message_id, died_at, reason, body) of the dead letters, oldest first."""
         return cast("list[tuple[str, str, str, int, str, bytes]]", self._read(_DEAD_LETTERS))
 
-    def watch(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
-        """Wait until is_done(), looked at again after each change; tell whether it came true.
-
-        Changes by this process are noticed at once, by others within 2 to 20 ms.
-        """
-        deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
-        nap = 2e-3
-        with self.changed:
-            self._watchers += 1
-        try:
-            while not is_done():
-                if deadline is not None and _SYSTEM_CLOCK.monotonic() >= deadline:
-                    return False
-                with self.changed:
-                    left = nap if deadline is None else deadline - _SYSTEM_CLOCK.monotonic()
-                    self.changed.wait(max(0.0, min(nap, left)))
-                nap = min(nap * 1.5, 0.02)
-        finally:
-            with self.changed:
-                self._watchers -= 1
-        return True
-
     # Results.
 
     def store(self, statement: str, values: tuple[Any, ...]) -> None:
@@ -3178,6 +3593,7 @@ class _Engine(_Database):
         with self._writing():
             connection = self._connect("send")
             self._patiently(connection.execute, statement, values)
+        self._announce()
 
     def result(self, key: str) -> bytes | None:
         """The stored result of a key, None if there is none or its time has passed."""
@@ -3192,6 +3608,33 @@ class _Engine(_Database):
         with self._writing():
             rows = self._patiently(self._connect("send").execute, _TAKE, (queue,)).fetchall()
         return [body for (body,) in rows]
+
+    # Rate limits.
+
+    def limits(self, keys: Iterable[str]) -> list[int | None]:
+        """The numbers stored under keys, None where there is none or its time has passed."""
+        now = self._clock().time_ms()
+        rows = [self._read(_LIMIT, (key, now), role="work") for key in keys]
+        return [row[0][0] if row else None for row in rows]
+
+    def change_limit(
+        self, key: str, change: Callable[[int | None], int | None], ttl: int
+    ) -> bool:
+        """Store change(the number there is), for `ttl` ms, unless it is None; atomic.
+
+        Not flushed to the disk: a power cut may undo it, as it ends what was limited.
+        """
+        now = self._clock().time_ms()
+        with self._writing():
+            connection = self._connect("work")
+            with self._transaction(connection):
+                row = connection.execute(_LIMIT, (key, now)).fetchone()
+                value = change(row[0] if row else None)
+                if value is not None:
+                    connection.execute(_SET_LIMIT, (key, value, now + ttl))
+                connection.execute(_PRUNE_LIMITS, (now,))
+        self._announce()
+        return value is not None
 
     # House-keeping.
 
@@ -3208,8 +3651,9 @@ class _Engine(_Database):
         now = self._clock().time_ms()
         old = self._read(
             """SELECT EXISTS (SELECT 1 FROM dramalite_dead WHERE died_at < ?)
-                   OR EXISTS (SELECT 1 FROM dramalite_results WHERE expires_at < ?)""",
-            (now - _DEAD_LETTER_TTL_MS, now),
+                   OR EXISTS (SELECT 1 FROM dramalite_results WHERE expires_at < ?)
+                   OR EXISTS (SELECT 1 FROM dramalite_groups WHERE failed_at < ?)""",
+            (now - _DEAD_LETTER_TTL_MS, now, now - _DEAD_LETTER_TTL_MS),
         )
         if not old[0][0]:
             return
@@ -3226,59 +3670,9 @@ class _Engine(_Database):
                        (SELECT key FROM dramalite_results WHERE expires_at < ? LIMIT 1000)""",
                     (now,),
                 )
-
-    # Waking up.
-
-    def slots(self) -> _Slots:
-        """The slots of this database's workers; makes the side file if need be."""
-        with self._lock:
-            if self._slots is None or not self._slots.is_current():
-                if self.path is None:
-                    self._slots = _Slots()
-                else:
-                    self._connect("work")
-                    try:
-                        self._slots = _SideFile(self.path + "-lock", create=True)
-                    except OSError as error:
-                        raise ConnectionFailed(
-                            f"The side file {self.path + '-lock'!r} can't be used: {error}."
-                        ) from error
-            return self._slots
-
-    def bit(self, queue: str, actor: str) -> int:
-        """The bit that stands for a queue and actor in a worker's word of what it serves."""
-        bit = self._bits.get((queue, actor))
-        if bit is None:
-            import zlib
-
-            bit = 1 << zlib.crc32(f"{queue} {actor}".encode("utf-8", "replace")) % 62
-            self._bits[queue, actor] = bit
-        return bit
-
-    def ring_all(self) -> None:
-        """Have the workers of this process look for work."""
-        if self._slots is not None:
-            for bell in list(self._slots.bells.values()):
-                bell.ring()
-
-    def wake(self, due_ms: int, queue: str, actor: str) -> None:
-        """Ring a worker that sleeps beyond `due_ms` and serves the actor."""
-        self._wake(due_ms, self.bit(queue, actor))
-
-    def _wake(self, due_ms: int, bit: int) -> None:
-        slots = self._slots
-        if slots is None:
-            # No worker has run in this process; look now and then whether one runs elsewhere.
-            now = _SYSTEM_CLOCK.monotonic()
-            if self.path is None or now < self._slots_looked_for_at + 1.0:
-                return
-            self._slots_looked_for_at = now
-            try:
-                slots = self._slots = _SideFile(self.path + "-lock", create=False)
-            except OSError:  # None runs, or it can't be seen from here: it polls.
-                return
-        slots.wake(due_ms, bit)
-
+                connection.execute(
+                    "DELETE FROM dramalite_groups WHERE failed_at < ?", (now - _DEAD_LETTER_TTL_MS,)
+                )
 
 def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
     """Of rows for the same queue, actor and eta-or-not, one each: a ring each is enough."""
@@ -3375,15 +3769,24 @@ class ResultBackend:
         """Return a message's result; reading does not consume it.
 
         With `block`, waits up to `timeout` milliseconds (10,000 if None), then raises
-        ResultTimeout; without, raises ResultMissing.  A stored failure raises ResultFailure.
+        ResultTimeout; without, raises ResultMissing.  Raises ResultUnavailable, and waits no
+        longer, when there can't be one any more.  A stored failure raises ResultFailure.
         """
         key = self.build_message_key(message)
         if timeout is None:
             timeout = _DEFAULT_RESULT_TIMEOUT_MS
-        value = self._wait(key, timeout) if block else self._get(key)
-        if value is Missing:
-            raise (ResultTimeout if block else ResultMissing)(message)
-        return self.unwrap_result(value)
+        search = _ResultSearch(self, message, key)
+        if block:
+            self._wait(search, timeout)
+        return search.outcome(ResultTimeout if block else ResultMissing)
+
+    async def get_result_async(self, message: Any, *, timeout: int | None = None) -> Any:
+        """get_result(block=True) for coroutines: waits without holding a thread."""
+        if timeout is None:
+            timeout = _DEFAULT_RESULT_TIMEOUT_MS
+        search = _ResultSearch(self, message, self.build_message_key(message))
+        await self._wait_async(search, timeout)
+        return search.outcome(ResultTimeout)
 
     def store_result(self, message: Any, result: Any, ttl: int) -> None:
         """Keep a result for `ttl` milliseconds."""
@@ -3413,17 +3816,25 @@ class ResultBackend:
             raise ResultFailure(f"actor raised {kind}: {text}", kind, text)
         return value
 
-    def _wait(self, key: str, timeout: int) -> Any:
-        """Look for a key until it is there or `timeout` milliseconds have passed."""
+    def _wait(self, search: _ResultSearch, timeout: int) -> None:
+        """Look until the search is over or `timeout` milliseconds have passed."""
         deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
         nap = 0.01
-        while (value := self._get(key)) is Missing:
+        while not search.is_over():
             left = deadline - _SYSTEM_CLOCK.monotonic()
             if left <= 0:
                 break
             _SYSTEM_CLOCK.sleep(min(nap, left))
             nap = min(nap * 2, 0.5)
-        return value
+
+    async def _wait_async(self, search: _ResultSearch, timeout: int) -> None:
+        import asyncio
+
+        await asyncio.to_thread(self._wait, search, timeout)
+
+    def _why_never(self, message: Any) -> str | None:
+        """Why there will never be a result that is not there now; None if it may still come."""
+        return None
 
     def _get(self, key: str) -> Any:
         """Return what was stored under a key, or Missing."""
@@ -3432,6 +3843,49 @@ class ResultBackend:
     def _store(self, key: str, value: Any, ttl: int) -> None:
         """Store a value under a key for `ttl` milliseconds."""
         raise NotImplementedError
+
+
+#: Seconds from which the question whether a result can still come counts as slow.
+_SLOW_ASK_S = 0.005
+
+
+class _ResultSearch:
+    """Looks for one result until it is found or known never to come."""
+
+    def __init__(self, backend: ResultBackend, message: Any, key: str) -> None:
+        self._backend = backend
+        self._message = message
+        self._key = key
+        self._value: Any = Missing
+        self._why_never: str | None = None
+        self._asks_at = 0.0  # When to ask again whether it can still come.
+
+    def is_over(self) -> bool:
+        """Look; asking whether it can still come, where slow, takes a tenth of the time at most."""
+        self._value = self._backend._get(self._key)
+        if self._value is not Missing:
+            return True
+        asked_at = _SYSTEM_CLOCK.monotonic()
+        if asked_at < self._asks_at:
+            return False
+        why = self._backend._why_never(self._message)
+        now = _SYSTEM_CLOCK.monotonic()
+        if now > asked_at + _SLOW_ASK_S:
+            self._asks_at = now + 10 * (now - asked_at)
+        if why is not None:  # It may have come between the two looks.
+            self._value = self._backend._get(self._key)
+            self._why_never = why
+        return why is not None
+
+    def outcome(self, error: type[ResultError]) -> Any:
+        """Return the result; without one, say why there is none, or else raise `error`."""
+        if self._value is Missing and self._why_never is None:
+            self.is_over()
+        if self._value is not Missing:
+            return self._backend.unwrap_result(self._value)
+        if self._why_never is not None:
+            raise ResultUnavailable(self._message, self._why_never)
+        raise error(self._message)
 
 
 class SQLiteResultBackend(ResultBackend):
@@ -3449,17 +3903,45 @@ class SQLiteResultBackend(ResultBackend):
         expires_at = self.broker.clock.time_ms() + ttl
         self.broker._write(_STORE_RESULT, (key, self.encoder.encode(value), expires_at))
 
-    def _wait(self, key: str, timeout: int) -> Any:
-        found: list[Any] = []
+    def _wait(self, search: _ResultSearch, timeout: int) -> None:
+        self.broker._engine.watch(search.is_over, timeout / 1000)
 
-        def look() -> bool:
-            value = self._get(key)
-            if value is not Missing:
-                found.append(value)
-            return bool(found)
+    async def _wait_async(self, search: _ResultSearch, timeout: int) -> None:
+        await self.broker._engine.watch_async(search.is_over, timeout / 1000)
 
-        self.broker._engine.watch(look, timeout / 1000)
-        return found[0] if found else Missing
+    def _why_never(self, message: Any) -> str | None:
+        broker = self.broker
+        actor = broker.actors.get(message.actor_name)
+        if actor is not None:
+            stores = any(
+                bool({**actor.options, **message.options}.get("store_results", item.store_results))
+                for item in broker.middleware
+                if isinstance(item, Results)
+            )
+            if not stores:
+                return "its actor stores none; give the actor store_results=True."
+        sent_ms = _time_of_message_id(message.message_id) - _CLOCK_SLACK_MS
+        if broker._engine.has_message(message.message_id, sent_ms):
+            return None
+        return (
+            "it is not in the database. It has ended and its result was not kept or has expired, "
+            "an earlier step of its pipeline failed, it was dropped from its queue, or it was "
+            "never sent here."
+        )
+
+
+class StubResultBackend(SQLiteResultBackend):
+    """Results in memory, for tests."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(MemoryBroker(middleware=[]), **options)
+
+    def _why_never(self, message: Any) -> str | None:
+        return None  # The messages are elsewhere.
+
+
+#: Milliseconds that the clock may have been set back between making and sending a message.
+_CLOCK_SLACK_MS = 1000
 
 
 class Results(Middleware):
@@ -3541,9 +4023,8 @@ def _option(message: MessageProxy, name: str, default: Any = None) -> Any:
 
 def _hands_result_on(message: MessageProxy) -> bool:
     """Tell whether a pipeline or a callback gets the message's result."""
-    return bool(
-        message.options.get("pipe_target") or _option(message, "on_success")
-    )
+    options = message.options
+    return bool(options.get("pipe_target") or options.get("pipe_group") or _option(message, "on_success"))
 
 
 def _fail_for_result(broker: Broker, message: MessageProxy, error: Exception) -> None:
@@ -3552,6 +4033,225 @@ def _fail_for_result(broker: Broker, message: MessageProxy, error: Exception) ->
     broker.logger.error("Message %s failed: %s", message.message_id, refusal)
     message.fail()
     message.stuff_exception(refusal)
+
+
+# ------------------------------------------------------------------------------------------
+# Rate limits
+#
+# Counters with a time to live, shared by all processes that use the database.  Limiters never
+# wait: they take what they want to take or raise RateLimitExceeded, which a worker retries.
+# To add a limiter: subclass RateLimiter, override _acquire() and, if it gives back, _release().
+# ------------------------------------------------------------------------------------------
+class RateLimiterBackend:
+    """Base of stores of counters.  Every method is atomic; `ttl` is in milliseconds."""
+
+    def add(self, key: str, value: int, ttl: int) -> bool:
+        """Store a number unless there is one; tell whether it was stored."""
+        raise NotImplementedError
+
+    def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
+        """Add to a number, 0 if there is none; False, and no change, beyond the maximum."""
+        raise NotImplementedError
+
+    def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
+        """Take from a number, 0 if there is none; False, and no change, below the minimum."""
+        raise NotImplementedError
+
+    def incr_and_sum(
+        self, key: str, keys: Callable[[], list[str]], amount: int, maximum: int, ttl: int
+    ) -> bool:
+        """Add to a number if the sum of those under keys() stays within the maximum with it."""
+        raise NotImplementedError
+
+    def wait(self, key: str, timeout: int | None) -> bool:
+        """Wait up to `timeout` milliseconds, None for ever, for wait_notify(); tell if it came."""
+        raise NotImplementedError
+
+    def wait_notify(self, key: str, ttl: int) -> None:
+        """Wake those that wait for a key, and for `ttl` milliseconds those that come to wait."""
+        raise NotImplementedError
+
+
+class SQLiteRateLimiterBackend(RateLimiterBackend):
+    """Counters in the database of a broker; the default broker if None."""
+
+    def __init__(self, broker: _EngineBroker | None = None) -> None:
+        self.broker = cast("_EngineBroker", get_broker()) if broker is None else broker
+
+    def add(self, key: str, value: int, ttl: int) -> bool:
+        return self.broker._engine.change_limit(
+            key, lambda old: value if old is None else None, ttl
+        )
+
+    def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
+        def change(old: int | None) -> int | None:
+            value = (old or 0) + amount
+            return value if value <= maximum else None
+
+        return self.broker._engine.change_limit(key, change, ttl)
+
+    def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
+        def change(old: int | None) -> int | None:
+            value = (old or 0) - amount
+            return value if value >= minimum else None
+
+        return self.broker._engine.change_limit(key, change, ttl)
+
+    def incr_and_sum(
+        self, key: str, keys: Callable[[], list[str]], amount: int, maximum: int, ttl: int
+    ) -> bool:
+        def change(old: int | None) -> int | None:
+            total = sum(value or 0 for value in self.broker._engine.limits(keys()))
+            return (old or 0) + amount if total + amount <= maximum else None
+
+        return self.broker._engine.change_limit(key, change, ttl)
+
+    def wait(self, key: str, timeout: int | None) -> bool:
+        return self.broker._engine.watch(
+            lambda: self.broker._engine.limits([key]) != [None],
+            None if timeout is None else timeout / 1000,
+        )
+
+    def wait_notify(self, key: str, ttl: int) -> None:
+        self.broker._engine.change_limit(key, lambda _old: 1, ttl)
+
+
+class StubRateLimiterBackend(SQLiteRateLimiterBackend):
+    """Counters in memory, for tests."""
+
+    def __init__(self) -> None:
+        super().__init__(MemoryBroker(middleware=[]))
+
+
+class RateLimiter:
+    """Base of rate limiters; use one as `with limiter.acquire(): ...`."""
+
+    def __init__(self, backend: RateLimiterBackend, key: str) -> None:
+        self.backend = backend
+        self.key = key
+
+    @contextlib.contextmanager
+    def acquire(self, *, raise_on_failure: bool = True) -> Iterator[bool]:
+        """Take a place for the time of the `with` block; never waits for one.
+
+        Raises RateLimitExceeded if there is none, or yields False without raise_on_failure.
+        """
+        acquired = False
+        try:
+            acquired = self._acquire()
+            if raise_on_failure and not acquired:
+                raise RateLimitExceeded(f"rate limit exceeded for key {self.key!r}")
+            yield acquired
+        finally:
+            if acquired:
+                self._release()
+
+    def _acquire(self) -> bool:
+        """Take a place; tell whether there was one."""
+        raise NotImplementedError
+
+    def _release(self) -> None:
+        """Give the place back, where the limiter does that."""
+
+
+def _check_limit(name: str, value: float) -> None:
+    if value < 1:
+        raise AssertionError(f"{name} is {value!r}; give at least 1.")
+
+
+class ConcurrentRateLimiter(RateLimiter):
+    """At most `limit` at a time; a place that nobody gave back is free after `ttl` ms."""
+
+    def __init__(
+        self, backend: RateLimiterBackend, key: str, *, limit: int = 1, ttl: int = 900_000
+    ) -> None:
+        _check_limit("limit", limit)
+        super().__init__(backend, key)
+        self.limit = limit
+        self.ttl = ttl
+
+    def _acquire(self) -> bool:
+        return self.backend.incr(self.key, 1, self.limit, self.ttl)
+
+    def _release(self) -> None:
+        self.backend.decr(self.key, 1, 0, self.ttl)
+
+
+class BucketRateLimiter(RateLimiter):
+    """At most `limit` in each `bucket` of milliseconds, counted from 1970 on.
+
+    Twice as many may come around the border of two buckets; WindowRateLimiter knows none.
+    """
+
+    def __init__(
+        self, backend: RateLimiterBackend, key: str, *, limit: int = 1, bucket: int = 1000
+    ) -> None:
+        _check_limit("limit", limit)
+        super().__init__(backend, key)
+        self.limit = limit
+        self.bucket = bucket
+
+    def _acquire(self) -> bool:
+        now = _clock_of(self.backend).time_ms()
+        return self.backend.incr(f"{self.key}@{now - now % self.bucket}", 1, self.limit, self.bucket)
+
+
+#: Parts of a window that are counted one by one: it is exact to one of them, and to no second.
+_WINDOW_PARTS = 20
+
+
+class WindowRateLimiter(RateLimiter):
+    """At most `limit` in any `window` of seconds, whenever it begins."""
+
+    def __init__(
+        self, backend: RateLimiterBackend, key: str, *, limit: int = 1, window: float = 1
+    ) -> None:
+        _check_limit("limit", limit)
+        _check_limit("window", window)
+        super().__init__(backend, key)
+        self.limit = limit
+        self.window = window
+
+    def _acquire(self) -> bool:
+        window = int(self.window * 1000)
+        part = max(window // _WINDOW_PARTS, 1)
+        now = _clock_of(self.backend).time_ms() // part
+
+        def keys() -> list[str]:  # Up to the part in which the window has begun, all of it.
+            return [f"{self.key}@{now - age}" for age in range(-(-window // part) + 1)]
+
+        return self.backend.incr_and_sum(f"{self.key}@{now}", keys, 1, self.limit, window + 2 * part)
+
+
+def _clock_of(backend: RateLimiterBackend) -> Clock:
+    return backend.broker.clock if isinstance(backend, SQLiteRateLimiterBackend) else _SYSTEM_CLOCK
+
+
+class Barrier:
+    """Lets threads and processes wait until a number of them has arrived."""
+
+    def __init__(self, backend: RateLimiterBackend, key: str, *, ttl: int = 900_000) -> None:
+        self.backend = backend
+        self.key = key
+        self.key_events = key + "@events"
+        self.ttl = ttl
+
+    def create(self, parties: int) -> bool:
+        """Set the barrier up for so many; False if it exists already."""
+        if parties < 1:
+            raise AssertionError(f"parties is {parties!r}; give at least 1.")
+        return self.backend.add(self.key, parties, self.ttl)
+
+    def wait(self, *, block: bool = True, timeout: int | None = None) -> bool:
+        """Arrive; True for the last one, which lets the others go.
+
+        The others wait up to `timeout` milliseconds, None for ever, and then return True; with
+        block=False or after the time they return False.  Where no barrier is, True at once.
+        """
+        if self.backend.decr(self.key, 1, 1, self.ttl):
+            return block and self.backend.wait(self.key_events, timeout)
+        self.backend.wait_notify(self.key_events, self.ttl)
+        return True
 
 
 # ------------------------------------------------------------------------------------------
@@ -3827,15 +4527,43 @@ class Pipelines(Middleware):
         exception: BaseException | None = None,
     ) -> None:
         target = message.options.get("pipe_target")
-        if exception is not None or message.failed or not target:
+        group_data = message.options.get("pipe_group")
+        if exception is not None or message.failed or not (target or group_data):
             return
-        successor: Message[Any] = Message(**target)
-        if not self._ignores_result(broker, successor):
-            successor = successor.copy(args=(*successor.args, result))
         try:
-            broker.enqueue(successor, delay=successor.options.get("delay") or None)
+            if group_data:
+                step = group.restore(group_data, broker)
+                step.children = [self._with_result(broker, child, result) for child in step.children]
+                step.run()
+            elif target:
+                successor = self._with_result(broker, Message(**target), result)
+                broker.enqueue(successor, delay=successor.options.get("delay") or None)
         except (TypeError, ValueError) as error:
             _fail_for_result(broker, message, error)
+
+    def _with_result(self, broker: Broker, step: Any, result: Any) -> Any:
+        """The next step with a result as its last argument, unless it does not take it."""
+        if isinstance(step, pipeline):
+            first, *others = step.messages
+            return pipeline([self._with_result(broker, first, result), *others], broker=broker)
+        if self._ignores_result(broker, step):
+            return step
+        return step.copy(args=(*step.args, result))
+
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        sources = message.options.get("pipe_results")
+        if sources is None or self._ignores_result(broker, message._message):
+            return
+        backend = broker.get_results_backend()
+        members: list[Message[Any]] = [
+            Message(queue, name, (), {}, {}, message_id) for queue, name, message_id in sources
+        ]
+        try:
+            results = [backend.get_result(member) for member in members]
+        except ResultError as error:
+            message.fail()
+            raise SkipMessage(f"The results of the group before are gone: {error}") from error
+        message.args = (*message.args, results)
 
     def _ignores_result(self, broker: Broker, successor: Message[Any]) -> bool:
         """Tell whether the next actor does not get the result, by option or by its signature."""
@@ -3872,6 +4600,78 @@ def _only_fits_without(fn: Callable[..., Any], message: Message[Any]) -> bool:
     except TypeError:
         return True
     return False
+
+
+# ------------------------------------------------------------------------------------------
+# Group callbacks
+#
+# Counts the members of groups that have callbacks.  A member's count and, with the last one,
+# the callbacks are part of the transaction that acknowledges it.
+# ------------------------------------------------------------------------------------------
+class GroupCallbacks(Middleware):
+    """Sends the completion callbacks of groups; built into dramalite's brokers.
+
+    The arguments are Dramatiq's and change nothing here: counts live with the messages.
+    """
+
+    def __init__(
+        self,
+        rate_limiter_backend: RateLimiterBackend | None = None,
+        *,
+        barrier_ttl: int = 86_400_000,
+    ) -> None:
+        self.logger = get_logger("dramalite.middleware.group_callbacks", type(self))
+        self.rate_limiter_backend = rate_limiter_backend
+        self.barrier_ttl = barrier_ttl
+
+    def concerns(self, options: Mapping[str, Any]) -> bool:
+        return False  # A member of a group has options of its own.
+
+    def create(self, broker: Broker, uuid: str, count: int) -> None:
+        """Begin to count a group with so many members."""
+        cast("_EngineBroker", broker)._write(_CREATE_GROUP, (uuid, count, count))
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        if exception is None and not message.failed:
+            self._count(broker, message.options, succeeded=True)
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        if not message.failed:
+            self._end(broker, message)
+
+    def after_nack(self, broker: Broker, message: MessageProxy) -> None:
+        self._end(broker, message)
+
+    def _end(self, broker: Broker, message: MessageProxy) -> None:
+        """Count a member that ended without success, by itself or as an earlier step."""
+        options = message.options
+        while options.get("pipe_target"):
+            options = options["pipe_target"]["options"]
+        self._count(broker, options, succeeded=False)
+
+    def _count(self, broker: Broker, options: dict[str, Any], *, succeeded: bool) -> None:
+        if "group_completion_uuid" not in options:
+            return
+        for membership in (options, *options.get("group_further", ())):
+            self._count_in(cast("_EngineBroker", broker), membership, succeeded)
+
+    def _count_in(self, broker: _EngineBroker, membership: dict[str, Any], succeeded: bool) -> None:
+        uuid = membership["group_completion_uuid"]
+        failed_at = None if succeeded else broker.clock.time_ms()
+        broker._write(_COUNT_MEMBER, (int(succeeded), failed_at, uuid))
+        if succeeded:
+            for data in membership["group_completion_callbacks"]:
+                broker._write_after_group(Message(**data), uuid, "unsuccessful")
+        for data in membership.get("group_end_callbacks", ()):
+            broker._write_after_group(Message(**data), uuid, "unended")
+        broker._write(_END_GROUP, (uuid,))
 
 
 # ------------------------------------------------------------------------------------------
@@ -4103,7 +4903,7 @@ class _EngineConsumer(Consumer):
         self._claimed: dict[int, tuple[MessageProxy, _Row]] = {}  # By id() of the proxy.
 
     def __next__(self) -> MessageProxy | None:
-        if not self._broker._engine.watch(self._claim, self._timeout_s):
+        if not self._broker._engine.watch(self._claim, self._timeout_s, is_announced=False):
             return None
         return next(reversed(self._claimed.values()))[0]
 
@@ -4174,7 +4974,7 @@ class _QueueView:
             taken.extend(self._broker._engine.take(self._name))
             return bool(taken)
 
-        if not self._broker._engine.watch(take, timeout if block else 0.0):
+        if not self._broker._engine.watch(take, timeout if block else 0.0, is_announced=False):
             raise queue.Empty
         return taken[0]
 
@@ -4251,7 +5051,8 @@ class _EngineBroker(Broker):
             self.random = random
 
     def _default_middleware(self) -> list[Middleware]:
-        return [kind() for kind in (*default_middleware, *_BUILT_IN)]
+        first = [GroupCallbacks()]  # Its after hooks come last: they see whether the others failed.
+        return [*first, *(kind() for kind in (*default_middleware, CurrentMessage, Results))]
 
     def add_middleware(
         self,
@@ -4373,6 +5174,14 @@ class _EngineBroker(Broker):
         for row in rows:
             outcome.effects.append((_INSERT, row))
             outcome.wakes.append((0 if row[5] is None else row[5], self._engine.bit(row[2], row[3])))
+
+    def _write_after_group(self, message: Message[Any], uuid: str, left: str) -> None:
+        """Store a message if `left` of a group is 0 by then."""
+        row = self._row(message, self._encode(message))
+        self._write(_INSERT_AFTER_GROUP.format(left), (*row, uuid))
+        outcome = self._collecting.outcome
+        if outcome is not None:
+            outcome.wakes.append((0, self._engine.bit(row[2], row[3])))
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
         """Run one statement: now, or with the outcome of the message being processed."""
@@ -4552,7 +5361,7 @@ class StubBroker(MemoryBroker):
 
 
 #: What SQLiteBroker and MemoryBroker have beyond the default; one that the user adds replaces it.
-_BUILT_IN: tuple[type[Middleware], ...] = (CurrentMessage, Results)
+_BUILT_IN: tuple[type[Middleware], ...] = (GroupCallbacks, CurrentMessage, Results)
 
 
 # ------------------------------------------------------------------------------------------
@@ -4930,8 +5739,7 @@ class _Dispatcher:
         with self._cond:
             self._suspects += sum(row.crashes > 0 for row in rows)
             self._slot.sleep_until(self._wait_ends_ms if self._is_waited_for else 0)
-            is_wanted = not (self._is_paused or self.is_stopping)
-            if is_wanted:
+            if is_wanted := not (self._is_paused or self.is_stopping):
                 self._heap += rows  # They come sorted, and the heap is empty.
                 self._popped_at = _SYSTEM_CLOCK.monotonic()
         if not is_wanted:
@@ -5156,9 +5964,8 @@ class _Dispatcher:
             with self._cond:
                 self._suspects += 1  # It was not among this worker's claims.
                 self._keep(outcome, _SYSTEM_CLOCK.monotonic())
-        if is_news:
-            self.write()
         if is_news or not self._has_recovered:
+            self.write()
             self._has_recovered = True
             self._slot.bell.ring()
         self._look_for_strangers()
