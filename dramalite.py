@@ -48,6 +48,7 @@ Contents
     Consumers
     Brokers
     Message processing
+    Targets
     Dispatching
     Worker
     Worker process
@@ -1097,13 +1098,41 @@ def _set_async_exception(thread_id: int, exception: Any) -> int:
     return cast(int, set_exception(ctypes.c_ulong(thread_id), pending))
 
 
-def _interrupt(thread_id: int, exception: type[Interrupt]) -> bool:
-    """Raise `exception` in a thread if it is inside an actor's body; tell whether it was."""
+#: What stops the coroutines that run for workers, by their runner.
+_stoppers: dict[int, Callable[[type[Interrupt]], None]] = {}
+
+
+class _Runner(threading.local):
+    """What a worker thread calls hooks for: itself, or a coroutine that needs no thread."""
+
+    coroutine: int | None = None
+
+    def id(self) -> int:
+        """The thread's ident, or the negative id of the coroutine."""
+        return threading.get_ident() if self.coroutine is None else self.coroutine
+
+    def call_for(self, coroutine: int, fn: Callable[..., _R], *args: Any) -> _R:
+        """Call a function for a coroutine."""
+        self.coroutine = coroutine
+        try:
+            return fn(*args)
+        finally:
+            self.coroutine = None
+
+
+_runner = _Runner()
+
+
+def _interrupt(runner: int, exception: type[Interrupt]) -> bool:
+    """Raise `exception` in an actor's body, in a coroutine as a cancellation; tell whether it ran."""
     with _interrupt_lock:
-        if thread_id not in _interruptible:
+        if runner in _stoppers:
+            _stoppers[runner](exception)
+            return True
+        if runner not in _interruptible:
             return False
-        _interrupted.add(thread_id)
-        raise_thread_exception(thread_id, exception)
+        _interrupted.add(runner)
+        raise_thread_exception(runner, exception)
         return True
 
 
@@ -1462,6 +1491,45 @@ class _EventLoopThread:
             del task  # Or its exception, whose traceback has this frame, would hold itself.
 
 
+    def start(
+        self,
+        call: Callable[[], Coroutine[Any, Any, Any]],
+        context: contextvars.Context,
+        runner: int,
+        on_end: Callable[[Any, BaseException | None], None],
+    ) -> None:
+        """Run the coroutine that call() makes, and call on_end(result, exception) on the loop."""
+        interrupts: list[type[Interrupt]] = []
+        tasks: list[asyncio.Task[Any]] = []
+
+        async def run() -> Any:
+            return await call()
+
+        def start() -> None:
+            tasks.append(context.run(self.loop.create_task, run()))
+            tasks[0].add_done_callback(end)
+
+        def stop(exception: type[Interrupt]) -> None:
+            interrupts.append(exception)
+            self.loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+
+        def end(task: asyncio.Task[Any]) -> None:
+            tasks.clear()  # Or this closure and the task would hold each other.
+            with _interrupt_lock:
+                _stoppers.pop(runner, None)
+            if not task.cancelled():
+                error = task.exception()
+                on_end(None if error else task.result(), error)
+            elif interrupts:
+                on_end(None, interrupts[0]())
+            else:
+                on_end(None, RuntimeError("The coroutine was cancelled."))
+
+        with _interrupt_lock:
+            _stoppers[runner] = stop
+        self.loop.call_soon_threadsafe(start)
+
+
 #: Seconds between looks for an interrupt while a thread waits for its coroutine.
 _INTERRUPT_CHECK_S = 0.1
 
@@ -1619,9 +1687,9 @@ class Actor(Generic[_P, _R]):
     ) -> None:
         module = getattr(fn, "__module__", None) or "_"
         self.logger = get_logger(module, actor_name)
-        self.fn: Callable[_P, _R] = (
-            async_to_sync(fn) if _is_coroutine_function(fn) else fn
-        )
+        #: The function if it is `async def`; workers then run it without holding a thread.
+        self.coroutine_fn = fn if _is_coroutine_function(fn) else None
+        self.fn: Callable[_P, _R] = fn if self.coroutine_fn is None else async_to_sync(fn)
         self.broker = broker
         self.actor_name = actor_name
         self.queue_name = queue_name
@@ -2176,7 +2244,7 @@ def _results_in_order(
 # Lost-wake-up rule: a worker says that it sleeps before its last look at the queue.
 # ------------------------------------------------------------------------------------------
 _SLOTS = 128  # Slot 0 is the header: word 0 is the highest slot ever used.
-_SLOT_WORDS = 64
+_SLOT_WORDS = 256
 _OWNER, _PORT, _WAKE_AT, _SERVES, _PID, _RUNNING = range(6)  # Words of a slot; the rest: running.
 _MAX_TRACKED = _SLOT_WORDS - _RUNNING
 
@@ -4307,8 +4375,8 @@ class TimeLimit(Middleware):
         self.time_limit = _check_time_limit(time_limit, "time_limit")
         self.interval_s = interval / 1000
         self._lock = threading.Condition(threading.Lock())  # Guards all below.
-        self._deadlines: dict[int, float] = {}  # By thread, those not yet passed.
-        self._passed: dict[int, float] = {}  # By thread: when the interrupt was raised.
+        self._deadlines: dict[int, float] = {}  # By runner, those not yet passed.
+        self._passed: dict[int, float] = {}  # By runner: when the interrupt was raised.
         self._wakes_at = 0.0
         self._watched_in = 0  # The process of the watching thread; a fork leaves it behind.
 
@@ -4334,8 +4402,8 @@ class TimeLimit(Middleware):
             return
         deadline = broker.clock.monotonic() + limit / 1000
         if self._passed:  # A thread that was given up may have had this one's ident.
-            self._passed.pop(threading.get_ident(), None)
-        self._deadlines[threading.get_ident()] = deadline
+            self._passed.pop(_runner.id(), None)
+        self._deadlines[_runner.id()] = deadline
         if deadline < self._wakes_at or self._watched_in != os.getpid():
             self._watch(broker.clock, deadline)
 
@@ -4347,9 +4415,9 @@ class TimeLimit(Middleware):
         result: Any = None,
         exception: BaseException | None = None,
     ) -> None:
-        self._deadlines.pop(threading.get_ident(), None)
+        self._deadlines.pop(_runner.id(), None)
         if self._passed:
-            self._passed.pop(threading.get_ident(), None)
+            self._passed.pop(_runner.id(), None)
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         self.after_process_message(broker, message)
@@ -4417,7 +4485,7 @@ class ShutdownNotifications(Middleware):
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.logger.debug("Sending shutdown notification to worker threads...")
-        for thread in list(self._notified & worker.thread_ids):
+        for thread in list(self._notified & worker.runners):
             self._notified.discard(thread)
             if _interrupt(thread, Shutdown):
                 self.logger.info(
@@ -4429,7 +4497,7 @@ class ShutdownNotifications(Middleware):
         if wanted is None:
             wanted = message.actor_options.get("notify_shutdown")
         if self.notify_shutdown if wanted is None else wanted:
-            self._notified.add(threading.get_ident())
+            self._notified.add(_runner.id())
 
     def after_process_message(
         self,
@@ -4440,10 +4508,10 @@ class ShutdownNotifications(Middleware):
         exception: BaseException | None = None,
     ) -> None:
         if self._notified:
-            self._notified.discard(threading.get_ident())
+            self._notified.discard(_runner.id())
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        self._notified.discard(threading.get_ident())
+        self._notified.discard(_runner.id())
 
 
 # ------------------------------------------------------------------------------------------
@@ -5375,13 +5443,16 @@ class _Job:
     """A claimed message on its way through a worker."""
 
     __slots__ = (
-        "exception", "is_concluding", "is_given_up", "message", "outcome", "plan", "result", "row",
-        "started",
+        "actor", "context", "exception", "is_concluding", "is_given_up", "key", "message", "outcome",
+        "plan", "result", "row", "started",
     )  # fmt: skip
 
     def __init__(self, row: _Row, started: float = 0.0) -> None:
         self.row = row
         self.started = started  # Monotonic seconds.
+        self.key = 0  # Among the running ones: its thread's index, or beyond those a coroutine's.
+        self.actor: Actor[Any, Any] | None = None
+        self.context: contextvars.Context | None = None  # Where it runs as a coroutine.
         self.is_concluding = False  # Its thread is past the actor.
         self.is_given_up = False  # Its thread's outcome no longer counts.
         self.outcome = _Outcome(row)
@@ -5420,14 +5491,24 @@ class _Processor:
 
     def run(self, job: _Job) -> None:
         """Decode the message, call the before hooks and the actor; keep what comes of it."""
+        if not self.begin(job):
+            return
+        message, actor = cast(MessageProxy, job.message), cast("Actor[Any, Any]", job.actor)
+        try:
+            job.result = _call_interruptibly(actor, self.arguments(message), message.kwargs)
+        except BaseException as error:  # The actor is foreign code; sys.exit() is its failure too.
+            job.exception = error
+
+    def begin(self, job: _Job) -> bool:
+        """Decode the message and call the before hooks; tell whether its actor is to be called."""
         broker = self._broker
         try:
             message = job.message = MessageProxy(_decode_row(job.row, broker.max_message_size))
         except DecodeError as error:
             job.exception = error
-            return
+            return False
         try:
-            actor = broker.get_actor(message.actor_name)
+            actor = job.actor = broker.get_actor(message.actor_name)
             message.actor_options = actor.options
             plan = self._plan(actor)
             if not message.options:
@@ -5439,21 +5520,23 @@ class _Processor:
                     broker._call_before("before_process_message", before, message)
                 finally:
                     broker._collecting.outcome = None
-            if not message.failed:
-                job.result = self._call(actor, message)
         except ActorNotFound as error:
             message.fail()
             job.exception = error
-        except BaseException as error:  # The actor is foreign code; sys.exit() is its failure too.
+        except BaseException as error:  # Hooks are foreign code as well.
             job.exception = error
+        else:
+            if actor.logger.isEnabledFor(logging.DEBUG):
+                self._logger.debug("Received message %s with id %r.", message, message.message_id)
+            return not message.failed
+        return False
 
-    def _call(self, actor: Actor[Any, Any], message: MessageProxy) -> Any:
-        if actor.logger.isEnabledFor(logging.DEBUG):
-            self._logger.debug("Received message %s with id %r.", message, message.message_id)
+    def arguments(self, message: MessageProxy) -> tuple[Any, ...]:
+        """The positional arguments for the actor; a callback's message data with attributes."""
         args = message.args
         if args and type(args[0]) is dict and _is_message_data(args[0]):
-            args = (MessageData(args[0]), *args[1:])
-        return _call_interruptibly(actor, args, message.kwargs)
+            return (MessageData(args[0]), *args[1:])
+        return args
 
     def crash(self, row: _Row, death: str) -> _Outcome:
         """The outcome of a message whose workers died as often as it allows, last by `death`."""
@@ -5583,6 +5666,68 @@ class _Processor:
 
 
 # ------------------------------------------------------------------------------------------
+# Targets
+#
+# Which messages a worker claims: those for actors and in queues that it knows.
+# ------------------------------------------------------------------------------------------
+class _Targets:
+    """The (queue, actor) pairs that a worker claims for."""
+
+    def __init__(self, broker: _EngineBroker, queues: frozenset[str]) -> None:
+        self.json = "{}"  # As _CLAIM wants them.
+        self._broker = broker
+        self._queues = queues
+        self._logger = get_logger("dramalite.worker", "Worker")
+        self._declared: tuple[int, ...] = ()  # How much was declared when they were worked out.
+        self._seen_version = 0  # Of the database, before the last look for strangers.
+        self._told: set[str] = set()  # Unknown actors that were logged.
+
+    def forget(self) -> None:
+        """Have the next refresh() work them out in any case."""
+        self._declared = ()
+
+    def refresh(self, slot: _Slot) -> None:
+        """Work them out again, if anything was declared since, and tell the slot."""
+        broker = self._broker
+        declared = (len(broker.actors), len(broker.queues), len(broker._pairs))
+        if declared == self._declared:
+            return
+        self._declared = declared
+        pairs = {(actor.queue_name, name) for name, actor in list(broker.actors.items())}
+        pairs |= {
+            (queue, name)
+            for queue, name in list(broker._pairs)
+            if name in broker.actors and queue in broker.queues
+        }
+        pairs |= {(queue, "") for queue in list(broker.queues)}
+        if self._queues:
+            pairs = {pair for pair in pairs if pair[0] in self._queues}
+        self.json = _targets(sorted(pairs))
+        bits = (broker._engine.bit(queue, name) for queue, name in pairs)
+        slot.serve(functools.reduce(int.__or__, bits, 0))
+
+    def look_for_strangers(self) -> None:
+        """Find ready messages outside of our targets: known actors in other queues, unknown ones."""
+        version = self._broker._engine.data_version()
+        if version == self._seen_version:
+            return
+        self._seen_version = version
+        broker = self._broker
+        for queue, name in self._broker._engine.ready_pairs():
+            if queue not in broker.queues or (self._queues and queue not in self._queues):
+                continue
+            if name in broker.actors:
+                broker._pairs.add((queue, name))
+            elif name and name not in self._told:
+                self._told.add(name)
+                self._logger.error(
+                    "Queue %r holds messages for actor %r, which this worker does not know; they "
+                    "are left for one that does.",
+                    queue, name,
+                )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------
 # Dispatching
 #
 # What the threads of one worker share: the rows it has claimed, the outcomes not yet
@@ -5608,22 +5753,25 @@ class _Dispatcher:
     """Hands claimed messages to the threads of a worker and takes their outcomes."""
 
     def __init__(
-        self, broker: _EngineBroker, queues: frozenset[str], threads: int, poll_s: float
+        self, broker: _EngineBroker, queues: frozenset[str], threads: int, coroutines: int, poll_s: float
     ) -> None:
         self.logger = get_logger("dramalite.worker", "Worker")
         self.is_stopping = False
-        self.running: dict[int, _Job] = {}  # By thread index.
+        self.running: dict[int, _Job] = {}  # By key.
         self._broker = broker
         self._engine = broker._engine
-        self._queues = queues
         self._threads = threads
+        self._coroutines = coroutines  # How many may run at once.
+        self._is_tracked = threads + coroutines <= _MAX_TRACKED
         self._longest_poll_s = poll_s
         self._poll_s = min(_POLL_S, poll_s)
         slots = self._engine.slots()
-        self._slot = slots.acquire(slots.make_bell(), 0, threads <= _MAX_TRACKED)
+        self._slot = slots.acquire(slots.make_bell(), 0, self._is_tracked)
         self._exchange_lock = threading.Lock()
         self._cond = threading.Condition(threading.Lock())  # Guards all below, and those above.
         self._heap: list[_Row] = []
+        self._ended: collections.deque[_Job] = collections.deque()  # Coroutines to be concluded.
+        self._free_keys = list(range(threads + coroutines - 1, threads - 1, -1))  # For coroutines.
         self._finished: list[_Outcome] = []
         self._finished_at = 0.0  # When the oldest of them was.
         self._traded: list[_Outcome] = []  # Those that are being written.
@@ -5638,33 +5786,33 @@ class _Dispatcher:
         self._trouble_at: float | None = None  # When trouble was last logged; None after success.
         self._seen_version = 0  # Of the database, before the last look for work.
         self._was_polled = False  # That look was due to no ring.
-        self._targets = "{}"
-        self._declared: tuple[int, ...] = ()  # How much was declared when targets were made.
-        self._strangers_version = 0  # Of the database, before the last look for strangers.
-        self._strangers: set[str] = set()  # Actors seen that nobody here knows.
+        self._targets = _Targets(broker, queues)
         #: Called when the heap or the outcomes want looking after: see look_after().
         self.on_litter: Callable[[], None] = lambda: None
-        self._find_targets()
+        self._targets.refresh(self._slot)
 
     # What a worker thread calls.
 
     def next_job(self, index: int, done: _Job | None) -> _Job | None:
-        """Keep the outcome of the job `done`, and wait for thread `index`'s next one.
+        """Keep the outcome of the job `done`, and wait for what thread `index` is to do next.
 
-        None means that the thread is to end: the worker stops, or the job was handed back.
+        That is a message to run, or one whose coroutine has ended, to conclude.  None means that
+        the thread is to end: the worker stops, or the job was handed back.
         """
         while True:
             with self._cond:
                 now = _SYSTEM_CLOCK.monotonic()
                 if done is not None:
-                    if done.is_given_up:
+                    if done.is_given_up and done.context is None:
                         return None
-                    self._finish(index, done, now)
+                    self._finish(done, now)
                     done = None
+                if self._ended:
+                    return self._ended.popleft()
                 if self._heap and not self.is_stopping:
                     return self._pop(index, now)
                 self._slot.run(index, 0)
-                if self.is_stopping:
+                if self.is_stopping and not self.coroutines():
                     return None
             if not self.exchange():
                 self._wait()
@@ -5674,21 +5822,53 @@ class _Dispatcher:
         self._popped_at = now
         row = heapq.heappop(self._heap)
         job = self.running[index] = _Job(row, now)
+        job.key = index
         self._slot.run(index, row.id)
         work_s = len(self._heap) * self._average_s
         if self._idle and (work_s > _HELP_S if self._heap else not self._is_waited_for):
             self._cond.notify()
         return job
 
-    def _finish(self, index: int, job: _Job, now: float) -> None:
+    def _finish(self, job: _Job, now: float) -> None:
         """Keep a job's outcome for the next exchange.  Call with _cond held."""
-        del self.running[index]
+        if self.running.pop(job.key, None) is None:
+            return  # A coroutine that was handed back.
         self._keep(job.outcome, now)
-        taken = now - job.started
-        # A slow job is believed at once, a fast one slowly.
-        self._average_s += (taken - self._average_s) * (0.3 if taken > _BATCH_S else 0.05)
-        if not self.running and (self._is_paused or not self._heap):
-            self._cond.notify_all()  # For pause() and join().
+        if job.context is None:
+            taken = now - job.started
+            # A slow job is believed at once, a fast one slowly.
+            self._average_s += (taken - self._average_s) * (0.3 if taken > _BATCH_S else 0.05)
+        else:
+            self._slot.run(job.key, 0)
+            self._free_keys.append(job.key)
+        if not self.running and (self._is_paused or self.is_stopping or not self._heap):
+            self._cond.notify_all()  # For pause(), join() and threads that wait for coroutines.
+
+    def coroutines(self) -> int:
+        """How many jobs run as coroutines, or have ended and are not concluded."""
+        return self._coroutines - len(self._free_keys)
+
+    def detach(self, job: _Job) -> bool:
+        """Free the thread of a job that runs as a coroutine; False if too many do already."""
+        with self._cond:
+            if not self._free_keys:
+                return False
+            job.context = contextvars.copy_context()
+            del self.running[job.key]
+            self._slot.run(job.key, 0)
+            job.key = self._free_keys.pop()
+            self.running[job.key] = job
+            self._slot.run(job.key, job.row.id)
+            return True
+
+    def end(self, job: _Job) -> None:
+        """Have a thread conclude a job whose coroutine has ended."""
+        with self._cond:
+            self._ended.append(job)
+            if self._idle:
+                self._cond.notify()
+                return
+        self._slot.bell.ring()
 
     def may_conclude(self, job: _Job) -> bool:
         """Tell whether a job's outcome still counts; from now on nobody takes it away."""
@@ -5719,7 +5899,7 @@ class _Dispatcher:
             if not limit:
                 self._write(outcomes)
                 return False
-            self._find_targets()
+            self._targets.refresh(self._slot)
             self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
             rows = self._trade(outcomes, limit, suspects)
             if not rows:
@@ -5728,8 +5908,10 @@ class _Dispatcher:
 
     def _limit(self) -> int:
         """How many messages to claim.  Call with _cond held."""
-        free = self._threads - len(self.running)
-        return max(free, min(_MAX_BATCH, int(_BATCH_S / max(self._average_s, 1e-6))))
+        coroutines = self.coroutines()
+        free = self._threads - len(self.running) + coroutines
+        limit = max(free, min(_MAX_BATCH, int(_BATCH_S / max(self._average_s, 1e-6))))
+        return limit if not coroutines else min(limit, len(self._free_keys))
 
     def _take_in(self, rows: list[_Row], limit: int) -> bool:
         """Put claimed rows into the heap, unless the worker was stopped or paused meanwhile."""
@@ -5756,7 +5938,7 @@ class _Dispatcher:
         self._traded = outcomes
         try:
             rows, version = self._engine.exchange(
-                self._slot, outcomes, limit, self._targets, suspects
+                self._slot, outcomes, limit, self._targets.json, suspects
             )
         except BrokerError as error:
             with self._cond:
@@ -5808,7 +5990,7 @@ class _Dispatcher:
     def _wait(self) -> None:
         """Wait until there may be work: one thread at the bell, the others on the condition."""
         with self._cond:
-            if self._heap or self.is_stopping:
+            if self._heap or self._ended or (self.is_stopping and not self.coroutines()):
                 return
             if self._is_waited_for or self._is_paused:
                 self._idle += 1
@@ -5833,7 +6015,7 @@ class _Dispatcher:
         with self._cond:
             self._wait_ends_ms = _FOREVER if due is None else due
             self._slot.sleep_until(self._wait_ends_ms)
-        while not self.is_stopping:
+        while not (self._ended or (self.is_stopping and not self.coroutines())):
             wait_s = self._poll_s
             if due is not None:
                 wait_s = min(wait_s, (due - clock.time_ms()) / 1000)
@@ -5879,10 +6061,11 @@ class _Dispatcher:
         self._slot.bell.ring()
         self._release(unstarted)
 
-    def give_up_running(self) -> None:
-        """Hand back what still runs; from now on those threads' outcomes don't count."""
+    def give_up_running(self) -> list[_Job]:
+        """Hand back what still runs, and return it; from now on its outcomes don't count."""
         with self._cond:
-            for job in self.running.values():
+            given_up = list(self.running.values())
+            for job in given_up:
                 job.is_given_up = True
                 self.logger.warning(
                     "Message %s of %s is still running; it is handed back and will run again.",
@@ -5890,6 +6073,10 @@ class _Dispatcher:
                 )  # fmt: skip
                 self._finished.append(_handed_back(job.row))
             self.running.clear()
+            self._free_keys = list(range(self._coroutines))  # Of no use any more; none counts.
+            self._cond.notify_all()
+        self._slot.bell.ring()
+        return given_up
 
     def close(self) -> None:
         """Write the last outcomes and leave."""
@@ -5905,18 +6092,12 @@ class _Dispatcher:
             job.is_given_up = True
             return job
 
-    def drop(self, index: int) -> None:
-        """Make a dead letter of the job that thread `index` failed to process."""
-        with self._cond:
-            job = self.running.pop(index, None)
-        self._slot.run(index, 0)
-        if job is not None and not job.is_given_up:
-            outcome = _Outcome(job.row)
+    def drop(self, job: _Job) -> None:
+        """Make a dead letter of a job that could not be processed."""
+        if not job.is_given_up:
             reason = "A hook or the worker itself failed on it; see the log."
-            outcome.effects.append(_bury(job.row, job.row.body, reason, self._broker.clock))
-            with self._cond:
-                self._keep(outcome, _SYSTEM_CLOCK.monotonic())
-                self._cond.notify_all()
+            job.outcome = _Outcome(job.row)
+            job.outcome.effects.append(_bury(job.row, job.row.body, reason, self._broker.clock))
 
     def replace(self, index: int, outcome: _Outcome) -> None:
         """Write the outcome of a job that was taken away from thread `index`."""
@@ -5968,7 +6149,7 @@ class _Dispatcher:
             self.write()
             self._has_recovered = True
             self._slot.bell.ring()
-        self._look_for_strangers()
+        self._targets.look_for_strangers()
         if not self.running and _SYSTEM_CLOCK.monotonic() > self._popped_at + _IDLE_S:
             self._engine.empty_log(_LONG_LOG)
         self._engine.prune()
@@ -5986,50 +6167,11 @@ class _Dispatcher:
         with self._exchange_lock:
             old = self._slot
             slots = self._engine.slots()
-            self._slot = slots.acquire(old.bell, 0, self._threads <= _MAX_TRACKED)
+            self._slot = slots.acquire(old.bell, 0, self._is_tracked)
             self._engine.adopt(self._slot, old.owner)
-            self._declared = ()
-            self._find_targets()
+            self._targets.forget()
+            self._targets.refresh(self._slot)
         self._slot.bell.ring()
-
-    def _find_targets(self) -> None:
-        """Work out which queues and actors to claim for, if anything was declared since."""
-        broker = self._broker
-        declared = (len(broker.actors), len(broker.queues), len(broker._pairs))
-        if declared == self._declared:
-            return
-        self._declared = declared
-        pairs = {(actor.queue_name, name) for name, actor in list(broker.actors.items())}
-        pairs |= {
-            (queue, name)
-            for queue, name in list(broker._pairs)
-            if name in broker.actors and queue in broker.queues
-        }
-        pairs |= {(queue, "") for queue in list(broker.queues)}
-        if self._queues:
-            pairs = {pair for pair in pairs if pair[0] in self._queues}
-        self._targets = _targets(sorted(pairs))
-        self._slot.serve(functools.reduce(int.__or__, (self._engine.bit(*p) for p in pairs), 0))
-
-    def _look_for_strangers(self) -> None:
-        """Find ready messages outside of our targets: known actors in other queues, unknown ones."""
-        version = self._engine.data_version()
-        if version == self._strangers_version:
-            return
-        self._strangers_version = version
-        broker = self._broker
-        for queue, name in self._engine.ready_pairs():
-            if queue not in broker.queues or (self._queues and queue not in self._queues):
-                continue
-            if name in broker.actors:
-                broker._pairs.add((queue, name))
-            elif name and name not in self._strangers:
-                self._strangers.add(name)
-                self.logger.error(
-                    "Queue %r holds messages for actor %r, which this worker does not know; they "
-                    "are left for one that does.",
-                    queue, name,
-                )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------
@@ -6053,7 +6195,8 @@ class Worker:
 
     `queues` limits it to queues of these names.  It takes no signals and can be started and
     stopped in any thread; what was not started by then goes back to its queue.
-    `worker_timeout` (milliseconds) bounds how long an idle thread waits between looks.
+    `worker_timeout` (milliseconds) bounds how long an idle thread waits between looks.  Up to
+    `async_concurrency` messages of `async def` actors run at once, without holding a thread.
     """
 
     def __init__(
@@ -6063,6 +6206,7 @@ class Worker:
         queues: Iterable[str] | None = None,
         worker_timeout: int = 1000,
         worker_threads: int = 8,
+        async_concurrency: int = 100,
     ) -> None:
         if not isinstance(broker, _EngineBroker):
             raise TypeError(f"{broker!r} can't be worked on here; give a broker of dramalite.")
@@ -6070,7 +6214,10 @@ class Worker:
             raise ValueError(f"worker_threads is {worker_threads!r}; give 1 or more.")
         self.logger = get_logger("dramalite.worker", type(self))
         self.broker = broker
+        if async_concurrency < 1:
+            raise ValueError(f"async_concurrency is {async_concurrency!r}; give 1 or more.")
         self.worker_threads = worker_threads
+        self.async_concurrency = async_concurrency
         self.worker_timeout = worker_timeout
         #: Called when a thread had to be given up; the command line then replaces the process
         #: when the other threads are done.
@@ -6095,8 +6242,9 @@ class Worker:
         self.broker.emit_before("worker_boot", self)
         self._pid = os.getpid()
         dispatcher = _Dispatcher(
-            self.broker, self._queues, self.worker_threads, self.worker_timeout / 1000
-        )
+            self.broker, self._queues, self.worker_threads, self.async_concurrency,
+            self.worker_timeout / 1000,
+        )  # fmt: skip
         dispatcher.on_litter = self._tick.set
         self._dispatcher = dispatcher
         self._maintainer = threading.Thread(
@@ -6114,8 +6262,8 @@ class Worker:
 
         What is handed back runs again later; its outcome here, if it still comes, is dropped.
         """
-        dispatcher, self._dispatcher = self._dispatcher, None
-        if dispatcher is None:
+        dispatcher = self._dispatcher
+        if dispatcher is None or dispatcher.is_stopping:
             return
         deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
         self.broker.emit_before("worker_shutdown", self)
@@ -6124,11 +6272,14 @@ class Worker:
         for thread in list(self._threads.values()):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - _SYSTEM_CLOCK.monotonic()))
-        dispatcher.give_up_running()
+        for job in dispatcher.give_up_running():
+            if job.context is not None:
+                _interrupt(-job.row.id, Shutdown)
         self._tick.set()
         self._maintainer.join()
         dispatcher.close()
         self._threads.clear()
+        self._dispatcher = None
         _live_workers.discard(self)
         self.broker.emit_after("worker_shutdown", self)
         self.logger.debug("Stopped.")
@@ -6163,9 +6314,11 @@ class Worker:
         return self._dispatcher is not None and self._dispatcher.has_lost_descriptors()
 
     @property
-    def thread_ids(self) -> set[int]:
-        """The idents of the worker threads."""
-        return {thread.ident for thread in list(self._threads.values()) if thread.ident is not None}
+    def runners(self) -> set[int]:
+        """What runs messages: the idents of the worker threads, negative ids of coroutines."""
+        threads = {thread.ident for thread in list(self._threads.values()) if thread.ident is not None}
+        jobs = list(self._dispatcher.running.values()) if self._dispatcher is not None else []
+        return threads | {-job.row.id for job in jobs if job.context is not None}
 
     # Threads.
 
@@ -6180,26 +6333,64 @@ class Worker:
         """What worker thread `index` does until the worker stops, or the thread is given up."""
         thread = threading.current_thread()
         self.broker.emit_after("worker_thread_boot", thread)
+        job: _Job | None = None
         while True:
             try:
-                self._serve(index, dispatcher)
-                break
+                job = dispatcher.next_job(index, job)
+                if job is None:
+                    break
+                if not self._process(job, dispatcher):
+                    if job.is_given_up and job.context is None:
+                        break
+                    job = None
             except BaseException:  # From a hook or from here, not from a job: no thread is lost.
-                dispatcher.drop(index)
+                if job is not None:
+                    dispatcher.drop(job)
                 with contextlib.suppress(Exception):  # The log itself may be what failed.
                     self.logger.critical("A worker thread failed; it goes on.", exc_info=True)
         self.broker.emit_before("worker_thread_shutdown", thread)
 
-    def _serve(self, index: int, dispatcher: _Dispatcher) -> None:
-        """Run messages until there is to be no more."""
-        job: _Job | None = None
-        while (job := dispatcher.next_job(index, job)) is not None:
+    def _process(self, job: _Job, dispatcher: _Dispatcher) -> bool:
+        """Run a message, or conclude it once its coroutine has ended; False if it counts no more
+        or goes on as a coroutine."""
+        if job.context is None:
+            if self._runs_as_coroutine(job) and dispatcher.detach(job):
+                self._start_coroutine(job, dispatcher)
+                return False
             self._processor.run(job)
             if os.getpid() != self._pid:
                 os._exit(0)  # The job forked and its child returned here: there it ends.
-            if not dispatcher.may_conclude(job):
-                break
+        if not dispatcher.may_conclude(job):
+            return False
+        if job.context is None:
             self._processor.conclude(job)
+        else:
+            job.context.run(_runner.call_for, -job.row.id, self._processor.conclude, job)
+        return True
+
+    def _runs_as_coroutine(self, job: _Job) -> bool:
+        actor = self.broker.actors.get(job.row.actor)
+        if actor is None or getattr(actor, "coroutine_fn", None) is None:
+            return False
+        return type(actor).__call__ is Actor.__call__
+
+    def _start_coroutine(self, job: _Job, dispatcher: _Dispatcher) -> None:
+        """Call the before hooks here, the actor on the event loop, the rest in any thread."""
+        context = cast(contextvars.Context, job.context)
+        runner = -job.row.id
+        if not context.run(_runner.call_for, runner, self._processor.begin, job):
+            dispatcher.end(job)
+            return
+        message = cast(MessageProxy, job.message)
+        fn = cast("Actor[Any, Any]", job.actor).coroutine_fn
+        arguments = self._processor.arguments(message)
+
+        def end(result: Any, exception: BaseException | None) -> None:
+            job.result, job.exception = result, exception
+            dispatcher.end(job)
+
+        call = functools.partial(cast("Callable[..., Any]", fn), *arguments, **message.kwargs)
+        _get_event_loop_thread().start(call, context, runner, end)
 
     def _maintain(self, dispatcher: _Dispatcher) -> None:
         """What the maintenance thread does until the worker has stopped."""
