@@ -44,6 +44,7 @@ Contents
     Group callbacks
     Retries
     Current message
+    Prometheus
     Stored messages
     Consumers
     Brokers
@@ -53,6 +54,7 @@ Contents
     Worker
     Worker process
     Command line
+    Module paths
     Hand-over
     Licence: MIT
 """
@@ -122,7 +124,7 @@ __all__ = [
     "Barrier", "BucketRateLimiter", "ConcurrentRateLimiter", "RateLimiter", "RateLimiterBackend",
     "SQLiteRateLimiterBackend", "StubRateLimiterBackend", "WindowRateLimiter",
     # Middleware
-    "AgeLimit", "Callbacks", "CurrentMessage", "GroupCallbacks", "Pipelines", "Retries", "Shutdown",
+    "AgeLimit", "AsyncIO", "Callbacks", "CurrentMessage", "GroupCallbacks", "Pipelines", "Prometheus", "Retries", "Shutdown",
     "ShutdownNotifications", "TimeLimit", "TimeLimitExceeded", "default_middleware",
     # Brokers
     "MemoryBroker", "SQLiteBroker", "StubBroker",
@@ -1630,6 +1632,14 @@ def _check_function(value: Any, what: str) -> Callable[..., Any] | None:
     return cast("Callable[..., Any] | None", value)
 
 
+def _check_backoff(value: Any, what: str) -> Callable[[int], int] | list[int] | None:
+    if value is None or callable(value):
+        return cast("Callable[[int], int] | None", value)
+    if not isinstance(value, (list, tuple)) or not value:
+        raise TypeError(f"{what} is {value!r}; give a list of milliseconds or a function of the attempt.")
+    return [_milliseconds(item, what) for item in value]
+
+
 def _check_on_crash(value: Any, what: str) -> str | None:
     if value not in (None, "requeue", "fail"):
         raise ValueError(f'{what} is {value!r}; give "requeue" or "fail".')
@@ -1642,6 +1652,7 @@ _OPTION_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "time_limit": _check_time_limit,
     "min_backoff": _check_duration,
     "max_backoff": _check_duration,
+    "backoff": _check_backoff,
     "result_ttl": _check_duration,
     "delay": _check_duration,
     "max_retries": _check_count,
@@ -2657,6 +2668,14 @@ _SCHEMA = (
         unended INTEGER NOT NULL,      -- members that are still to be run
         failed_at INTEGER              -- when one last failed, milliseconds since 1970
     ) WITHOUT ROWID""",
+    """CREATE TABLE dramalite_metrics (
+        name TEXT NOT NULL,
+        queue TEXT NOT NULL,
+        actor TEXT NOT NULL,
+        bucket REAL NOT NULL,          -- the upper bound, in a histogram
+        amount REAL NOT NULL,
+        PRIMARY KEY (name, queue, actor, bucket)
+    ) WITHOUT ROWID""",
     f"INSERT INTO dramalite_meta VALUES ('schema_version', {_SCHEMA_VERSION})",
 )
 
@@ -2783,6 +2802,19 @@ _LIMIT = "SELECT value FROM dramalite_limits WHERE key = ? AND expires_at > ?"
 _SET_LIMIT = "INSERT OR REPLACE INTO dramalite_limits (key, value, expires_at) VALUES (?, ?, ?)"
 
 _STORE_RESULT = "INSERT OR REPLACE INTO dramalite_results (key, value, expires_at) VALUES (?, ?, ?)"
+
+
+_ADD_METRIC = """
+    INSERT INTO dramalite_metrics (name, queue, actor, bucket, amount) VALUES (?, ?, ?, ?, ?)
+        ON CONFLICT DO UPDATE SET amount = amount + excluded.amount"""
+
+_METRICS = """
+    SELECT name, queue, actor, bucket, amount FROM dramalite_metrics
+     ORDER BY name, queue, actor, bucket"""
+
+_COUNT_ACTORS = """
+    SELECT queue, actor, count(*) FROM dramalite_messages WHERE state = {}
+     GROUP BY queue, actor ORDER BY queue, actor"""
 
 
 class _Row(NamedTuple):
@@ -3703,6 +3735,23 @@ class _Engine(_WatchedDatabase):
                 connection.execute(_PRUNE_LIMITS, (now,))
         self._announce()
         return value is not None
+
+    # Metrics.
+
+    def add_metrics(self, rows: list[tuple[Any, ...]]) -> None:
+        """Add amounts to the sums: rows of (name, queue, actor, bucket, amount)."""
+        with self._writing():
+            connection = self._connect("work")
+            with self._transaction(connection):
+                connection.executemany(_ADD_METRIC, rows)
+
+    def metrics(self) -> list[tuple[Any, ...]]:
+        """The sums, as rows like those that were added."""
+        return self._read(_METRICS)
+
+    def count_actors(self, state: int) -> list[tuple[Any, ...]]:
+        """(queue, actor, how many messages) in a state."""
+        return self._read(_COUNT_ACTORS.format(state))
 
     # House-keeping.
 
@@ -4765,6 +4814,8 @@ class Retries(Middleware):
     """Runs failed messages again, with backoff, up to max_retries times; then dead letters.
 
     `retry_when(retries_so_far, exception)` decides in place of max_retries where it is given.
+    `backoff` goes before min_backoff and max_backoff: a list of milliseconds, whose last one
+    holds from there on, or a function of the attempt (from 0).
     """
 
     def __init__(
@@ -4774,8 +4825,10 @@ class Retries(Middleware):
         min_backoff: int | timedelta | None = None,
         max_backoff: int | timedelta | None = None,
         retry_when: Callable[[int, BaseException], bool] | None = None,
+        backoff: Callable[[int], int] | list[int] | None = None,
     ) -> None:
         self.logger = get_logger("dramalite.middleware.retries", type(self))
+        self.backoff = _check_backoff(backoff, "backoff")
         self.max_retries = _check_count(max_retries, "max_retries")
         shortest = _check_duration(min_backoff, "min_backoff")
         longest = _check_duration(max_backoff, "max_backoff")
@@ -4786,7 +4839,7 @@ class Retries(Middleware):
     @property
     def actor_options(self) -> set[str]:
         return {
-            "max_retries", "min_backoff", "max_backoff", "retry_when", "throws",
+            "backoff", "max_retries", "min_backoff", "max_backoff", "retry_when", "throws",
             "on_retry_exhausted",
         }  # fmt: skip
 
@@ -4863,6 +4916,11 @@ class Retries(Middleware):
     ) -> int:
         if isinstance(exception, Retry) and exception.delay is not None:
             return exception.delay
+        backoff = _option(message, "backoff", self.backoff)
+        if callable(backoff):
+            return _milliseconds(backoff(attempt), "What backoff returned")
+        if backoff:
+            return _milliseconds(backoff[min(attempt, len(backoff) - 1)], "backoff")
         shortest = _option(message, "min_backoff")
         longest = _option(message, "max_backoff")
         return _backoff_ms(
@@ -4906,10 +4964,203 @@ class CurrentMessage(Middleware):
         _current_message.set(None)
 
 
+class AsyncIO(Middleware):
+    """Does nothing: `async def` actors need no set-up here.  For code that comes from Dramatiq."""
+
+
 #: What a broker gets where no middleware is given, in this order.
 default_middleware: list[type[Middleware]] = [
     AgeLimit, TimeLimit, ShutdownNotifications, Callbacks, Pipelines, Retries,
 ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------
+# Prometheus
+#
+# Dramatiq's metrics in Prometheus's text format.  Every process adds what it has counted to the
+# sums in the database, once a second and only if there is something; one process, the first
+# that gets the port, answers for all.  What is in progress or delayed is counted there and then.
+# ------------------------------------------------------------------------------------------
+#: Upper bounds of the buckets of the duration, in milliseconds.
+_BUCKETS_MS = (
+    5, 10, 25, 50, 75, 100, 250, 500, 750, 1000, 2500, 5000, 7500, 10_000, 30_000, 60_000, 600_000,
+    900_000, float("inf"),
+)  # fmt: skip
+
+_COUNTERS = {
+    "dramatiq_messages_total": "Messages processed.",
+    "dramatiq_message_errors_total": "Runs that failed.",
+    "dramatiq_message_retries_total": "Retries.",
+    "dramatiq_message_rejects_total": "Dead letters.",
+}
+_DURATION = "dramatiq_message_duration_milliseconds"
+_GAUGES = {
+    "dramatiq_messages_inprogress": (_CLAIMED, "Messages in the hands of workers."),
+    "dramatiq_delayed_messages_inprogress": (_DELAYED, "Messages that are not due yet."),
+}
+
+#: Seconds between two additions to the sums, and two tries to get the port.
+_METRICS_TICK_S = 1.0
+
+
+class Prometheus(Middleware):
+    """Counts messages and serves the counts at http://HOST:PORT/ while a worker runs.
+
+    Host and port are those given, else dramatiq_prom_host and dramatiq_prom_port of the
+    environment, else 127.0.0.1 and 9191.
+    """
+
+    def __init__(self, *, http_host: str | None = None, http_port: int | None = None) -> None:
+        self.logger = get_logger("dramalite.middleware.prometheus", type(self))
+        environment = os.environ
+        self.http_host = http_host or environment.get("dramatiq_prom_host", "127.0.0.1")
+        self.http_port = int(environment.get("dramatiq_prom_port", 9191)) if http_port is None else http_port
+        self._lock = threading.Lock()  # Guards the two below.
+        self._counts: dict[tuple[str, str, str, float], float] = collections.defaultdict(float)
+        self._started: dict[int, float] = {}  # By runner: monotonic seconds.
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        if self._thread is None:
+            self._stop.clear()
+            self._thread = threading.Thread(
+                target=self._serve, args=(broker,), name="dramalite-prometheus", daemon=True
+            )
+            self._thread.start()
+
+    def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stop.set()
+            thread.join()
+
+    def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
+        self._started[_runner.id()] = broker.clock.monotonic()
+
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        started = self._started.pop(_runner.id(), None)
+        taken_ms = 0.0 if started is None else (broker.clock.monotonic() - started) * 1000
+        bucket = next(bound for bound in _BUCKETS_MS if taken_ms <= bound)
+        with self._lock:
+            self._count(message, "dramatiq_messages_total")
+            self._count(message, f"{_DURATION}_sum", taken_ms)
+            self._count(message, f"{_DURATION}_bucket", 1, bucket)
+            if exception is not None:
+                self._count(message, "dramatiq_message_errors_total")
+
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        self.after_process_message(broker, message)
+
+    def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
+        if message.options.get("retries"):
+            with self._lock:
+                self._count(message, "dramatiq_message_retries_total")
+
+    def after_nack(self, broker: Broker, message: MessageProxy) -> None:
+        with self._lock:
+            self._count(message, "dramatiq_message_rejects_total")
+
+    def _count(self, message: Any, name: str, amount: float = 1, bucket: float = 0) -> None:
+        self._counts[name, _q_name(message.queue_name), message.actor_name, bucket] += amount
+
+    def flush(self, broker: Broker) -> None:
+        """Add what was counted here to the sums in the database."""
+        with self._lock:
+            counts, self._counts = self._counts, collections.defaultdict(float)
+        rows = [(*key, amount) for key, amount in counts.items()]
+        try:
+            if rows:
+                cast("_EngineBroker", broker)._engine.add_metrics(rows)
+        except BrokerError:
+            with self._lock:
+                for key, amount in counts.items():
+                    self._counts[key] += amount
+            raise
+
+    def render(self, broker: Broker) -> str:
+        """Return the metrics of all processes in Prometheus's text format."""
+        self.flush(broker)
+        engine = cast("_EngineBroker", broker)._engine
+        lines: list[str] = []
+        sums: dict[str, list[tuple[str, str, float, float]]] = collections.defaultdict(list)
+        for name, queue, actor_name, bucket, amount in engine.metrics():
+            sums[name].append((queue, actor_name, bucket, amount))
+        for name, text in _COUNTERS.items():
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} counter"]
+            lines += [f"{name}{_labels(q, a)} {amount:g}" for q, a, _bucket, amount in sums[name]]
+        for name, (state, text) in _GAUGES.items():
+            lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
+            lines += [f"{name}{_labels(q, a)} {count}" for q, a, count in engine.count_actors(state)]
+        lines += [f"# HELP {_DURATION} Time of a run.", f"# TYPE {_DURATION} histogram"]
+        buckets = {(q, a, bound): amount for q, a, bound, amount in sums[f"{_DURATION}_bucket"]}
+        for queue, actor_name, _bucket, amount in sums[f"{_DURATION}_sum"]:
+            total = 0.0
+            for bound in _BUCKETS_MS:
+                total += buckets.get((queue, actor_name, bound), 0)
+                le = "+Inf" if bound == float("inf") else f"{bound:g}"
+                lines.append(f"{_DURATION}_bucket{_labels(queue, actor_name, le=le)} {total:g}")
+            lines.append(f"{_DURATION}_count{_labels(queue, actor_name)} {total:g}")
+            lines.append(f"{_DURATION}_sum{_labels(queue, actor_name)} {amount:.3f}")
+        return "\n".join(lines) + "\n"
+
+    def _serve(self, broker: Broker) -> None:
+        """Flush once a second; answer requests as soon as the port is free."""
+        from http.server import ThreadingHTTPServer
+
+        handler = functools.partial(_metrics_handler(), lambda: self.render(broker))
+        server: ThreadingHTTPServer | None = None
+        while True:
+            if server is None:
+                with contextlib.suppress(OSError):  # Another process of ours answers.
+                    server = ThreadingHTTPServer((self.http_host, self.http_port), handler)
+                    threading.Thread(target=server.serve_forever, daemon=True).start()
+            is_over = self._stop.wait(_METRICS_TICK_S)
+            try:
+                self.flush(broker)
+            except BrokerError as error:
+                self.logger.warning("The metrics are kept for later: %s", error)
+            if is_over:
+                break
+        if server is not None:
+            server.shutdown()
+            server.server_close()
+
+
+def _labels(queue: str, actor_name: str, **more: str) -> str:
+    labels = {"queue_name": queue, "actor_name": actor_name, **more}
+    shown = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in labels.items()]
+    return "{" + ",".join(shown) + "}"
+
+
+def _metrics_handler() -> Any:
+    """The class that answers requests; made late, since http.server takes long to import."""
+    from http.server import BaseHTTPRequestHandler
+
+    class Handler(BaseHTTPRequestHandler):
+        def __init__(self, render: Callable[[], str], *args: Any) -> None:
+            self.render = render
+            super().__init__(*args)
+
+        def do_GET(self) -> None:  # noqa: N802  (http.server's name)
+            body = self.render().encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_args: Any) -> None:
+            """Not every scrape is worth a line."""
+
+    return Handler
 
 
 # ------------------------------------------------------------------------------------------
@@ -6969,6 +7220,79 @@ def _check_pid_file(path: str) -> None:
         raise _PidFileError(f"The pid file {path!r} can't be read: {error}.") from error
     if pid != os.getpid() and pid > 0 and _process_is_alive(pid):
         raise _PidFileError(f"The pid file {path!r} belongs to process {pid}, which is running.")
+
+
+# ------------------------------------------------------------------------------------------
+# Module paths
+#
+# Dramatiq's modules under this module's name, so that a move in either direction changes the
+# root of an import and nothing else.
+# ------------------------------------------------------------------------------------------
+_MODULES: dict[str, str] = {
+    "actor": "Actor actor",
+    "asyncio": "async_to_sync",
+    "broker": "Broker Consumer MessageProxy get_broker set_broker",
+    "brokers": "",
+    "brokers.stub": "StubBroker",
+    "composition": "group pipeline",
+    "encoder": "Encoder JSONEncoder PickleEncoder",
+    "errors": "ActorNotFound BrokerConnectionError BrokerError ConnectionClosed ConnectionFailed "
+    "DecodeError DramatiqError QueueJoinTimeout QueueNotFound RateLimitExceeded Retry",
+    "generic": "GenericActor",
+    "logging": "get_logger",
+    "message": "Message get_encoder set_encoder",
+    "middleware": "AgeLimit AsyncIO Callbacks CurrentMessage GroupCallbacks Interrupt Middleware "
+    "MiddlewareError Pipelines Prometheus Retries Shutdown ShutdownNotifications SkipMessage TimeLimit "
+    "TimeLimitExceeded default_middleware raise_thread_exception",
+    "middleware.age_limit": "AgeLimit",
+    "middleware.asyncio": "AsyncIO",
+    "middleware.callbacks": "Callbacks",
+    "middleware.current_message": "CurrentMessage",
+    "middleware.group_callbacks": "GroupCallbacks",
+    "middleware.middleware": "Middleware MiddlewareError SkipMessage",
+    "middleware.pipelines": "Pipelines",
+    "middleware.prometheus": "Prometheus",
+    "middleware.retries": "Retries",
+    "middleware.shutdown": "Shutdown ShutdownNotifications",
+    "middleware.threading": "Interrupt raise_thread_exception",
+    "middleware.time_limit": "TimeLimit TimeLimitExceeded",
+    "rate_limits": "Barrier BucketRateLimiter ConcurrentRateLimiter RateLimitExceeded RateLimiter "
+    "RateLimiterBackend WindowRateLimiter",
+    "rate_limits.backends": "StubBackend=StubRateLimiterBackend SQLiteBackend=SQLiteRateLimiterBackend",
+    "rate_limits.backends.stub": "StubBackend=StubRateLimiterBackend",
+    "rate_limits.barrier": "Barrier",
+    "rate_limits.bucket": "BucketRateLimiter",
+    "rate_limits.concurrent": "ConcurrentRateLimiter",
+    "rate_limits.window": "WindowRateLimiter",
+    "results": "Missing ResultBackend ResultError ResultFailure ResultMissing ResultTimeout Results",
+    "results.backend": "Missing ResultBackend",
+    "results.backends": "StubBackend=StubResultBackend SQLiteBackend=SQLiteResultBackend",
+    "results.backends.stub": "StubBackend=StubResultBackend",
+    "results.errors": "ResultError ResultFailure ResultMissing ResultTimeout",
+    "results.middleware": "Results",
+    "threading": "Interrupt raise_thread_exception",
+    "worker": "Worker",
+}
+
+
+def _add_module_paths() -> None:
+    """Make the modules of the table; one inside another is also its attribute."""
+    for path, names in _MODULES.items():
+        module = types.ModuleType(f"{__name__}.{path}", f"Dramatiq's module path: {path}.")
+        module.__dict__["__path__"] = []
+        for item in names.split():
+            name, _, source = item.partition("=")
+            module.__dict__[name] = globals()[source or name]
+        sys.modules[module.__name__] = module
+        parent, _, name = path.rpartition(".")
+        if parent:
+            sys.modules[f"{__name__}.{parent}"].__dict__[name] = module
+        elif name not in globals():  # `actor` is the decorator, `logging` is Python's own.
+            globals()[name] = module
+
+
+if __name__ != "__main__":
+    _add_module_paths()
 
 
 # ------------------------------------------------------------------------------------------

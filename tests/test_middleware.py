@@ -131,6 +131,7 @@ def test_the_legal_actor_options_are_those_of_the_default_middleware(stub_broker
     crash_options = {"on_crash", "max_crashes"}
 
     assert stub_broker.actor_options - crash_options == {
+        "backoff",
         "max_age",
         "max_backoff",
         "max_retries",
