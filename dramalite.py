@@ -52,7 +52,9 @@ Contents
     Targets
     Dispatching
     Worker
-    Worker process
+    Child processes
+    Source changes
+    Supervisor
     Command line
     Module paths
     Hand-over
@@ -6705,15 +6707,16 @@ def _stop_live_workers() -> None:
             worker.stop(timeout=_EXIT_GRACE_MS)
 
 # ------------------------------------------------------------------------------------------
-# Worker process
+# Child processes
 #
-# One process of the command line: imports the user's modules, runs a Worker, obeys the
-# supervisor through its standard input, a pipe: a line "stop" or "kill", or the pipe's end,
-# which means that the supervisor is gone.
+# What the command line's supervisor starts: worker processes, which import the user's modules
+# and run a Worker, and processes for fork functions.  They obey the supervisor through their
+# standard input, a pipe: a line "stop" or "kill", or the pipe's end, which means that the
+# supervisor is gone.
 # ------------------------------------------------------------------------------------------
 _EXIT_OK, _EXIT_KILLED, _EXIT_IMPORT, _EXIT_CONNECTION, _EXIT_PID_FILE = range(5)
 
-#: A worker process that could not start ends with one of these, plus 100: a restart won't help.
+#: A child process that could not start ends with one of these, plus 100: a restart won't help.
 _BOOT_FAILURE = 100
 
 #: Milliseconds that running messages get in a worker process whose supervisor is gone.
@@ -6725,30 +6728,37 @@ _WATCH_S = 1.0
 #: Seconds within which the supervisor has noticed how a process died.
 _DEATH_NOTE_S = 2.0
 
-def _set_up_logging(verbose: int) -> None:
-    """Log to a standard error of our own: one that a job can't close by closing sys.stderr."""
-    stream = open(os.dup(2), "w", encoding="utf-8", errors="backslashreplace", buffering=1)
+#: Files in the supervisor's folder of notes: how children died, which functions to fork.
+_DEATHS_NOTE, _FORKS_NOTE = "deaths", "forks"
+
+
+def _set_up_logging(verbose: int, descriptor: int) -> None:
+    """Log to a descriptor."""
+    stream = open(descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
     logging.basicConfig(
         level=logging.DEBUG if verbose else logging.INFO, format=_LOG_FORMAT, stream=stream
     )
     logging.raiseExceptions = False  # A log that can't be written must not stop the work.
 
 
-class _WorkerProcess:
-    """A worker process: imports the user's modules, runs a Worker, obeys the supervisor."""
+class _ChildProcess(abc.ABC):
+    """A process that the supervisor has started, apart from what it is for."""
 
-    def __init__(self, namespace: argparse.Namespace) -> None:
+    def __init__(self, namespace: argparse.Namespace, logger: logging.Logger) -> None:
         import queue
 
         self._namespace = namespace
-        self._logger = get_logger("dramalite", f"WorkerProcess({namespace.child})")
+        self._logger = logger
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._worker: Worker | None = None
 
     def run(self) -> int:
         """Work until told to stop; ends the process, for threads left by jobs must not hold it."""
         self._detach_from_terminal()
-        _set_up_logging(self._namespace.verbose)
+        if not self._namespace.skip_logging:
+            # To a descriptor of our own, which a job can't close by closing sys.stderr.
+            _set_up_logging(self._namespace.verbose, os.dup(2))
+        for path in self._namespace.path or ():
+            sys.path.insert(0, os.path.abspath(path))
         code = self._work()
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
@@ -6756,51 +6766,9 @@ class _WorkerProcess:
                 stream.flush()
         os._exit(code)
 
+    @abc.abstractmethod
     def _work(self) -> int:
-        try:
-            broker = self._import()
-        except BrokerConnectionError as error:
-            self._logger.critical("%s", error)
-            return _BOOT_FAILURE + _EXIT_CONNECTION
-        except (Exception, SystemExit):  # The user's modules are foreign code.
-            names = " ".join([self._namespace.broker, *self._namespace.modules])
-            self._logger.exception("%s can't be imported; fix this and start again.", names)
-            return _BOOT_FAILURE + _EXIT_IMPORT
-        worker = Worker(
-            broker, queues=self._namespace.queues, worker_threads=self._namespace.threads
-        )
-        self._worker = worker
-        worker.describe_death = self._describe_death
-        worker.on_stuck = lambda: self._events.put("retire")
-        try:
-            worker.start()
-        except BrokerConnectionError as error:
-            self._logger.critical("%s", error)
-            return _BOOT_FAILURE + _EXIT_CONNECTION
-        self._logger.info("Worker process is ready for action.")
-        timeout = self._namespace.worker_shutdown_timeout
-        if self._next_event() == "orphaned":
-            self._logger.warning("The supervisor is gone; leaving.")
-            timeout = min(timeout, _ORPHAN_GRACE_MS)
-        self._logger.info("Stopping worker process...")
-        threading.Thread(target=self._await_kill, daemon=True).start()
-        worker.stop(timeout)
-        return _EXIT_OK
-
-    def _describe_death(self, pid: int) -> str:
-        """How a process died, as its supervisor writes down in these moments."""
-        deadline = _SYSTEM_CLOCK.monotonic() + _DEATH_NOTE_S
-        causes: list[str] = []
-        while not causes and _SYSTEM_CLOCK.monotonic() < deadline:
-            try:
-                with open(self._namespace.deaths, encoding="utf-8") as file:
-                    lines = [line.rstrip().partition(" ") for line in file]
-            except OSError:
-                break
-            causes = [cause for process, _space, cause in lines if process == str(pid)]
-            if not causes:
-                _SYSTEM_CLOCK.sleep(0.02)
-        return causes[-1] if causes else ""
+        """Do what the process is for; return its exit code."""
 
     def _detach_from_terminal(self) -> None:
         """Take our pipe from standard input, leave Ctrl+C to the supervisor, hear SIGTERM."""
@@ -6829,6 +6797,77 @@ class _WorkerProcess:
                     self._events.put(word)
         self._events.put("orphaned")
 
+    def _note(self, name: str) -> str:
+        """The path of a note that the supervisor reads or writes."""
+        return os.path.join(self._namespace.notes, name)
+
+
+class _WorkerProcess(_ChildProcess):
+    """A worker process: imports the user's modules and runs a Worker."""
+
+    def __init__(self, namespace: argparse.Namespace) -> None:
+        super().__init__(namespace, get_logger("dramalite", f"WorkerProcess({namespace.child})"))
+        self._worker: Worker | None = None
+
+    def _work(self) -> int:
+        namespace = self._namespace
+        try:
+            broker = self._import()
+            forks = [_path_of(function) for item in broker.middleware for function in item.forks]
+        except BrokerConnectionError as error:
+            self._logger.critical("%s", error)
+            return _BOOT_FAILURE + _EXIT_CONNECTION
+        except (Exception, SystemExit):  # The user's modules are foreign code.
+            names = " ".join([namespace.broker, *namespace.modules])
+            self._logger.exception("%s can't be imported; fix this and start again.", names)
+            return _BOOT_FAILURE + _EXIT_IMPORT
+        worker = self._worker = Worker(
+            broker,
+            queues=namespace.queues,
+            worker_threads=namespace.threads,
+            async_concurrency=namespace.async_concurrency,
+        )
+        worker.describe_death = self._describe_death
+        worker.on_stuck = lambda: self._events.put("retire")
+        try:
+            worker.start()
+        except BrokerConnectionError as error:
+            self._logger.critical("%s", error)
+            return _BOOT_FAILURE + _EXIT_CONNECTION
+        self._tell_forks(forks)
+        self._logger.info("Worker process is ready for action.")
+        timeout = namespace.worker_shutdown_timeout
+        if self._next_event() == "orphaned":
+            self._logger.warning("The supervisor is gone; leaving.")
+            timeout = min(timeout, _ORPHAN_GRACE_MS)
+        self._logger.info("Stopping worker process...")
+        threading.Thread(target=self._await_kill, daemon=True).start()
+        worker.stop(timeout)
+        return _EXIT_OK
+
+    def _tell_forks(self, forks: list[str]) -> None:
+        """Note the functions that middleware wants to run in processes of their own."""
+        draft = self._note(f"{_FORKS_NOTE}-{self._namespace.child}")
+        with contextlib.suppress(FileNotFoundError):  # The supervisor and its folder are gone.
+            with open(draft, "w", encoding="utf-8") as file:
+                file.write("\n".join(forks))
+            os.replace(draft, self._note(_FORKS_NOTE))
+
+    def _describe_death(self, pid: int) -> str:
+        """How a process died, as its supervisor writes down in these moments."""
+        deadline = _SYSTEM_CLOCK.monotonic() + _DEATH_NOTE_S
+        causes: list[str] = []
+        while not causes and _SYSTEM_CLOCK.monotonic() < deadline:
+            try:
+                with open(self._note(_DEATHS_NOTE), encoding="utf-8") as file:
+                    lines = [line.rstrip().partition(" ") for line in file]
+            except OSError:
+                break
+            causes = [cause for process, _space, cause in lines if process == str(pid)]
+            if not causes:
+                _SYSTEM_CLOCK.sleep(0.02)
+        return causes[-1] if causes else ""
+
     def _next_event(self) -> str:
         import queue
 
@@ -6850,8 +6889,6 @@ class _WorkerProcess:
 
     def _import(self) -> _EngineBroker:
         """Import the modules; return the broker that the first argument names."""
-        for path in self._namespace.path or ():
-            sys.path.insert(0, os.path.abspath(path))
         module_name, _, attribute = self._namespace.broker.partition(":")
         module = _import_module(module_name)
         broker = _find_broker(module, module_name, attribute) if attribute else get_broker()
@@ -6861,6 +6898,52 @@ class _WorkerProcess:
         if not isinstance(broker, _EngineBroker):
             raise ImportError(f"{broker!r} is not a broker that dramalite can work on.")
         return broker
+
+
+class _ForkProcess(_ChildProcess):
+    """A process that calls one function, MODULE:FUNCTION; its result is the exit code."""
+
+    def __init__(self, namespace: argparse.Namespace) -> None:
+        super().__init__(namespace, get_logger("dramalite", f"ForkProcess({namespace.child})"))
+
+    def _work(self) -> int:
+        import signal
+
+        module_name, _, path = self._namespace.child.partition(":")
+        try:
+            function = _find_attribute(_import_module(module_name), module_name, path)
+        except (Exception, SystemExit):  # The user's modules are foreign code.
+            self._logger.exception("%s can't be imported.", self._namespace.child)
+            return _BOOT_FAILURE + _EXIT_IMPORT
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_OK))
+        threading.Thread(target=self._end_when_told, daemon=True).start()
+        try:
+            code = function()
+        except SystemExit as error:
+            code = error.code
+        except BaseException:  # Foreign code.
+            self._logger.exception("%s failed.", self._namespace.child)
+            return _EXIT_KILLED
+        return code & 0xFF if isinstance(code, int) else _EXIT_OK
+
+    def _end_when_told(self) -> None:
+        """Send the function SIGTERM; end the process if that does not, or at once if so told."""
+        import _thread
+        import queue
+        import signal
+
+        timeout = self._namespace.worker_shutdown_timeout
+        if self._events.get() == "orphaned":
+            timeout = min(timeout, _ORPHAN_GRACE_MS)
+        if _WINDOWS:
+            _thread.interrupt_main(signal.SIGTERM)
+        else:
+            signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGTERM)
+        deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
+        with contextlib.suppress(queue.Empty):
+            while self._events.get(timeout=max(0.0, deadline - _SYSTEM_CLOCK.monotonic())) != "kill":
+                pass
+        os._exit(_EXIT_KILLED)
 
 
 def _give_forks_default_signals() -> None:
@@ -6902,14 +6985,17 @@ def _import_module(name: str) -> types.ModuleType:
     return module
 
 
+def _find_attribute(module: types.ModuleType, module_name: str, path: str) -> Any:
+    """Follow an attribute path, or raise ImportError."""
+    try:
+        return functools.reduce(getattr, path.split("."), module)
+    except AttributeError:
+        raise ImportError(f"Module {module_name!r} does not define a {path!r} variable.") from None
+
+
 def _find_broker(module: types.ModuleType, module_name: str, path: str) -> Broker:
     """Follow an attribute path to a broker, or to a function that sets the default one."""
-    value: Any = module
-    for name in path.split("."):
-        try:
-            value = getattr(value, name)
-        except AttributeError:
-            raise ImportError(f"Module {module_name!r} does not define a {path!r} variable.") from None
+    value = _find_attribute(module, module_name, path)
     if callable(value) and not isinstance(value, Broker):
         value()
         return get_broker()
@@ -6918,14 +7004,78 @@ def _find_broker(module: types.ModuleType, module_name: str, path: str) -> Broke
     return value
 
 
+def _path_of(function: Callable[[], Any]) -> str:
+    """MODULE:FUNCTION, by which another process finds the function."""
+    path = f"{function.__module__}:{function.__qualname__}"
+    if "<" in path:
+        raise ImportError(f"The fork function {path} can't be found by its name; define it in a module.")
+    return path
+
+
 # ------------------------------------------------------------------------------------------
-# Command line
+# Source changes
 #
-# The command `worker` is a supervisor: it takes signals, starts the worker processes, replaces
-# those that die, and tells them to stop; it imports no user code.  A worker process is the
-# same command once more, with --child.
+# For `worker --watch`: a thread that compares the times and sizes of source files each second.
 # ------------------------------------------------------------------------------------------
-#: Seconds before a dead worker process is replaced, by the number of early deaths in a row.
+_WATCH_INTERVAL_S = 1.0
+
+
+class _SourceWatch:
+    """Calls `on_change(path)` when a file under a folder was changed, added or removed.
+
+    Watched is what matches one of `include` and none of `exclude`: shell patterns, for the
+    whole path below the folder or for its last part; `*.py` is always included.
+    """
+
+    def __init__(
+        self, folder: str, include: list[str], exclude: list[str], on_change: Callable[[str], None]
+    ) -> None:
+        self._folder = folder
+        self._include = ["*.py", *include]
+        self._exclude = exclude
+        self._on_change = on_change
+
+    def start(self) -> None:
+        """Start watching, in a thread that lives as long as the process."""
+        seen = self._look()
+        threading.Thread(target=self._watch, args=(seen,), name="dramalite-watch", daemon=True).start()
+
+    def _watch(self, seen: dict[str, tuple[int, int]]) -> None:
+        while True:
+            _SYSTEM_CLOCK.sleep(_WATCH_INTERVAL_S)
+            files = self._look()
+            changed = sorted(path for path, _ in files.items() ^ seen.items())
+            seen = files
+            if changed:
+                self._on_change(changed[0])
+
+    def _look(self) -> dict[str, tuple[int, int]]:
+        """Modification time and size of each watched file, by its path below the folder."""
+        found = {}
+        for folder, folders, names in os.walk(self._folder):
+            folders[:] = [name for name in folders if name != "__pycache__"]
+            for name in names:
+                path = os.path.relpath(os.path.join(folder, name), self._folder)
+                if self._matches(path, self._include) and not self._matches(path, self._exclude):
+                    with contextlib.suppress(OSError):  # Gone already.
+                        status = os.stat(os.path.join(folder, name))
+                        found[path] = (status.st_mtime_ns, status.st_size)
+        return found
+
+    def _matches(self, path: str, patterns: list[str]) -> bool:
+        import fnmatch
+
+        names = (path.replace(os.sep, "/"), os.path.basename(path))
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
+
+
+# ------------------------------------------------------------------------------------------
+# Supervisor
+#
+# What the command `worker` runs: it takes signals, starts the child processes, replaces those
+# that die, and tells them to stop; it imports no user code.
+# ------------------------------------------------------------------------------------------
+#: Seconds before a dead child process is replaced, by the number of early deaths in a row.
 _RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 _STABLE_AFTER_S = 30.0
 
@@ -6935,243 +7085,309 @@ _SAME_STOP_S = 0.1
 #: Seconds from the request to stop at once to SIGKILL.
 _KILL_GRACE_S = 1.0
 
+#: Seconds for the last lines to get to several log files, which a job's process may hold open.
+_LAST_LOG_S = 1.0
 
-def _parser() -> argparse.ArgumentParser:
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="dramalite", description="Background tasks in one file: Dramatiq's API on SQLite."
-    )
-    parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    worker = commands.add_parser(
-        "worker",
-        help="run the actors of your modules",
-        description="Run the actors of your modules until stopped by Ctrl+C or SIGTERM.",
-    )
-    worker.add_argument("--version", action="version", version=__version__)
-    worker.add_argument("broker", metavar="MODULE[:BROKER]", help="a module of actors, and its broker")
-    worker.add_argument("modules", nargs="*", metavar="MODULE", help="more modules to import")
-    worker.add_argument(
-        "--processes", "-p", type=_count, default=os.cpu_count() or 1, metavar="N",
-        help="worker processes (default: the number of CPUs, %(default)s)",
-    )  # fmt: skip
-    worker.add_argument(
-        "--threads", "-t", type=_positive_count, default=8, metavar="N",
-        help="threads per process (default: %(default)s)",
-    )  # fmt: skip
-    worker.add_argument(
-        "--queues", "-Q", nargs="*", metavar="Q", help="work on these queues only (default: all)"
-    )
-    worker.add_argument(
-        "--path", "-P", nargs="*", default=["."], metavar="DIR",
-        help="where to import modules from (default: the current folder)",
-    )  # fmt: skip
-    worker.add_argument("--pid-file", metavar="FILE", help="write the process id here")
-    worker.add_argument("--log-file", metavar="FILE", help="append the log here (default: stderr)")
-    worker.add_argument("--verbose", "-v", action="count", default=0, help="log debug messages too")
-    worker.add_argument(
-        "--worker-shutdown-timeout", type=_count, default=600_000, metavar="MS",
-        help="how long running messages may take when stopping (default: %(default)s ms)",
-    )  # fmt: skip
-    worker.add_argument("--child", type=int, metavar="N", help=argparse.SUPPRESS)
-    worker.add_argument("--deaths", metavar="FILE", help=argparse.SUPPRESS)
-    return parser
+#: Seconds between two looks whether a worker process has noted its fork functions.
+_FORKS_POLL_S = 0.05
 
 
-def _count(text: str) -> int:
-    """An argument that is 0 or more."""
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
+class _Child:
+    """A child process that the supervisor keeps running."""
 
+    def __init__(self, name: str) -> None:
+        self.name = name  # A worker process's number, or a fork function's MODULE:FUNCTION.
+        self.process: subprocess.Popen[bytes] | None = None
+        self.started_at = 0.0
+        self.early_deaths = 0
+        self.restart_at: float | None = None  # Infinite: when something changes.
+        self.after_stop = ""  # "restart" or "stay away", where it was told to stop.
 
-def _positive_count(text: str) -> int:
-    """An argument that is 1 or more."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
+    @property
+    def is_fork(self) -> bool:
+        return ":" in self.name
 
+    def __str__(self) -> str:
+        return f"{'Fork' if self.is_fork else 'Worker'} process {self.name}"
 
-def main(args: list[str] | argparse.Namespace | None = None) -> int:
-    """Run the command line; return the exit code."""
-    import argparse
-
-    namespace = args if isinstance(args, argparse.Namespace) else _parser().parse_args(args)
-    if namespace.child is not None:
-        return _WorkerProcess(namespace).run()
-    return _Supervisor(namespace, _child_command(args)).run()
-
-
-def _child_command(args: Any) -> list[str]:
-    """The command that starts this very program again, to which --child N is added."""
-    if args is None:
-        return [sys.executable, *sys.orig_argv[1:]]
-    if not isinstance(args, list):
-        raise TypeError("Give the arguments as a list of strings to start worker processes.")
-    return [sys.executable, "-m", __name__, *args]
+    def tell(self, order: str) -> None:
+        """Send an order, if it runs."""
+        if self.process is not None:
+            with contextlib.suppress(OSError):  # It has ended by itself.
+                cast("IO[bytes]", self.process.stdin).write(f"{order}\n".encode("ascii"))
 
 
 class _Supervisor:
-    """Keeps worker processes running.  Events come in through one queue, from signal handlers
-    and from a thread per child that waits for its end."""
+    """Keeps child processes running.  Events come in through one queue, from signal handlers,
+    from a thread per child that waits for its end, and from the watch."""
 
     def __init__(self, namespace: argparse.Namespace, command: list[str]) -> None:
         import queue
-        import tempfile
 
         self._namespace = namespace
         self._command = command
         self._logger = get_logger("dramalite.MainProcess")
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
-        self._children: dict[int, subprocess.Popen[bytes]] = {}
-        self._started_at: dict[int, float] = {}
-        self._early_deaths: dict[int, int] = collections.defaultdict(int)
-        self._restarts: dict[int, float] = {}  # When to start a child again.
-        # Lines of process id and cause, for the children that make dead letters of it.
-        self._deaths = tempfile.NamedTemporaryFile("w", prefix="dramalite-deaths-")
+        self._children = {str(i): _Child(str(i)) for i in range(namespace.processes)}
+        self._notes = ""  # The folder of notes.
+        self._copier: threading.Thread | None = None  # Where there are several log files.
+        self._forks_due: float | None = None  # Until when to wait for the note of the forks.
+        self._reloads = 0
         self._stops = 0  # How often a stop was asked for,
         self._stopped_at = 0.0  # and when last.
         self._exit_code = _EXIT_OK
 
     def run(self) -> int:
         """Supervise until stopped; return the exit code."""
-        if not self._open_log():
-            return _EXIT_IMPORT
-        _set_up_logging(self._namespace.verbose)
+        import tempfile
+
+        namespace = self._namespace
         try:
-            with _pid_file(self._namespace.pid_file):
+            self._open_logs()
+        except OSError as error:
+            print(f"dramalite: the log file can't be opened: {error}", file=sys.stderr)
+            return _EXIT_IMPORT
+        if not namespace.skip_logging:
+            _set_up_logging(namespace.verbose, 2)
+        try:
+            with _pid_file(namespace.pid_file), tempfile.TemporaryDirectory(
+                prefix="dramalite-", ignore_cleanup_errors=True
+            ) as self._notes:
                 self._catch_signals()
                 self._logger.info("dramalite %s is booting up.", __version__)
-                for index in range(self._namespace.processes):
-                    self._start(index)
-                while self._children or (self._restarts and not self._stops):
+                if namespace.watch is not None:
+                    self._watch()
+                for child in list(self._children.values()):
+                    self._start(child)
+                self._await_forks()
+                while self._has_children():
                     self._handle(*self._next_event())
                 self._logger.info("Bye.")
                 return self._exit_code
         except _PidFileError as error:
             self._logger.critical("%s", error)
             return _EXIT_PID_FILE
+        finally:
+            self._close_logs()
 
-    def _open_log(self) -> bool:
-        """Send standard output and error to the log file, children's too."""
-        if self._namespace.log_file is None:
-            return True
-        try:
-            descriptor = os.open(
-                self._namespace.log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644
-            )
-        except OSError as error:
-            print(f"dramalite: the log file can't be opened: {error}", file=sys.stderr)
-            return False
+    def _open_logs(self) -> None:
+        """Send standard output and error to the log files, children's too."""
+        paths = self._namespace.log_file
+        files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for path in paths]
+        if not files:
+            return
+        target, self._copier = files[0], None
+        if len(files) > 1:
+            source, target = os.pipe()
+            self._copier = threading.Thread(target=_copy_to_all, args=(source, files), daemon=True)
+            self._copier.start()
         for stream in (1, 2):
-            os.dup2(descriptor, stream)
-        os.close(descriptor)
-        return True
+            os.dup2(target, stream)
+        os.close(target)
+
+    def _close_logs(self) -> None:
+        """Have all that was logged in the files."""
+        if self._copier is None:
+            return
+        null = os.open(os.devnull, os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(null, stream)
+        os.close(null)
+        self._copier.join(_LAST_LOG_S)
+
+    def _watch(self) -> None:
+        def on_change(path: str) -> None:
+            self._events.put(("reload", f"a change of {path}"))
+
+        namespace = self._namespace
+        include, exclude = namespace.watch_include, namespace.watch_exclude
+        _SourceWatch(namespace.watch, include, exclude, on_change).start()
 
     def _catch_signals(self) -> None:
         import signal
 
         def stop(number: int, _frame: Any) -> None:
-            self._events.put(("stop", number))
+            self._events.put(("stop", signal.Signals(number).name))
 
-        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        def reload(_number: int, _frame: Any) -> None:
+            self._events.put(("reload", "SIGHUP"))
+
+        handlers = {"SIGINT": stop, "SIGTERM": stop, "SIGBREAK": stop, "SIGHUP": reload}
+        for name, handler in handlers.items():
             if hasattr(signal, name):
-                signal.signal(getattr(signal, name), stop)
+                signal.signal(getattr(signal, name), handler)
+
+    def _has_children(self) -> bool:
+        """Tell whether a child runs, or is to be started."""
+        children = self._children.values()
+        if any(child.process is not None for child in children):
+            return True
+        return not self._stops and any(child.restart_at is not None for child in children)
 
     def _next_event(self) -> tuple[str, Any]:
-        """The next event; a restart that is due counts as one."""
+        """The next event; a restart that is due counts as one, and the note of the forks."""
         import queue
 
         while True:
             now = _SYSTEM_CLOCK.monotonic()
-            due = min(self._restarts.values(), default=None)
-            if due is not None and due <= now:
-                index = min(self._restarts, key=lambda i: self._restarts[i])
-                return "start", index
-            wait_s = None if due is None else due - now
+            waiting = [child for child in self._children.values() if child.restart_at is not None]
+            next_child = min(waiting, key=lambda child: child.restart_at or 0.0, default=None)
+            wait_s = float("inf")
+            if next_child is not None and next_child.restart_at is not None:
+                wait_s = next_child.restart_at - now
+                if wait_s <= 0:
+                    return "start", next_child
+            if self._forks_due is not None:
+                note = os.path.join(self._notes, _FORKS_NOTE)
+                if os.path.exists(note) or now >= self._forks_due:
+                    return "forks", note
+                wait_s = min(wait_s, _FORKS_POLL_S)
             if _WINDOWS:  # A wait without end there can't be interrupted by Ctrl+C.
-                wait_s = min(0.5, 0.5 if wait_s is None else wait_s)
+                wait_s = min(0.5, wait_s)
             with contextlib.suppress(queue.Empty):
-                return self._events.get(timeout=wait_s)
+                return self._events.get(timeout=None if wait_s == float("inf") else wait_s)
 
     def _handle(self, event: str, value: Any) -> None:
         if event == "start":
-            del self._restarts[value]
             self._start(value)
+        elif event == "forks":
+            self._start_forks(value)
         elif event == "exit":
-            self._bury_child(*value)
+            self._bury(*value)
+        elif event == "reload":
+            self._reload(value)
         elif event == "kill":
             for child in self._children.values():
-                child.kill()
+                if child.process is not None:
+                    child.process.kill()
         else:
             self._stop(value)
 
-    def _start(self, index: int) -> None:
+    def _start(self, child: _Child) -> None:
         import subprocess
 
-        child = subprocess.Popen(
-            [*self._command, "--child", str(index), "--deaths", self._deaths.name],
-            stdin=subprocess.PIPE,
-            bufsize=0,
-        )
-        self._children[index] = child
-        self._started_at[index] = _SYSTEM_CLOCK.monotonic()
-        threading.Thread(target=self._await_exit, args=(index, child), daemon=True).start()
+        child.restart_at = None
+        child.after_stop = ""
+        child.started_at = _SYSTEM_CLOCK.monotonic()
+        try:
+            process = child.process = subprocess.Popen(
+                [*self._command, "--child", child.name, "--notes", self._notes],
+                stdin=subprocess.PIPE,
+                bufsize=0,
+            )
+        except OSError as error:  # Too many processes, no memory: that may pass.
+            self._logger.critical("%s can't be started: %s; trying again.", child, error)
+            child.restart_at = child.started_at + _RESTART_DELAYS_S[-1]
+            return
 
-    def _await_exit(self, index: int, child: subprocess.Popen[bytes]) -> None:
-        self._events.put(("exit", (index, child.wait())))
+        def await_exit() -> None:
+            self._events.put(("exit", (child, process, process.wait())))
 
-    def _bury_child(self, index: int, code: int) -> None:
+        threading.Thread(target=await_exit, daemon=True).start()
+
+    def _await_forks(self) -> None:
+        """Start the fork functions once a worker process runs, or the time for that is over."""
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(os.path.join(self._notes, _FORKS_NOTE))
+        timeout_s = self._namespace.worker_fork_timeout / 1000
+        self._forks_due = _SYSTEM_CLOCK.monotonic() + timeout_s
+
+    def _start_forks(self, note: str) -> None:
+        self._forks_due = None
+        functions = list(self._namespace.fork_function)
+        with contextlib.suppress(FileNotFoundError), open(note, encoding="utf-8") as file:
+            functions += file.read().split()
+        for name in dict.fromkeys(functions) if not self._stops else ():
+            child = self._children.setdefault(name, _Child(name))
+            if child.process is None:
+                self._start(child)
+            elif child.after_stop:
+                child.after_stop = "restart"
+
+    def _bury(self, child: _Child, process: subprocess.Popen[bytes], code: int) -> None:
         """A child has ended: replace it, unless it was to end or can't start at all."""
-        child = self._children.pop(index)
-        cast("IO[bytes]", child.stdin).close()
+        child.process = None
+        cast("IO[bytes]", process.stdin).close()
         with contextlib.suppress(OSError):  # A full disk costs the cause, no more.
-            self._deaths.write(f"{child.pid} {_describe_exit(code)}\n")
-            self._deaths.flush()
+            with open(os.path.join(self._notes, _DEATHS_NOTE), "a", encoding="utf-8") as file:
+                file.write(f"{process.pid} {_describe_exit(code)}\n")
+        now = _SYSTEM_CLOCK.monotonic()
         if code in (_BOOT_FAILURE + _EXIT_IMPORT, _BOOT_FAILURE + _EXIT_CONNECTION):
+            if self._reloads and self._namespace.watch is not None and not self._stops:
+                child.restart_at = now if child.after_stop == "restart" else float("inf")
+                self._logger.info("%s waits for the next change.", child)
+                return
             self._exit_code = code - _BOOT_FAILURE
             if not self._stops:
-                self._stop(None)
+                self._stop("")
             return
-        if self._stops:
+        if self._stops or child.after_stop == "stay away":
             return
-        lived_s = _SYSTEM_CLOCK.monotonic() - self._started_at[index]
-        early = self._early_deaths[index] = (
-            0 if lived_s > _STABLE_AFTER_S else self._early_deaths[index] + 1
-        )
-        delay_s = _RESTART_DELAYS_S[min(max(early - 1, 0), len(_RESTART_DELAYS_S) - 1)]
+        if child.after_stop == "restart":
+            child.early_deaths = 0
+            child.restart_at = now
+            return
+        if child.is_fork and code == _EXIT_OK:
+            self._logger.info("%s has ended.", child)
+            return
+        lived_s = now - child.started_at
+        child.early_deaths = 0 if lived_s > _STABLE_AFTER_S else child.early_deaths + 1
+        delay_s = _RESTART_DELAYS_S[min(max(child.early_deaths - 1, 0), len(_RESTART_DELAYS_S) - 1)]
         if code == _EXIT_OK:
-            self._logger.info("Worker process %d left (PID %d); starting another.", index, child.pid)
+            self._logger.info("%s left (PID %d); starting another.", child, process.pid)
         else:
             self._logger.critical(
-                "Worker process %d (PID %d) died with %s; starting another in %.1f s.",
-                index, child.pid, _describe_exit(code), delay_s,
+                "%s (PID %d) died with %s; starting another in %.1f s.",
+                child, process.pid, _describe_exit(code), delay_s,
             )  # fmt: skip
-        self._restarts[index] = _SYSTEM_CLOCK.monotonic() + delay_s
+        child.restart_at = now + delay_s
 
-    def _stop(self, number: int | None) -> None:
+    def _reload(self, reason: str) -> None:
+        """Have the children stop, and others with the code as it is now take their places."""
+        if self._stops:
+            return
+        self._logger.info("Reloading after %s.", reason)
+        self._reloads += 1
+        try:
+            self._open_logs()  # The files may have been moved away to start new ones.
+        except OSError as error:
+            self._logger.error("A log file can't be opened anew: %s.", error)
+        for child in self._children.values():
+            if child.process is not None:
+                child.after_stop = "stay away" if child.is_fork else "restart"
+                child.tell("stop")
+            elif not child.is_fork:
+                child.restart_at = _SYSTEM_CLOCK.monotonic()
+            else:
+                child.restart_at = None
+        self._await_forks()
+
+    def _stop(self, cause: str) -> None:
         """Ask the children to stop; the second time, at once."""
         now = _SYSTEM_CLOCK.monotonic()
         if self._stops and now < self._stopped_at + _SAME_STOP_S:
             return  # One request that came twice: to us and to our process group.
         self._stops += 1
         self._stopped_at = now
-        if number is not None:
-            import signal
-
-            name = signal.Signals(number).name
-            self._logger.info("Stopping on %s; once more to stop at once.", name)
-        order = b"stop\n" if self._stops == 1 else b"kill\n"
+        if cause:
+            self._logger.info("Stopping on %s; once more to stop at once.", cause)
         for child in self._children.values():
-            with contextlib.suppress(OSError):  # It has ended by itself.
-                cast("IO[bytes]", child.stdin).write(order)
-        if self._stops > 1 and self._children:
+            child.tell("stop" if self._stops == 1 else "kill")
+        if self._stops > 1:
             self._exit_code = _EXIT_KILLED
             timer = threading.Timer(_KILL_GRACE_S, self._events.put, [("kill", None)])
             timer.daemon = True
             timer.start()
+
+
+def _copy_to_all(source: int, files: list[int]) -> None:
+    """Write to each of the files what comes through a pipe, until its end."""
+    while data := os.read(source, 1 << 16):
+        for file in files:
+            with contextlib.suppress(OSError):  # A full disk costs that log, no more.
+                os.write(file, data)
+    for descriptor in (source, *files):
+        os.close(descriptor)
 
 
 def _describe_exit(code: int) -> str:
@@ -7220,6 +7436,144 @@ def _check_pid_file(path: str) -> None:
         raise _PidFileError(f"The pid file {path!r} can't be read: {error}.") from error
     if pid != os.getpid() and pid > 0 and _process_is_alive(pid):
         raise _PidFileError(f"The pid file {path!r} belongs to process {pid}, which is running.")
+
+
+# ------------------------------------------------------------------------------------------
+# Command line
+#
+# A child process is the same command once more, with --child.
+# ------------------------------------------------------------------------------------------
+def _parser() -> argparse.ArgumentParser:
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="dramalite", description="Background tasks in one file: Dramatiq's API on SQLite."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    worker = commands.add_parser(
+        "worker",
+        help="run the actors of your modules",
+        description="Run the actors of your modules until stopped by Ctrl+C or SIGTERM; SIGHUP "
+        "starts the worker processes anew.",
+    )
+    add = worker.add_argument
+    add("--version", action="version", version=__version__)
+    add("broker", metavar="MODULE[:BROKER]", help="a module of actors, and its broker")
+    add("modules", nargs="*", metavar="MODULE", help="more modules to import")
+    add(
+        "--processes", "-p", type=_count, default=os.cpu_count() or 1, metavar="N",
+        help="worker processes (default: the number of CPUs, %(default)s)",
+    )  # fmt: skip
+    add(
+        "--threads", "-t", type=_positive_count, default=8, metavar="N",
+        help="threads per process (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--async-concurrency", type=_positive_count, default=100, metavar="N",
+        help="messages of async actors that a process runs at once (default: %(default)s)",
+    )  # fmt: skip
+    add("--queues", "-Q", nargs="*", metavar="Q", help="work on these queues only (default: all)")
+    add(
+        "--path", "-P", nargs="*", default=["."], metavar="DIR",
+        help="where to import modules from (default: the current folder)",
+    )  # fmt: skip
+    add("--pid-file", metavar="FILE", help="write the process id here")
+    add(
+        "--log-file", action="append", default=[], metavar="FILE",
+        help="append the log and all output here, once more for another file (default: stderr)",
+    )  # fmt: skip
+    add("--skip-logging", action="store_true", help="leave the set-up of logging to your modules")
+    add("--verbose", "-v", action="count", default=0, help="log debug messages too")
+    add(
+        "--worker-shutdown-timeout", type=_count, default=600_000, metavar="MS",
+        help="how long running messages may take when stopping (default: %(default)s ms)",
+    )  # fmt: skip
+    add(
+        "--fork-function", "-f", action="append", type=_function_path, default=[],
+        metavar="MODULE:FUNCTION", help="call this in a process of its own, once the workers run",
+    )  # fmt: skip
+    add(
+        "--worker-fork-timeout", type=_fork_timeout, default=30_000.0, metavar="MS",
+        help="how long fork functions wait for a worker process to run (default: 30000 ms)",
+    )  # fmt: skip
+    add("--watch", type=_folder, metavar="DIR", help="reload when *.py files in this folder change")
+    add(
+        "--watch-include", "-i", action="append", default=[], metavar="PATTERN",
+        help="watch the files that match this as well",
+    )  # fmt: skip
+    add(
+        "--watch-exclude", "-x", action="append", default=[], metavar="PATTERN",
+        help="do not watch the files that match this",
+    )  # fmt: skip
+    add("--watch-use-polling", action="store_true", help="accepted; watching always polls")
+    add("--use-spawn", action="store_true", help="accepted; processes are always spawned")
+    add("--child", help=argparse.SUPPRESS)
+    add("--notes", help=argparse.SUPPRESS)
+    return parser
+
+
+def _count(text: str) -> int:
+    """An argument that is 0 or more."""
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+def _positive_count(text: str) -> int:
+    """An argument that is 1 or more."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def _fork_timeout(text: str) -> float:
+    import argparse
+
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+    if not 10 <= value <= 1_800_000:
+        raise argparse.ArgumentTypeError(f"{text} ms is not between 10 ms and 30 minutes")
+    return value
+
+
+def _function_path(text: str) -> str:
+    import argparse
+
+    module, _, function = text.partition(":")
+    if not module or not function:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form MODULE:FUNCTION")
+    return text
+
+
+def _folder(text: str) -> str:
+    import argparse
+
+    if not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+    return text
+
+
+def main(args: list[str] | argparse.Namespace | None = None) -> int:
+    """Run the command line; return the exit code."""
+    import argparse
+
+    namespace = args if isinstance(args, argparse.Namespace) else _parser().parse_args(args)
+    if namespace.child is None:
+        return _Supervisor(namespace, _child_command(args)).run()
+    return (_ForkProcess if ":" in namespace.child else _WorkerProcess)(namespace).run()
+
+
+def _child_command(args: Any) -> list[str]:
+    """The command that starts this very program again, to which --child is added."""
+    if args is None:
+        return [sys.executable, *sys.orig_argv[1:]]
+    if not isinstance(args, list):
+        raise TypeError("Give the arguments as a list of strings to start worker processes.")
+    return [sys.executable, "-m", __name__, *args]
 
 
 # ------------------------------------------------------------------------------------------

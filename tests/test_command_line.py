@@ -99,7 +99,11 @@ def test_help_names_every_option(place):
     result = dramalite(place, "worker", "--help")
 
     assert result.returncode == 0
-    options = "--processes --threads --queues --path --pid-file --log-file --verbose --version --worker-shutdown-timeout"
+    options = (
+        "--processes --threads --queues --path --pid-file --log-file --verbose --version --worker-shutdown-timeout "
+        "--skip-logging --async-concurrency --fork-function --worker-fork-timeout --watch --watch-include "
+        "--watch-exclude --watch-use-polling --use-spawn"
+    )
     assert [option for option in options.split() if option not in result.stdout] == []
 
 

@@ -1,0 +1,351 @@
+"""What the supervisor of `python -m dramalite worker` does: reloads, fork functions, log files."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
+
+import harness  # noqa: E402
+from harness import kill  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
+
+JOBS = """
+    from pathlib import Path
+
+    HERE = Path(JOURNAL).parent
+
+    @dramalite.actor(max_retries=0)
+    def work(number):
+        note("work", number, os.getpid())
+
+    @dramalite.actor(max_retries=0)
+    def held(number):
+        note("held", number, os.getpid())
+        until(lambda: (HERE / "release").exists())
+        note("end", number)
+
+    @dramalite.actor(max_retries=0)
+    async def awaiting(number, others):
+        import asyncio
+
+        note("awaiting", number)
+        while noted("awaiting") < others:
+            await asyncio.sleep(0.01)
+        note("end", number)
+
+    def forked():
+        note("forked", os.getpid())
+        threading.Event().wait()
+
+    def short():
+        note("short", os.getpid())
+        return 0
+
+    def failing():
+        note("failing", os.getpid())
+        return 7
+
+    class Forks(dramalite.Middleware):
+        @property
+        def forks(self):
+            return [forked]
+"""
+
+FORKING_JOBS = JOBS + "\n    dramalite.get_broker().add_middleware(Forks())\n"
+
+
+@pytest.fixture
+def place(tmp_path):
+    with harness.new_place(tmp_path) as place:
+        place.jobs("import threading\n" + textwrap.dedent(JOBS))
+        yield place
+
+
+def pids(place, word):
+    """The processes that noted a word, in the order of their notes."""
+    return [int(note[-1]) for note in place.notes(word)]
+
+
+def worked_by(place, number):
+    """Have a job done; the process that did it."""
+    place.send("work", number)
+    return int(place.wait_until(lambda: place.notes("work", number), f"job {number} runs")[0][2])
+
+
+def reloaded(tree):
+    return tree.output().count("Worker process is ready for action.")
+
+
+# Reloading
+
+
+def test_sighup_starts_worker_processes_anew_under_the_same_supervisor(place, tmp_path):
+    pid_file = tmp_path / "worker.pid"
+    tree = place.ready_worker("--pid-file", str(pid_file))
+    before = worked_by(place, 1)
+    tree.signal(signal.SIGHUP)
+    place.wait_until(lambda: reloaded(tree) == 2, "another worker process is ready")
+    after = worked_by(place, 2)
+
+    assert after != before
+    assert int(pid_file.read_text()) == tree.pid
+    assert tree.alive()
+    tree.signal(signal.SIGTERM)
+    assert tree.wait(10) == 0, tree.tail()
+    assert not pid_file.exists()
+
+
+def test_a_reload_finishes_running_work_and_runs_new_code(place):
+    tree = place.ready_worker(threads=1)
+    place.send("held", 1)
+    place.wait_until(lambda: place.notes("held", 1), "the job runs")
+    place.send("work", 2)
+    place.jobs("""
+        @dramalite.actor(max_retries=0)
+        def work(number):
+            note("renewed", number)
+    """)
+    tree.signal(signal.SIGHUP)
+    place.wait_until(lambda: "SIGHUP" in tree.output(), "the supervisor says so")
+    (place.folder / "release").touch()
+    place.wait_until(lambda: place.notes("renewed", 2), "the new code runs what waited")
+
+    assert place.runs("end") == {"1": 1}
+    assert place.runs("held") == {"1": 1}
+
+
+def test_a_reload_opens_log_files_that_were_moved_away_anew(place, tmp_path):
+    log, moved = tmp_path / "worker.log", tmp_path / "worker.log.1"
+    tree = place.worker("--log-file", str(log))
+    place.wait_until(lambda: log.exists() and "ready" in log.read_text(), "the worker is ready")
+    log.rename(moved)
+    tree.signal(signal.SIGHUP)
+    place.wait_until(lambda: log.exists() and "ready" in log.read_text(), "the new file has its lines")
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(10) == 0
+    assert "Bye" in log.read_text()
+    assert "Bye" not in moved.read_text()
+
+
+def test_broken_code_at_a_reload_ends_the_worker_with_2(place):
+    tree = place.ready_worker()
+    (place.folder / "jobs.py").write_text("raise ValueError('broken')\n")
+    tree.signal(signal.SIGHUP)
+
+    assert tree.wait(10) == 2, tree.tail()
+    assert "broken" in tree.output()
+
+
+# Watching
+
+
+def test_a_changed_source_file_reloads(place):
+    tree = place.ready_worker("--watch", str(place.folder))
+    place.jobs("""
+        @dramalite.actor(max_retries=0)
+        def work(number):
+            note("changed", number)
+    """)
+    place.wait_until(lambda: reloaded(tree) == 2, "the workers are started anew")
+    place.send("work", 1)
+
+    place.wait_until(lambda: place.notes("changed", 1), "the new code runs")
+    assert "jobs.py" in tree.output()
+
+
+def test_a_watched_module_that_breaks_is_waited_for(place):
+    tree = place.ready_worker("--watch", str(place.folder))
+    whole = (place.folder / "jobs.py").read_text()
+    (place.folder / "jobs.py").write_text("raise ValueError('typo')\n")
+    place.wait_until(lambda: "waits for the next change" in tree.output(), "the failure is reported")
+    assert "ValueError: typo" in tree.output()
+    (place.folder / "jobs.py").write_text(whole + "\n")
+
+    place.wait_until(lambda: reloaded(tree) == 2, "the mended module is loaded")
+    assert worked_by(place, 1)
+    tree.signal(signal.SIGTERM)
+    assert tree.wait(10) == 0, tree.tail()
+
+
+def test_a_worker_that_waits_for_a_change_can_be_stopped(place):
+    tree = place.ready_worker("--watch", str(place.folder))
+    (place.folder / "jobs.py").write_text("raise ValueError('typo')\n")
+    place.wait_until(lambda: "waits for the next change" in tree.output(), "the failure is reported")
+    tree.signal(signal.SIGTERM)
+
+    tree.wait(5)
+    assert tree.pids() == []
+
+
+# Fork functions
+
+
+def test_a_fork_function_runs_in_one_process_of_its_own(place):
+    tree = place.ready_worker("--fork-function", "jobs:forked", processes=2)
+    pid = int(place.wait_until(lambda: place.notes("forked"), "the function is called")[0][1])
+
+    assert pid in tree.children()
+    assert len(tree.children()) == 3
+    tree.signal(signal.SIGTERM)
+    assert tree.wait(10) == 0, tree.tail()
+    assert pids(place, "forked") == [pid]
+
+
+def test_a_fork_function_that_returns_0_has_ended(place):
+    tree = place.ready_worker("-f", "jobs:short", "-f", "jobs:forked")
+    place.wait_until(lambda: "jobs:short has ended" in tree.output(), "its end is reported")
+    worked_by(place, 1)
+
+    assert len(pids(place, "short")) == 1
+    assert len(tree.children()) == 2
+
+
+def test_a_fork_function_that_dies_is_started_again(place):
+    tree = place.ready_worker("-f", "jobs:forked")
+    first = int(place.wait_until(lambda: place.notes("forked"), "the function is called")[0][1])
+    kill(first)
+    place.wait_until(lambda: len(pids(place, "forked")) == 2, "it is called again")
+
+    assert re.search(r"jobs:forked.*died with SIGKILL", tree.output())
+
+
+def test_a_fork_function_that_returns_another_number_is_started_again(place):
+    tree = place.ready_worker("-f", "jobs:failing")
+
+    place.wait_until(lambda: len(pids(place, "failing")) >= 2, "it is called again")
+    assert "died with exit code 7" in tree.output()
+
+
+def test_a_fork_function_that_cannot_be_found_ends_the_worker_with_2(place):
+    tree = place.worker("-f", "jobs:nothing")
+
+    assert tree.wait(10) == 2, tree.tail()
+    assert "does not define a 'nothing' variable" in tree.output()
+
+
+def test_the_forks_of_middleware_are_called_once_whatever_the_number_of_processes(place):
+    place.jobs("import threading\n" + textwrap.dedent(FORKING_JOBS))
+    tree = place.ready_worker(processes=2)
+    place.wait_until(lambda: place.notes("forked"), "the function is called")
+    place.wait_until(lambda: reloaded(tree) == 2, "both worker processes are ready")
+
+    assert len(tree.children()) == 3
+    assert len(pids(place, "forked")) == 1
+
+
+def test_a_reload_calls_fork_functions_anew(place):
+    tree = place.ready_worker("-f", "jobs:forked")
+    first = int(place.wait_until(lambda: place.notes("forked"), "the function is called")[0][1])
+    tree.signal(signal.SIGHUP)
+    place.wait_until(lambda: len(pids(place, "forked")) == 2, "it is called again")
+    place.wait_until(lambda: first not in tree.children(), "the first one is gone")
+
+    assert pids(place, "forked")[1] in tree.children()
+
+
+def test_fork_functions_leave_when_their_supervisor_is_killed(place):
+    tree = place.ready_worker("-f", "jobs:forked")
+    place.wait_until(lambda: place.notes("forked"), "the function is called")
+    kill(tree.pid)
+
+    place.wait_until(lambda: not tree.pids(), "nothing is left", 3.0)
+
+
+# Logging
+
+
+def test_several_log_files_get_the_same(place, tmp_path):
+    logs = [tmp_path / name for name in ("a.log", "b.log", "c.log")]
+    arguments = [word for log in logs for word in ("--log-file", str(log))]
+    tree = place.worker(*arguments)
+    place.wait_until(lambda: logs[0].exists() and "ready" in logs[0].read_text(), "the worker is ready")
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(10) == 0
+    assert "Bye" in logs[0].read_text()
+    assert logs[0].read_text() == logs[1].read_text() == logs[2].read_text()
+
+
+def test_a_log_file_that_cannot_be_opened_ends_with_2(place, tmp_path):
+    tree = place.worker("--log-file", str(tmp_path / "none" / "a.log"))
+
+    assert tree.wait(10) == 2
+    assert "log file" in tree.output()
+
+
+def test_skip_logging_leaves_the_log_to_the_modules(place):
+    tree = place.worker("--skip-logging")
+    worked_by(place, 1)
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(10) == 0
+    assert "ready for action" not in tree.output()
+    assert "booting" not in tree.output()
+
+
+# Other options
+
+
+def test_async_concurrency_is_the_number_of_coroutines_at_once(place):
+    tree = place.worker("--async-concurrency", "3", threads=1)
+    for number in range(3):
+        place.send("awaiting", number, 3)
+
+    place.drained()
+    assert place.runs("end") == {"0": 1, "1": 1, "2": 1}
+    assert tree.alive()
+
+
+def test_a_queue_filter_and_options_that_are_always_so_are_accepted(place):
+    tree = place.ready_worker("--use-spawn", "--watch-use-polling", "--worker-fork-timeout", "500")
+
+    assert worked_by(place, 1) in tree.children()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--watch", "no-such-folder"], "no-such-folder"),
+        (["--watch", "jobs.py"], "jobs.py"),
+        (["--worker-fork-timeout", "9"], "10 ms"),
+        (["--worker-fork-timeout", "1800001"], "30 minutes"),
+        (["--worker-fork-timeout", "soon"], "soon"),
+        (["--fork-function", "jobs"], "MODULE:FUNCTION"),
+        (["--async-concurrency", "0"], "async-concurrency"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_values_end_with_2_and_are_named(place, arguments, named):
+    tree = place.worker(*arguments)
+
+    assert tree.wait(10) == 2
+    assert named in tree.output()
+    assert "Traceback" not in tree.output()
+
+
+def test_no_processes_end_with_0_at_once(place):
+    tree = place.worker(processes=0)
+
+    assert tree.wait(10) == 0, tree.tail()
+
+
+def test_the_supervisor_leaves_no_files_behind(place, tmp_path):
+    notes = tmp_path / "tmp"
+    notes.mkdir()
+    tree = place.ready_worker("-f", "jobs:forked", TMPDIR=str(notes))
+    place.wait_until(lambda: place.notes("forked"), "the function is called")
+    assert os.listdir(notes)
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(10) == 0
+    assert os.listdir(notes) == []
