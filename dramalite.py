@@ -52,6 +52,10 @@ Contents
     Targets
     Dispatching
     Worker
+    Virtual workers
+    Virtual time
+    Simulated events
+    Simulation
     Child processes
     Source changes
     Supervisor
@@ -71,6 +75,7 @@ import functools
 import heapq
 import json
 import logging
+import math
 import os
 import re
 import stat
@@ -132,6 +137,9 @@ __all__ = [
     "MemoryBroker", "SQLiteBroker", "StubBroker",
     # Worker
     "Worker",
+    # Simulation
+    "SimulatedEvent", "SimulatedStep", "Simulation", "SimulationError", "drain", "simulate",
+    "simulated_work",
     # Command line
     "main",
 ]  # fmt: skip
@@ -313,6 +321,8 @@ class WorkerCrashed(DramaliteError):
 #: Bounds of what is stored and logged of somebody else's exception.
 _MAX_ERROR_CHARS = 8 * 1024
 _MAX_TRACEBACK_CHARS = 32 * 1024
+_MAX_FRAMES = 30
+_MAX_CHAIN = 10
 
 
 def _cut(text: str, limit: int) -> str:
@@ -339,12 +349,41 @@ def _storable(text: str) -> str:
 
 
 def _traceback_text(exception: BaseException) -> str:
-    """The exception's traceback, at most 30 frames, bounded and storable."""
+    """The exception's traceback from where foreign code begins, bounded and storable."""
     try:
-        text = "".join(traceback.format_exception(exception, limit=30))
+        if hasattr(exception, "exceptions"):  # A group: its members belong to the text.
+            text = "".join(traceback.format_exception(exception, limit=_MAX_FRAMES))
+        else:
+            text = "".join(_traceback_parts(exception))
     except Exception:  # A hostile __str__, __repr__ or frame: fall back on the type and text.
         text = f"{type(exception).__name__}: {_error_text(exception)}"
     return _storable(_cut(text, _MAX_TRACEBACK_CHARS))
+
+
+def _traceback_parts(exception: BaseException, depth: int = 0) -> Iterator[str]:
+    """What traceback.format_exception() gives, at a tenth of its time."""
+    import linecache
+
+    cause, context = exception.__cause__, exception.__context__
+    if cause is not None and depth < _MAX_CHAIN:
+        yield from _traceback_parts(cause, depth + 1)
+        yield "\nThe above exception was the direct cause of the following exception:\n\n"
+    elif context is not None and not exception.__suppress_context__ and depth < _MAX_CHAIN:
+        yield from _traceback_parts(context, depth + 1)
+        yield "\nDuring handling of the above exception, another exception occurred:\n\n"
+    step = exception.__traceback__
+    while step is not None and step.tb_next and step.tb_frame.f_code.co_filename == __file__:
+        step = step.tb_next
+    yield "Traceback (most recent call last):\n"
+    for _ in range(_MAX_FRAMES):
+        if step is None:
+            break
+        code = step.tb_frame.f_code
+        line = linecache.getline(code.co_filename, step.tb_lineno, step.tb_frame.f_globals)
+        yield f'  File "{code.co_filename}", line {step.tb_lineno}, in {code.co_name}\n'
+        yield f"    {line.strip()}\n" if line.strip() else ""
+        step = step.tb_next
+    yield from traceback.format_exception_only(type(exception), exception)
 
 
 # ------------------------------------------------------------------------------------------
@@ -355,6 +394,9 @@ def _traceback_text(exception: BaseException) -> str:
 # ------------------------------------------------------------------------------------------
 class Clock:
     """The system's time.  Subclass it to give a broker another one."""
+
+    #: Time stands still until it is told to pass, and nobody can wait for it: see simulate().
+    is_virtual = False
 
     def time_ms(self) -> int:
         """Wall time, milliseconds since 1970."""
@@ -367,6 +409,10 @@ class Clock:
     def sleep(self, seconds: float) -> None:
         """Let that many seconds pass."""
         time.sleep(seconds)
+
+    def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Where time is virtual: let it pass until is_done(); tell whether it came true in time."""
+        raise NotImplementedError
 
 
 _SYSTEM_CLOCK = Clock()
@@ -1215,6 +1261,7 @@ class Broker:
 
         self.clock = _SYSTEM_CLOCK
         self.random = Random()
+        self._entropy: Callable[[], bytes] = functools.partial(os.urandom, 10)  # For message ids.
         self._hooks: dict[str, tuple[Callable[..., None], ...]] = dict.fromkeys(_HOOKS, ())
         for item in self._default_middleware() if middleware is None else middleware:
             self.add_middleware(item)
@@ -1340,10 +1387,6 @@ class Broker:
     def _make_queue(self, queue_name: str) -> Any:
         """What self.queues[queue_name] is to be."""
         return None
-
-    def _entropy(self) -> bytes:
-        """Ten random bytes, for a message id."""
-        return os.urandom(10)
 
     def get_actor(self, actor_name: str) -> Actor[Any, Any]:
         """Return the actor of that name; raise ActorNotFound if none was declared."""
@@ -1553,12 +1596,22 @@ def _get_event_loop_thread() -> _EventLoopThread:
         return _event_loop_thread
 
 
+class _Loops(threading.local):
+    """What runs coroutines for this thread in place of the event loop thread, if anything does."""
+
+    run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any] | None = None
+
+
+_loops = _Loops()
+
+
 def async_to_sync(fn: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, _R]:
     """Make a plain function of a coroutine function; it runs on the event loop's thread."""
 
     @functools.wraps(fn)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        return cast(_R, _get_event_loop_thread().run_coroutine(fn(*args, **kwargs)))
+        run_coroutine = _loops.run_coroutine or _get_event_loop_thread().run_coroutine
+        return cast(_R, run_coroutine(fn(*args, **kwargs)))
 
     return run
 
@@ -2108,7 +2161,7 @@ class group:  # noqa: N801  (Dramatiq's name)
         if successor is not None:
             children = [_storing_results(child) for child in children]
             callbacks.append(_after_group(successor, children).asdict())
-        uuid = _fresh_message_id()
+        uuid = _new_message_id(self.broker.clock.time_ms(), self.broker._entropy())
         membership = {"group_completion_uuid": uuid, "group_completion_callbacks": callbacks}
         if self.end_callbacks:
             membership["group_end_callbacks"] = self.end_callbacks
@@ -2357,6 +2410,14 @@ class _Slots:
             self.words[0] = max(self.words[0], index)
             return slot
 
+    def abandon(self, index: int) -> None:
+        """Leave a slot of this process as if the process had died."""
+        with self.lock:
+            self.words[index * _SLOT_WORDS + _WAKE_AT] = 0
+            self.bells.pop(index, None)
+            self.held.discard(index)
+            self._give_back(index)
+
     def free(self, index: int) -> None:
         """Give a slot of this process back."""
         with self.lock:
@@ -2479,6 +2540,11 @@ class _Slot:
 
     def is_held(self) -> bool:
         return self._slots.is_held()
+
+    def abandon(self) -> None:
+        """Die: the others find what this worker leaves behind."""
+        self._slots.abandon(self._index)
+        self.bell.close()
 
     def release(self) -> None:
         """Leave: from now on this worker is dead to the others."""
@@ -3012,6 +3078,11 @@ class _Database:
                 self._slots.close()
             if self.path is not None:
                 self._slots = None
+
+    def __del__(self) -> None:
+        for connection in self._connections.values():
+            with contextlib.suppress(self._errors):
+                connection.close()  # From 3.13 on, Python warns of those that are just dropped.
 
     def forget(self) -> None:
         """In a forked child: what was inherited is the parent's; keep it, never touch it."""
@@ -3612,8 +3683,6 @@ class _Engine(_WatchedDatabase):
         """
         crashed: list[tuple[_Row, int]] = []
         is_news = False
-        if self.path is None:
-            return crashed, is_news
         if set(self._read(_OWNERS)) <= {(slot.owner,)}:
             return crashed, is_news
         with self._writing():
@@ -3651,6 +3720,11 @@ class _Engine(_WatchedDatabase):
         """A number that changes when another connection than the worker's has changed the database."""
         return cast(int, self._read("PRAGMA data_version", role="work")[0][0])
 
+    def changes(self) -> int:
+        """A number that changes when this process has changed the database."""
+        with self._lock:
+            return sum(connection.total_changes for connection in self._connections.values())
+
     def next_due(self) -> int | None:
         """When the next delayed message is due, milliseconds since 1970; None if there is none."""
         return cast("int | None", self._read(_NEXT_DUE)[0][0])
@@ -3676,6 +3750,22 @@ class _Engine(_WatchedDatabase):
             (sent_ms * 1000, message_id),
         )
         return bool(rows)
+
+    def bodies(self) -> list[bytes]:
+        """The messages that wait or run, in their order, then those that are delayed."""
+        rows = self._read(
+            """SELECT body FROM dramalite_messages
+                ORDER BY eta IS NOT NULL, coalesce(eta, priority), id"""
+        )
+        return [body for (body,) in rows]
+
+    def watch(
+        self, is_done: Callable[[], bool], timeout_s: float | None, is_announced: bool = True
+    ) -> bool:
+        clock = self._clock()
+        if clock.is_virtual:
+            return clock.wait_for(is_done, timeout_s)
+        return super().watch(is_done, timeout_s, is_announced)
 
     def counts(self) -> dict[str, dict[int, int]]:
         """How many messages each queue holds, by state."""
@@ -4455,6 +4545,8 @@ class TimeLimit(Middleware):
         if self._passed:  # A thread that was given up may have had this one's ident.
             self._passed.pop(_runner.id(), None)
         self._deadlines[_runner.id()] = deadline
+        if broker.clock.is_virtual:
+            return  # Whoever lets its time pass looks at the deadline.
         if deadline < self._wakes_at or self._watched_in != os.getpid():
             self._watch(broker.clock, deadline)
 
@@ -4477,6 +4569,15 @@ class TimeLimit(Middleware):
         """The threads that were interrupted `grace_s` seconds ago and still run their actor."""
         now = clock.monotonic()
         return [thread for thread, at in list(self._passed.items()) if now >= at + grace_s]
+
+    def deadline(self, runner: int) -> float | None:
+        """When a running actor is to be ended, by the broker's monotonic clock."""
+        return self._deadlines.get(runner)
+
+    def expire(self, runner: int, clock: Clock) -> None:
+        """Note, for an actor that is ended otherwise, that its deadline has passed."""
+        self._deadlines.pop(runner, None)
+        self._passed[runner] = clock.monotonic()
 
     def _watch(self, clock: Clock, deadline: float) -> None:
         """Have the watching thread wake up for this deadline."""
@@ -5343,6 +5444,8 @@ class _EngineBroker(Broker):
     #: Whether join() raises the failure of a dead letter, where it is not told.
     fail_fast_default = False
 
+    _is_simulated = False
+
     def __init__(
         self,
         path: str | None,
@@ -5541,6 +5644,53 @@ class _EngineBroker(Broker):
             for letter in self.dead_letters_by_queue.get(queue_name, [])[:1]:
                 raise letter._exception or ResultFailure(f"{letter} failed: {letter.reason}")
 
+    def pending(self) -> list[Message[Any]]:
+        """The messages that wait or run, in their order, then those that are delayed.
+
+        Raises DecodeError if one of them can't be read.
+        """
+        return [Message.decode(body) for body in self._engine.bodies()]
+
+    def drain(self, *, max_messages: int = 10_000) -> int:
+        """Run what is ready in the calling thread, for tests: see drain()."""
+        return drain(self, max_messages=max_messages)
+
+    def assert_sent(
+        self,
+        actor: Any,
+        *,
+        args: Iterable[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        delay: int | timedelta | None = None,
+        times: int | None = None,
+        **options: Any,
+    ) -> list[Message[Any]]:
+        """Check, in a test, that a message like this was sent and not run yet; return them.
+
+        `actor` is an actor or its name; `args`, `kwargs`, `delay` (milliseconds, to the second)
+        and the options that are given must be those of the message; `times` is how many of them
+        there must be, one or more if it is not given.  Raises AssertionError with what there is.
+        """
+        name = getattr(actor, "actor_name", actor)
+        wait = None if delay is None else _milliseconds(delay, "delay")
+        pending = self.pending()
+        wanted = {"args": args if args is None else tuple(args), "kwargs": kwargs}
+        found = [
+            message
+            for message in pending
+            if message.actor_name == name
+            and all(v is None or getattr(message, field) == v for field, v in wanted.items())
+            and (wait is None or _was_delayed(message, wait))
+            and options.items() <= message.options.items()
+        ]
+        if bool(found) if times is None else len(found) == times:
+            return found
+        there = "".join(f"\n    {message} {message.options}" for message in pending[:20])
+        raise AssertionError(
+            f"{len(found)} messages for {name!r} are as asked for, not {times or 'one or more'}. "
+            f"Of {len(pending)} there are:{there or ' none.'}"
+        )
+
     def flush(self, queue_name: str) -> None:
         """Drop what waits or is delayed in a queue, and its dead letters; not what runs."""
         if _q_name(queue_name) not in self.queues:
@@ -5583,6 +5733,12 @@ class _EngineBroker(Broker):
     def close(self) -> None:
         """Close the database; the next use opens it again."""
         self._engine.close()
+
+
+def _was_delayed(message: Message[Any], wait: int) -> bool:
+    """Tell whether a message was sent with this delay in milliseconds, to the second."""
+    eta = message.options.get("eta")
+    return eta is not None and 0 <= eta - message.message_timestamp - wait <= 1000
 
 
 class SQLiteBroker(_EngineBroker):
@@ -5730,9 +5886,9 @@ class _Plan:
 class _Processor:
     """Processes the messages of one broker."""
 
-    def __init__(self, broker: _EngineBroker) -> None:
+    def __init__(self, broker: _EngineBroker, logger: logging.Logger) -> None:
         self._broker = broker
-        self._logger = get_logger("dramalite.worker", "WorkerThread")
+        self._logger = logger
         self._plans: dict[str, _Plan] = {}  # By actor.
 
     def _plan(self, actor: Actor[Any, Any]) -> _Plan:
@@ -5825,6 +5981,20 @@ class _Processor:
         job.exception = None
         return outcome
 
+    def conclude_safely(self, job: _Job) -> None:
+        """conclude(), but a hook that raises no Exception costs the message, not the caller."""
+        try:
+            self.conclude(job)
+        except BaseException:
+            self.drop(job)
+            self._logger.critical("A hook failed on message %s.", job.row.message_id, exc_info=True)
+
+    def drop(self, job: _Job) -> None:
+        """Make a dead letter of a job that could not be processed."""
+        reason = "A hook or the worker itself failed on it; see the log."
+        job.outcome = _Outcome(job.row)
+        job.outcome.effects.append(_bury(job.row, job.row.body, reason, self._broker.clock))
+
     def _bury_undecodable(self, job: _Job) -> None:
         self._logger.error(
             "Message %s can't be decoded; it becomes a dead letter: %s",
@@ -5895,7 +6065,7 @@ class _Processor:
             self._logger.debug("Rate limit exceeded in message %s: %s.", message, text)
         elif throws and isinstance(exception, throws):
             self._logger.info("Failed to process message %s with expected exception %s.", message, text)
-        elif not isinstance(exception, Retry):
+        elif not isinstance(exception, Retry) and self._logger.isEnabledFor(logging.ERROR):
             self._logger.error(
                 "Failed to process message %s of %s with unhandled exception:\n    %s",
                 message.message_id, message.actor_name,
@@ -6345,13 +6515,6 @@ class _Dispatcher:
             job.is_given_up = True
             return job
 
-    def drop(self, job: _Job) -> None:
-        """Make a dead letter of a job that could not be processed."""
-        if not job.is_given_up:
-            reason = "A hook or the worker itself failed on it; see the log."
-            job.outcome = _Outcome(job.row)
-            job.outcome.effects.append(_bury(job.row, job.row.body, reason, self._broker.clock))
-
     def replace(self, index: int, outcome: _Outcome) -> None:
         """Write the outcome of a job that was taken away from thread `index`."""
         with self._cond:
@@ -6478,7 +6641,7 @@ class Worker:
         #: How the process of an id died, "" if that is not known; the command line knows it.
         self.describe_death: Callable[[int], str] = lambda _pid: ""
         self._queues = frozenset(queues or ())
-        self._processor = _Processor(broker)
+        self._processor = _Processor(broker, get_logger("dramalite.worker", "WorkerThread"))
         self._dispatcher: _Dispatcher | None = None  # None while the worker is not running.
         self._threads: dict[int, threading.Thread] = {}  # By index, those that count.
         self._maintainer = threading.Thread()
@@ -6597,8 +6760,8 @@ class Worker:
                         break
                     job = None
             except BaseException:  # From a hook or from here, not from a job: no thread is lost.
-                if job is not None:
-                    dispatcher.drop(job)
+                if job is not None and not job.is_given_up:
+                    self._processor.drop(job)
                 with contextlib.suppress(Exception):  # The log itself may be what failed.
                     self.logger.critical("A worker thread failed; it goes on.", exc_info=True)
         self.broker.emit_before("worker_thread_shutdown", thread)
@@ -6705,6 +6868,805 @@ def _stop_live_workers() -> None:
     for worker in list(_live_workers):
         if worker._pid == os.getpid():
             worker.stop(timeout=_EXIT_GRACE_MS)
+
+# ------------------------------------------------------------------------------------------
+# Virtual workers
+#
+# The engine, the processing and the middleware of a worker without its threads: the caller
+# takes the steps.  A virtual thread that must be able to pause in the middle of a job has a real
+# thread behind it, which runs only while the caller waits for it.
+# ------------------------------------------------------------------------------------------
+class _Crash(BaseException):
+    """Unwinds a job whose virtual worker has died."""
+
+
+class _JobThread:
+    """A thread that runs only while somebody waits for it, in resume()."""
+
+    def __init__(self) -> None:
+        self._go = threading.Semaphore(0)
+        self._gone = threading.Semaphore(0)
+        self._task: Callable[[], None] | None = None
+        run = functools.partial(contextvars.copy_context().run, self._run)
+        self._thread = threading.Thread(target=run, name="dramalite-virtual", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        self._go.acquire()
+        while self._task is not None:
+            self._task()
+            self._gone.release()
+            self._go.acquire()
+        self._gone.release()
+
+    def start(self, task: Callable[[], None]) -> None:
+        """Run a task until it ends or pauses."""
+        self._task = task
+        self.resume()
+
+    def resume(self) -> None:
+        """Let the task go on until it ends or pauses."""
+        self._go.release()
+        self._gone.acquire()
+
+    def pause(self) -> None:
+        """In the task: let whoever waits go on, until resume()."""
+        self._gone.release()
+        self._go.acquire()
+
+    def end(self) -> None:
+        """End the thread, between two tasks."""
+        self._task = None
+        self.resume()
+        self._thread.join()
+
+
+class _VirtualThread:
+    """A thread of a virtual worker, and the job that it runs or has finished."""
+
+    def __init__(self, worker: _VirtualWorker, index: int, can_pause: bool) -> None:
+        self.worker = worker
+        self.index = index
+        self.real = _JobThread() if can_pause else None  # None: jobs run in the calling thread.
+        self.job: _Job | None = None
+        self.runner = 0  # What the job is to the middleware.
+        self.retries = 0  # Of the job's message, before this attempt.
+        self.started_ms = self.ended_ms = 0
+        self.is_running = False  # The job has no outcome yet.
+        self.wakes_at: int | None = None  # When it goes on, if it sleeps.
+        self.is_dead = False  # The worker died under the job, which is being unwound.
+        self.error = ""
+
+    def start(self, row: _Row, now_ms: int, run: Callable[[_VirtualThread], None]) -> None:
+        """Run a job up to its outcome, or until it sleeps."""
+        self.job = _Job(row)
+        self.started_ms = now_ms
+        self.is_running = True
+        self.worker.slot.run(self.index, row.id)
+        if self.real is None:
+            run(self)
+        else:
+            self.real.start(functools.partial(run, self))
+
+    def process(self) -> None:
+        """What start() is to run: the processing, as in a worker's thread."""
+        job, processor = cast(_Job, self.job), self.worker.processor
+        self.runner = _runner.id()
+        processor.run(job)
+        if self.is_dead:
+            job.exception = None
+            self.forget()
+            return
+        exception = job.exception
+        self.error = "" if exception is None else f"{type(exception).__name__}: {_error_text(exception)}"
+        self.retries = _retries(job.message)
+        processor.conclude_safely(job)
+        self.is_running = False
+
+    def sleep(self, wakes_at: int) -> None:
+        """In a job of a thread that can pause: let the others go on until it is resumed."""
+        self.wakes_at = wakes_at
+        cast(_JobThread, self.real).pause()
+        self.wakes_at = None
+        if self.is_dead:
+            raise _Crash
+
+    def unwind(self) -> None:
+        """End a job that sleeps, by an exception, as often as it takes."""
+        self.is_dead = True
+        while self.is_running:
+            cast(_JobThread, self.real).resume()
+        self.forget()
+
+    def forget(self) -> None:
+        self.job = self.wakes_at = None
+        self.is_running = self.is_dead = False
+
+
+def _retries(message: Any) -> int:
+    retries = 0 if message is None else message.options.get("retries", 0)
+    return retries if isinstance(retries, int) else 0
+
+
+class _VirtualWorker:
+    """A worker whose steps are taken by the caller."""
+
+    def __init__(self, broker: _EngineBroker, number: int, logger: logging.Logger) -> None:
+        self.number = number
+        self.processor = _Processor(broker, logger)
+        self.threads: list[_VirtualThread] = []
+        self.is_paused = False
+        self._broker = broker
+        self.boot()
+
+    def boot(self) -> None:
+        """Take a slot and begin, as a new process would."""
+        self.slot = self._broker._engine.slots().acquire(_Bell(), 0, tracked=True)
+        self._targets = _Targets(self._broker, frozenset())
+        self.must_recover = True
+        self.seen: Any = None  # What there was at the last look for work, in vain.
+
+    def recover(self) -> list[_Outcome]:
+        """Take back what dead workers held; return what became dead letters by that."""
+        self.must_recover = False
+        engine = self._broker._engine
+        crashed, _is_news = engine.recover(self.slot)
+        outcomes = [self.processor.crash(row, "") for row, _pid in crashed]
+        if outcomes:
+            engine.exchange(self.slot, outcomes, 0, "{}", False)
+        self._targets.look_for_strangers()
+        engine.prune()
+        return outcomes
+
+    def exchange(self, outcomes: list[_Outcome]) -> _Row | None:
+        """Write outcomes and claim the next message, if there is one."""
+        self._targets.refresh(self.slot)
+        has_suspect = any(thread.job and thread.job.row.crashes for thread in self.threads)
+        limit = 0 if self.is_paused else 1
+        rows, _version = self._broker._engine.exchange(
+            self.slot, outcomes, limit, self._targets.json, not has_suspect
+        )
+        return rows[0] if rows else None
+
+
+def drain(broker: Broker, *, max_messages: int = 10_000) -> int:
+    """Run what is ready on a broker in the calling thread; return how many messages it ran.
+
+    For tests.  Then raises the exception of the first message whose last attempt here failed,
+    also where a retry waits for its time.  What is delayed stays; see simulate() for that.
+    Raises RuntimeError where there is no end after `max_messages` messages.
+    """
+    if not isinstance(broker, _EngineBroker):
+        raise TypeError(f"{broker!r} can't be drained here; give a broker of dramalite.")
+    if broker._is_simulated:
+        raise RuntimeError("This broker is being simulated; take steps of the simulation.")
+    worker = _VirtualWorker(broker, 0, get_logger("dramalite.worker", "WorkerThread"))
+    failures: dict[str, BaseException] = {}
+    runs = 0
+    try:
+        worker.recover()
+        row = worker.exchange([])
+        while row is not None:
+            if runs == max_messages:
+                broker._engine.hand_back(worker.slot, [row])
+                raise RuntimeError(
+                    f"Still not drained after {max_messages} messages; does an actor send itself?"
+                )
+            job = _Job(row)
+            worker.slot.run(0, row.id)
+            worker.processor.run(job)
+            failures.pop(row.message_id, None)
+            if job.exception is not None and not isinstance(job.exception, (Retry, SkipMessage)):
+                failures[row.message_id] = job.exception
+            worker.processor.conclude_safely(job)
+            runs += 1
+            row = worker.exchange([job.outcome])
+            worker.slot.run(0, 0)
+    finally:
+        worker.slot.release()
+    for failure in failures.values():
+        raise failure
+    return runs
+
+
+# ------------------------------------------------------------------------------------------
+# Virtual time
+#
+# A clock that stands still until its world lets time pass, and an event loop on that clock.
+# ------------------------------------------------------------------------------------------
+class _World(abc.ABC):
+    """Whose time a virtual clock shows."""
+
+    @abc.abstractmethod
+    def pass_time(self, ms: int) -> None:
+        """Let time pass: for the job that runs in this thread, or outside of jobs for all."""
+
+    @abc.abstractmethod
+    def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Let time pass until something is true; tell whether it came true in time."""
+
+
+class _VirtualClock(Clock):
+    """The time of a simulation."""
+
+    is_virtual = True
+
+    def __init__(self, world: _World, now_ms: int) -> None:
+        self._world = world
+        self._start_ms = now_ms
+        self.now_ms = now_ms
+
+    def time_ms(self) -> int:
+        return self.now_ms
+
+    def monotonic(self) -> float:
+        return (self.now_ms - self._start_ms) / 1000
+
+    def when(self, monotonic_s: float) -> int:
+        """The wall time of a moment of the monotonic time."""
+        return self._start_ms + round(monotonic_s * 1000)
+
+    def sleep(self, seconds: float) -> None:
+        self._world.pass_time(math.ceil(seconds * 1000))
+
+    def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        return self._world.wait_for(is_done, timeout_s)
+
+
+class _Virtual(threading.local):
+    """What this thread is in a simulation."""
+
+    world: _World | None = None
+    thread: _VirtualThread | None = None  # None outside of jobs.
+
+
+_virtual = _Virtual()
+
+
+def simulated_work(duration: int | timedelta) -> None:
+    """Let milliseconds of virtual time pass in an actor that is simulated; elsewhere, do nothing."""
+    if _virtual.world is not None:
+        _virtual.world.pass_time(_milliseconds(duration, "duration"))
+
+
+#: What a loop's time is ahead after each wait: it takes a timer for due only when it is past.
+_LOOP_NAP_S = 1e-7
+
+
+def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine on an event loop of its own, whose time is the clock's."""
+    import asyncio
+    import selectors
+
+    class Selector(selectors.DefaultSelector):
+        """Where a loop would wait for its next timer, virtual time passes."""
+
+        def select(self, timeout: float | None = None) -> Any:
+            is_timed = timeout is not None and timeout > 0
+            ready = super().select(0 if is_timed else timeout)
+            if not ready and is_timed:
+                clock.sleep(cast(float, timeout))
+                naps.append(_LOOP_NAP_S)
+            return ready
+
+    class Loop(asyncio.SelectorEventLoop):
+        def time(self) -> float:
+            return clock.monotonic() + sum(naps)
+
+    naps: list[float] = []
+    loop = Loop(Selector())
+    task = loop.create_task(coroutine)
+    try:
+        return loop.run_until_complete(task)
+    except (Interrupt, _Crash):
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, _Crash):
+            loop.run_until_complete(task)
+        raise
+    except asyncio.CancelledError as error:
+        raise RuntimeError("The coroutine was cancelled.") from error
+    finally:
+        loop.close()
+
+
+def _run_virtually(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine in virtual time; in another thread where this one runs a loop already."""
+    import asyncio
+    from concurrent.futures import Future
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run_on_virtual_loop(clock, coroutine)
+    world, thread, future = _virtual.world, _virtual.thread, Future[Any]()
+
+    def run() -> None:
+        _virtual.world, _virtual.thread = world, thread
+        try:
+            future.set_result(_run_on_virtual_loop(clock, coroutine))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=contextvars.copy_context().run, args=(run,)).start()
+    return future.result()
+
+
+# ------------------------------------------------------------------------------------------
+# Simulated events
+#
+# What a simulation tells of each attempt, and lets its caller choose from.
+# ------------------------------------------------------------------------------------------
+class SimulatedEvent(NamedTuple):
+    """One attempt at a message: what came of it, and when, in virtual time."""
+
+    message_id: str
+    actor: str
+    attempt: int  # 1 for the first; those that crashed count.
+    started_ms: int  # Since 1970, as are all of these.
+    ended_ms: int
+    worker: int
+    thread: int
+    outcome: str  # "done", "retry", "skipped", "dead" or "crashed".
+    next_eta_ms: int | None  # Of the retry; None if there is none, or at once.
+    result: Any
+    error: str  # Type and text of the exception, "" if there was none.
+    body: bytes  # The message as it was stored before this attempt.
+
+    @property
+    def message(self) -> Message[Any]:
+        """The message as it was before this attempt; raises DecodeError if it is none."""
+        return Message.decode(self.body)
+
+    @property
+    def started(self) -> datetime:
+        """When the attempt began, in UTC."""
+        return _datetime(self.started_ms)
+
+    @property
+    def ended(self) -> datetime:
+        """When its outcome was known, in UTC."""
+        return _datetime(self.ended_ms)
+
+    @property
+    def next_eta(self) -> datetime | None:
+        """When the retry is due, in UTC; None if there is none, or at once."""
+        return None if self.next_eta_ms is None else _datetime(self.next_eta_ms)
+
+    def __str__(self) -> str:
+        what = f"{self.ended.isoformat(' ', 'milliseconds')} worker {self.worker}: {self.actor} "
+        what += f"({self.message_id}), attempt {self.attempt}: {self.outcome}"
+        what += f" ({self.error})" if self.error else ""
+        return what + (f", again at {self.next_eta.isoformat(' ')}" if self.next_eta else "")
+
+
+class SimulatedStep(NamedTuple):
+    """Something that a virtual worker can do next; what choose() chooses from."""
+
+    worker: int
+    thread: int
+    action: str  # "recover"; "exchange": write what is finished, begin a message; "resume" a job.
+
+
+class SimulationError(DramaliteError):
+    """A simulation went on for longer than it may; the text has its last events."""
+
+
+def _datetime(time_ms: int) -> datetime:
+    """A time in UTC, from milliseconds since 1970."""
+    from datetime import datetime, timedelta, timezone
+
+    return datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(milliseconds=time_ms)
+
+
+# ------------------------------------------------------------------------------------------
+# Simulation
+#
+# Virtual workers on a virtual clock, which jumps to when something happens next.  What happens
+# in which order is decided by a seed, or by the caller, step by step.
+# ------------------------------------------------------------------------------------------
+_SIMULATION_LOGGER = "dramalite.simulation"
+
+#: Steps and milliseconds after which run_until_idle() takes a simulation for endless.
+_MOST_STEPS = 100_000
+_MOST_MS = 366 * 86_400_000
+
+#: Where a simulation begins, if it is not told: 2026-01-01 in UTC.
+_SIMULATION_START_MS = 1_767_225_600_000
+
+#: Workers, and threads of each, that a simulation may have.
+_MOST_VIRTUAL = 64
+
+#: Milliseconds between two looks of a job that waits for something.
+_VIRTUAL_POLL_MS = 10
+
+
+class Simulation(_World):
+    """A broker's work in virtual time; made by simulate()."""
+
+    def __init__(
+        self,
+        broker: _EngineBroker,
+        engine: _Engine | None,
+        seed: int,
+        start_ms: int,
+        sizes: tuple[int, int],
+        choose: Callable[[list[SimulatedStep]], SimulatedStep] | None,
+    ) -> None:
+        from random import Random
+
+        self.broker = broker
+        #: What has happened, in the order in which it was committed.
+        self.events: list[SimulatedEvent] = []
+        self._engine = engine  # In place of the broker's own, if any.
+        self._clock = _VirtualClock(self, start_ms)
+        self._choose = choose
+        self._schedule, self._jitter, self._ids = (
+            Random(f"{use} {seed}") for use in ("schedule", "jitter", "ids")
+        )
+        self._sizes = sizes
+        self._workers: list[_VirtualWorker] = []
+        self._jumps = 0  # How often the clock was set.
+        self._undo: contextlib.ExitStack = contextlib.ExitStack()
+
+    # Looking.
+
+    @property
+    def now(self) -> datetime:
+        """The virtual time, in UTC."""
+        return _datetime(self._clock.now_ms)
+
+    def pending(self) -> list[Message[Any]]:
+        """What is not finished, in its order: what waits or runs, then what is delayed."""
+        return self.broker.pending()
+
+    # Running.
+
+    def step(self) -> bool:
+        """Take one step, at the time when there is one; False if nothing is going to happen."""
+        return self._step(None)
+
+    def run_until_idle(
+        self, *, max_steps: int = _MOST_STEPS, max_time: timedelta | int = _MOST_MS
+    ) -> None:
+        """Take steps until nothing is going to happen.
+
+        Raises SimulationError after `max_steps` steps, or where it would take longer than
+        `max_time` (milliseconds or a timedelta; 366 days).
+        """
+        most_ms = _milliseconds(max_time, "max_time")
+        end_ms = self._clock.now_ms + most_ms
+        for _ in range(max_steps):
+            if not self._step(end_ms):
+                break
+        else:
+            if self._steps() or self._next_time() is not None:
+                self._fail(f"is not idle after {max_steps} steps")
+        if self._next_time() is not None:
+            self._fail(f"is not idle after {most_ms} ms")
+
+    def run_until(self, when: datetime, *, max_steps: int = _MOST_STEPS) -> None:
+        """Take all steps up to a time, which it then is.
+
+        Where there is only one virtual thread, a job that takes time is not interrupted: then it
+        may be later.  Raises SimulationError after `max_steps` steps.
+        """
+        end_ms = math.ceil(when.timestamp() * 1000)
+        for _ in range(max_steps):
+            if not self._step(end_ms):
+                break
+        else:
+            self._fail(f"has not come to {when} after {max_steps} steps")
+        self._jump(max(end_ms, self._clock.now_ms))
+
+    def advance(self, duration: timedelta | int = 0, **units: float) -> None:
+        """run_until() a duration from now: milliseconds, a timedelta, or as in minutes=5."""
+        from datetime import timedelta
+
+        ms = _milliseconds(duration, "duration") + _milliseconds(timedelta(**units), "duration")
+        self.run_until(_datetime(self._clock.now_ms + ms))
+
+    # Faults.
+
+    def crash(self, worker: int = 0) -> None:
+        """Have a virtual worker die as by kill -9, and another one take its place.
+
+        What it had claimed goes back; messages that ran count a crash.  A job under way is
+        unwound by an exception, but nothing that it does then reaches the broker.
+        """
+        dying, caller = self._workers[worker], _virtual.thread
+        with self._set_aside_engine():
+            for thread in dying.threads:
+                if thread.job is not None:
+                    self._note(thread, thread.job, "crashed", None)
+                    if thread is not caller:
+                        thread.unwind()
+        dying.slot.abandon()
+        dying.boot()
+        for other in self._workers:
+            other.must_recover = True
+        if caller is not None and caller.worker is dying:
+            self._undo.enter_context(self._set_aside_engine())  # Until the job has ended.
+            caller.is_dead = True
+            raise _Crash
+
+    def pause(self, worker: int = 0) -> None:
+        """Have a virtual worker take no more messages."""
+        self._workers[worker].is_paused = True
+
+    def resume(self, worker: int = 0) -> None:
+        """Undo pause()."""
+        self._workers[worker].is_paused = False
+        self._workers[worker].seen = None
+
+    @contextlib.contextmanager
+    def _set_aside_engine(self) -> Iterator[None]:
+        """Have what unwound jobs still do go to a database that is thrown away."""
+        engine = self.broker._engine
+        self.broker._engine = _Engine(None, "full", lambda: self._clock)
+        try:
+            yield
+        finally:
+            self.broker._engine.close()
+            self.broker._engine = engine
+
+    # Set-up.
+
+    def __enter__(self) -> Simulation:
+        broker = self.broker
+        if broker._is_simulated or any(worker.broker is broker for worker in _live_workers):
+            raise RuntimeError("This broker is worked on already, by a worker or a simulation.")
+        self._saved = broker.clock, broker.random, broker._entropy, broker._engine, broker._buried
+        broker.clock, broker.random = self._clock, self._jitter
+        broker._entropy = lambda: self._ids.getrandbits(80).to_bytes(10, "big")
+        if self._engine is not None:
+            broker._engine, broker._buried = self._engine, collections.defaultdict(list)
+        broker._is_simulated = True
+        _virtual.world = self
+        logger = logging.getLogger(_SIMULATION_LOGGER)
+        if logger.level == logging.NOTSET:  # What jobs die of is in the events.
+            logger.setLevel(logging.CRITICAL)
+        workers, threads = self._sizes
+        for number in range(workers):
+            worker = _VirtualWorker(broker, number, logger)
+            self._workers.append(worker)
+            for index in range(threads):
+                worker.threads.append(_VirtualThread(worker, index, workers * threads > 1))
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        broker, engine = self.broker, self.broker._engine
+        for worker in self._workers:
+            jobs = [thread.job for thread in worker.threads if thread.job is not None]
+            running = [thread.job for thread in worker.threads if thread.job and thread.is_running]
+            with self._set_aside_engine():
+                for thread in worker.threads:
+                    thread.unwind()
+                    if thread.real is not None:
+                        thread.real.end()
+            outcomes = [job.outcome for job in jobs if job not in running]
+            outcomes += [_handed_back(job.row) for job in running]
+            if outcomes:
+                engine.exchange(worker.slot, outcomes, 0, "{}", False)
+            worker.slot.release()
+        if self._engine is not None:
+            self._engine.close()
+        broker.clock, broker.random, broker._entropy, broker._engine, broker._buried = self._saved
+        broker._is_simulated = False
+        _virtual.world = None
+
+    # Steps.
+
+    def _step(self, end_ms: int | None) -> bool:
+        """Take a step that is due by a time, if there is one."""
+        if _virtual.thread is not None:
+            raise RuntimeError("A simulated job can't take steps of its own simulation.")
+        while not (steps := self._steps()):
+            next_ms = self._next_time()
+            if next_ms is None or (end_ms is not None and next_ms > end_ms):
+                return False
+            self._jump(next_ms)
+        self._take(self._pick(steps))
+        return True
+
+    def _steps(self) -> list[SimulatedStep]:
+        """What can be done at this moment."""
+        state = self._jumps, self.broker._engine.changes()
+        steps = []
+        for worker in self._workers:
+            if worker.must_recover:
+                steps.append(SimulatedStep(worker.number, 0, "recover"))
+                continue
+            looks = worker.seen != state and not worker.is_paused
+            for thread in worker.threads:
+                if thread.job is None:
+                    if looks:  # Of those that have nothing to do, one is as good as another.
+                        looks = False
+                        steps.append(SimulatedStep(worker.number, thread.index, "exchange"))
+                elif not thread.is_running:
+                    steps.append(SimulatedStep(worker.number, thread.index, "exchange"))
+                elif thread.wakes_at is not None and thread.wakes_at <= self._clock.now_ms:
+                    steps.append(SimulatedStep(worker.number, thread.index, "resume"))
+        return steps
+
+    def _pick(self, steps: list[SimulatedStep]) -> SimulatedStep:
+        if len(steps) == 1:
+            return steps[0]
+        if self._choose is None:
+            return steps[int(self._schedule.random() * len(steps))]
+        step = self._choose(steps)
+        if step not in steps:
+            raise ValueError(f"choose() returned {step!r}; it must return one of {steps!r}.")
+        return step
+
+    def _next_time(self) -> int | None:
+        """When, after now, there will be something to do; None if never."""
+        times = [t.wakes_at for w in self._workers for t in w.threads if t.wakes_at is not None]
+        if not all(worker.is_paused for worker in self._workers):
+            due = self.broker._engine.next_due()
+            if due is not None:
+                times.append(due)
+        return min((time for time in times if time > self._clock.now_ms), default=None)
+
+    def _jump(self, time_ms: int) -> None:
+        self._clock.now_ms = time_ms
+        self._jumps += 1
+
+    def _take(self, step: SimulatedStep) -> None:
+        worker = self._workers[step.worker]
+        thread = worker.threads[step.thread]
+        if step.action == "recover":
+            for outcome in worker.recover():
+                self._note_death(worker, outcome)
+        elif step.action == "resume":
+            cast(_JobThread, thread.real).resume()
+        else:
+            done, thread.job = thread.job, None
+            row = worker.exchange([] if done is None else [done.outcome])
+            if done is not None:
+                worker.slot.run(thread.index, 0)
+                self._note_end(thread, done)
+            if row is None:
+                worker.seen = self._jumps, self.broker._engine.changes()
+            else:
+                thread.start(row, self._clock.now_ms, self._run)
+
+    def _run(self, thread: _VirtualThread) -> None:
+        """Run a job up to its outcome."""
+        _virtual.world, _virtual.thread = self, thread
+        _loops.run_coroutine = functools.partial(_run_virtually, self._clock)
+        try:
+            thread.process()
+        finally:
+            self._undo.close()
+            _virtual.thread = _loops.run_coroutine = None
+            thread.ended_ms = self._clock.now_ms
+
+    # Time that passes in jobs.
+
+    def pass_time(self, ms: int) -> None:
+        """Let time pass: for the job that runs in this thread, or outside of jobs for all."""
+        thread = _virtual.thread
+        if thread is None:
+            self.advance(ms)
+            return
+        wakes_at = self._clock.now_ms + ms
+        limits = [item for item in self.broker.middleware if isinstance(item, TimeLimit)]
+        deadlines = [(item.deadline(thread.runner), item) for item in limits]
+        ends = [
+            (self._clock.when(end_s), item) for end_s, item in deadlines if end_s is not None
+        ]
+        end_ms, limit = min(ends, key=lambda end: end[0], default=(wakes_at + 1, None))
+        self._sleep(thread, min(wakes_at, end_ms))
+        if limit is not None and end_ms <= wakes_at:
+            limit.expire(thread.runner, self._clock)
+            raise TimeLimitExceeded
+
+    def _sleep(self, thread: _VirtualThread, wakes_at: int) -> None:
+        if thread.is_dead:
+            raise _Crash
+        if thread.real is None:
+            self._jump(max(wakes_at, self._clock.now_ms))
+        else:
+            thread.sleep(wakes_at)
+
+    def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Let time pass until something is true; tell whether it came true in time."""
+        end_ms = None if timeout_s is None else self._clock.now_ms + math.ceil(timeout_s * 1000)
+        while not is_done():
+            if end_ms is not None and self._clock.now_ms >= end_ms:
+                return False
+            if _virtual.thread is not None:
+                self.pass_time(_VIRTUAL_POLL_MS)
+            elif not self._step(end_ms):
+                if end_ms is None:
+                    return is_done()
+                self._jump(end_ms)
+        return True
+
+    # Events.
+
+    def _note_end(self, thread: _VirtualThread, job: _Job) -> None:
+        """Add the event of an attempt whose outcome was written."""
+        retries = [
+            values
+            for statement, values in job.outcome.effects
+            if statement == _INSERT and values[8] == job.row.message_id
+        ]
+        if job.message is None or job.message.failed:
+            outcome = "dead"
+        elif retries:
+            outcome = "retry"
+        else:
+            outcome = "skipped" if thread.error.startswith(SkipMessage.__name__) else "done"
+        self._note(thread, job, outcome, retries[0][5] if retries else None)
+
+    def _note(self, thread: _VirtualThread, job: _Job, outcome: str, next_eta: int | None) -> None:
+        has_crashed = outcome == "crashed"
+        retries = _retries(job.message) if thread.is_running else thread.retries
+        ended_ms = self._clock.now_ms if thread.is_running else thread.ended_ms
+        self.events.append(
+            SimulatedEvent(
+                job.row.message_id, job.row.actor, retries + job.row.crashes + 1,
+                thread.started_ms, ended_ms, thread.worker.number, thread.index, outcome, next_eta,
+                None if has_crashed else job.result, "" if has_crashed else thread.error, job.row.body,
+            )
+        )  # fmt: skip
+
+    def _note_death(self, worker: _VirtualWorker, outcome: _Outcome) -> None:
+        """Add the event of a message that is a dead letter since its workers died."""
+        row, now = outcome.row, self._clock.now_ms
+        error = f"{WorkerCrashed.__name__}: the last of {row.crashes} worker processes that ran it died"
+        self.events.append(
+            SimulatedEvent(
+                row.message_id, row.actor, row.crashes, now, now, worker.number, 0, "dead", None, None,
+                error, row.body,
+            )
+        )  # fmt: skip
+
+    def _fail(self, problem: str) -> None:
+        last = "".join(f"\n    {event}" for event in self.events[-10:])
+        raise SimulationError(
+            f"The simulation {problem}; it is {self.now}, and {len(self.pending())} messages are not "
+            f"finished. The last events:{last or ' none.'}"
+        )
+
+
+def simulate(
+    broker: Broker | None = None,
+    *,
+    seed: int = 0,
+    start: datetime | None = None,
+    workers: int = 1,
+    threads: int = 1,
+    choose: Callable[[list[SimulatedStep]], SimulatedStep] | None = None,
+) -> Simulation:
+    """Run a broker's work in virtual time, in the calling thread; a context manager.
+
+        with dramalite.simulate(seed=7) as sim:
+            charge.send(42)
+            sim.run_until_idle()
+            assert [event.outcome for event in sim.events] == ["retry", "done"]
+
+    The engine, the middleware and the actors are the real ones; only time is not, nor the order
+    in which the `workers`, of so many `threads` each, get their turns.  That comes from the seed,
+    or from `choose`, which is given what can be done next and returns one of it.  The same seed
+    gives the same events.
+
+    Without a `broker` the default one's actors run on an empty database in memory; a broker that
+    is given is worked on as it is, a file with what it holds.  Jobs take no time, but for
+    simulated_work(), broker.clock.sleep() and what coroutines await of asyncio's timers; with
+    more than one virtual thread others run meanwhile.  Time starts at `start` (2026-01-01 UTC).
+    """
+    world = get_broker() if broker is None else broker
+    if not isinstance(world, _EngineBroker):
+        raise TypeError(f"{world!r} can't be simulated; give a broker of dramalite.")
+    for value, name in ((workers, "workers"), (threads, "threads")):
+        if not 1 <= value <= _MOST_VIRTUAL:
+            raise ValueError(f"{name} is {value!r}; give 1 to {_MOST_VIRTUAL}.")
+    engine = _Engine(None, "full", lambda: world.clock) if broker is None else None
+    start_ms = _SIMULATION_START_MS if start is None else math.ceil(start.timestamp() * 1000)
+    return Simulation(world, engine, seed, start_ms, (workers, threads), choose)
+
 
 # ------------------------------------------------------------------------------------------
 # Child processes

@@ -1,0 +1,707 @@
+"""simulate(): virtual time on the real engine, its schedule, its faults, and what it tells."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from datetime import datetime, timedelta, timezone
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dramalite
+
+START = datetime(2026, 1, 1, tzinfo=timezone.utc)
+
+
+@pytest.fixture
+def flaky(broker):
+    """An actor that fails as often as its argument says, then returns."""
+
+    @dramalite.actor(store_results=True)
+    def flaky(times):
+        retries = dramalite.CurrentMessage.get_current_message().options.get("retries", 0)
+        if retries < times:
+            raise ValueError(f"failure {retries + 1}")
+        return times
+
+    return flaky
+
+
+@pytest.fixture
+def work(broker):
+    """An actor that takes as many milliseconds as its argument says."""
+
+    @dramalite.actor(max_retries=0)
+    def work(ms):
+        dramalite.simulated_work(ms)
+
+    return work
+
+
+def outcomes(sim):
+    return [event.outcome for event in sim.events]
+
+
+# Time
+
+
+def test_backoff_passes_without_waiting(broker, flaky):
+    with dramalite.simulate(broker, seed=7) as sim:
+        flaky.send(2)
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["retry", "retry", "done"]
+    first, second, third = sim.events
+    assert timedelta(seconds=15) <= second.started - first.ended <= timedelta(seconds=30)
+    assert timedelta(seconds=30) <= third.started - second.ended <= timedelta(seconds=60)
+    assert (first.next_eta, second.next_eta, third.next_eta) == (second.started, third.started, None)
+    assert sim.now == third.ended
+
+
+def test_an_event_tells_all_about_an_attempt(broker, flaky):
+    with dramalite.simulate(broker) as sim:
+        message = flaky.send(1)
+        sim.run_until_idle()
+
+    first, second = sim.events
+    assert first.message == message.copy(options={})
+    assert (first.message_id, first.actor, first.attempt) == (message.message_id, "flaky", 1)
+    assert (first.error, first.result) == ("ValueError: failure 1", None)
+    assert (second.attempt, second.error, second.result) == (2, "", 1)
+    assert (second.worker, second.thread) == (0, 0)
+    assert second.message.options["retries"] == 1
+    assert "flaky" in str(first) and "failure 1" in str(first) and "retry" in str(first)
+
+
+def test_time_starts_where_it_is_told_and_stands_still(broker):
+    start = datetime(2031, 5, 5, 12, tzinfo=timezone.utc)
+    with dramalite.simulate(broker, start=start) as sim:
+        assert sim.now == start
+        assert broker.clock.time_ms() == start.timestamp() * 1000
+
+    assert dramalite.simulate(broker).now == START
+
+
+@pytest.mark.parametrize(
+    ("duration", "units", "expected"),
+    [
+        (1500, {}, timedelta(milliseconds=1500)),
+        (timedelta(days=3), {}, timedelta(days=3)),
+        (0, {"minutes": 5}, timedelta(minutes=5)),
+        (250, {"hours": 1, "seconds": 2}, timedelta(hours=1, seconds=2.25)),
+    ],
+)
+def test_advance_moves_time_by_a_duration(broker, duration, units, expected):
+    with dramalite.simulate(broker) as sim:
+        sim.advance(duration, **units)
+
+        assert sim.now == START + expected
+
+
+def test_advance_runs_what_is_due_meanwhile_and_no_more(broker, work):
+    with dramalite.simulate(broker) as sim:
+        for seconds in (10, 20, 30):
+            work.send_with_options(args=(0,), delay=seconds * 1000)
+        sim.advance(seconds=20)
+
+        assert [event.started for event in sim.events] == [START + timedelta(seconds=s) for s in (10, 20)]
+        assert len(sim.pending()) == 1
+
+
+def test_run_until_stops_at_a_time(broker, work):
+    with dramalite.simulate(broker) as sim:
+        work.send_with_options(args=(0,), delay=5000)
+        sim.run_until(START + timedelta(milliseconds=4999))
+        assert sim.events == []
+        sim.run_until(START + timedelta(seconds=5))
+
+        assert outcomes(sim) == ["done"]
+
+
+def test_sleeping_on_the_clock_outside_of_jobs_lets_the_world_go_on(broker, work):
+    with dramalite.simulate(broker) as sim:
+        work.send_with_options(args=(0,), delay=1000)
+        broker.clock.sleep(2)
+
+        assert outcomes(sim) == ["done"]
+        assert sim.now == START + timedelta(seconds=2)
+
+
+def test_jobs_take_the_time_they_say(broker, work):
+    with dramalite.simulate(broker) as sim:
+        work.send(1500)
+        work.send(500)
+        sim.run_until_idle()
+
+    first, second = sim.events
+    assert first.ended - first.started == timedelta(milliseconds=1500)
+    assert second.started == first.ended
+    assert sim.now == START + timedelta(seconds=2)
+
+
+def test_threads_work_at_the_same_virtual_time(broker, work):
+    with dramalite.simulate(broker, threads=3) as sim:
+        for _ in range(3):
+            work.send(1000)
+        sim.run_until_idle()
+
+    assert {event.started for event in sim.events} == {START}
+    assert sim.now == START + timedelta(seconds=1)
+    assert {event.thread for event in sim.events} == {0, 1, 2}
+
+
+def test_simulated_work_takes_no_time_outside_of_simulations(clock):
+    dramalite.simulated_work(10**9)
+
+    assert clock.slept == []
+
+
+def test_coroutines_sleep_in_virtual_time(broker):
+    @dramalite.actor(time_limit=10**9, store_results=True)
+    async def sleeper(seconds):
+        await asyncio.sleep(seconds)
+        return seconds
+
+    with dramalite.simulate(broker, workers=2) as sim:
+        message = sleeper.send(86_400)
+        sleeper.send(3600)
+        sim.run_until_idle()
+
+        assert sim.now - START == timedelta(days=1)
+        assert sorted(event.result for event in sim.events) == [3600, 86_400]
+    assert message.message_id in {event.message_id for event in sim.events}
+
+
+def test_a_simulation_runs_inside_a_running_event_loop(broker):
+    @dramalite.actor
+    async def sleeper():
+        await asyncio.sleep(1)
+
+    async def main():
+        with dramalite.simulate(broker) as sim:
+            sleeper.send()
+            sim.run_until_idle()
+            return sim
+
+    assert outcomes(asyncio.run(main())) == ["done"]
+
+
+# What depends on time
+
+
+def test_a_time_limit_ends_a_job_in_virtual_time(broker):
+    cleaned = []
+
+    @dramalite.actor(time_limit=1000, max_retries=0)
+    def slow():
+        try:
+            dramalite.simulated_work(5000)
+        except dramalite.TimeLimitExceeded:
+            cleaned.append(sim.now)
+            raise
+
+    with dramalite.simulate(broker) as sim:
+        slow.send()
+        sim.run_until_idle()
+
+    assert cleaned == [START + timedelta(seconds=1)]
+    assert sim.events[0].error.startswith("TimeLimitExceeded")
+    assert outcomes(sim) == ["dead"]
+
+
+def test_a_time_limit_cancels_a_coroutine(broker):
+    cleaned = []
+
+    @dramalite.actor(time_limit=1000, max_retries=0)
+    async def slow():
+        try:
+            await asyncio.sleep(50)
+        finally:
+            cleaned.append(sim.now)
+
+    with dramalite.simulate(broker) as sim:
+        slow.send()
+        sim.run_until_idle()
+
+    assert cleaned == [START + timedelta(seconds=1)]
+    assert sim.events[0].error.startswith("TimeLimitExceeded")
+
+
+def test_an_age_limit_is_reached_behind_a_long_job(broker, work):
+    @dramalite.actor(max_age=1000)
+    def fresh():
+        pass
+
+    with dramalite.simulate(broker) as sim:
+        work.send(999)
+        fresh.send()
+        work.send(2)
+        fresh.send()
+        sim.run_until_idle()
+
+    assert [(e.actor, e.outcome) for e in sim.events] == [
+        ("work", "done"), ("fresh", "done"), ("work", "done"), ("fresh", "dead"),
+    ]  # fmt: skip
+
+
+def test_results_expire_in_virtual_time(broker):
+    @dramalite.actor(store_results=True, result_ttl=60_000)
+    def answer():
+        return 42
+
+    with dramalite.simulate(broker) as sim:
+        message = answer.send()
+        sim.run_until_idle()
+        sim.advance(59_999)
+        assert message.get_result() == 42
+        sim.advance(1)
+        with pytest.raises(dramalite.ResultMissing):
+            message.get_result()
+
+
+def test_waiting_for_a_result_runs_the_simulation(broker, flaky):
+    with dramalite.simulate(broker) as sim:
+        message = flaky.send(2)
+
+        assert message.get_result(block=True, timeout=3_600_000) == 2
+        assert sim.now - START < timedelta(minutes=2)
+
+
+def test_waiting_for_a_result_ends_with_its_virtual_timeout(broker, flaky):
+    with dramalite.simulate(broker) as sim:
+        message = flaky.send(2)
+        with pytest.raises(dramalite.ResultTimeout):
+            message.get_result(block=True, timeout=10_000)
+
+        assert sim.now == START + timedelta(seconds=10)
+
+
+def test_join_runs_the_simulation(broker, flaky):
+    with dramalite.simulate(broker) as sim:
+        flaky.send(3)
+        broker.join("default")
+
+        assert outcomes(sim) == ["retry", "retry", "retry", "done"]
+
+
+def test_a_concurrency_limit_holds_while_jobs_take_time(broker):
+    limiter = dramalite.ConcurrentRateLimiter(dramalite.SQLiteRateLimiterBackend(broker), "one", limit=1)
+    spans = []
+
+    @dramalite.actor(min_backoff=100, max_backoff=100)
+    def limited():
+        with limiter.acquire():
+            started = sim.now
+            dramalite.simulated_work(500)
+            spans.append((started, sim.now))
+
+    with dramalite.simulate(broker, workers=2, threads=2) as sim:
+        for _ in range(4):
+            limited.send()
+        sim.run_until_idle()
+
+    assert len(spans) == 4
+    spans.sort()
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:]))
+    assert "retry" in outcomes(sim)
+
+
+def test_urgent_messages_overtake_those_that_wait(broker, work):
+    with dramalite.simulate(broker) as sim:
+        work.send(100)
+        sim.step()
+        sim.step()
+        for priority in (5, 0, -5, 0):
+            work.send_with_options(args=(priority,), priority=priority)
+        sim.run_until_idle()
+
+    assert [event.message.args[0] for event in sim.events] == [100, -5, 0, 0, 5]
+
+
+# The schedule
+
+
+def run_mix(broker, work, flaky, **options):
+    """A few messages of all kinds; their events."""
+    with dramalite.simulate(broker, **options) as sim:
+        for n in range(4):
+            work.send(100 * n)
+            flaky.send(n)
+            work.send_with_options(args=(50,), delay=70 * n, priority=n % 2)
+        sim.run_until_idle()
+    broker.flush_all()
+    return sim.events
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (2, 2)])
+def test_the_same_seed_gives_the_same_events(broker, work, flaky, sizes):
+    options = {"workers": sizes[0], "threads": sizes[1]}
+    first = run_mix(broker, work, flaky, seed=3, **options)
+    again = run_mix(broker, work, flaky, seed=3, **options)
+    other = run_mix(broker, work, flaky, seed=4, **options)
+
+    assert first == again
+    assert first != other
+
+
+def test_the_same_seed_gives_the_same_events_on_all_versions(broker, work, flaky):
+    events = run_mix(broker, work, flaky, seed=3, workers=2)
+
+    start = 1000 * int(START.timestamp())
+    shown = [(e.actor, e.attempt, e.outcome, e.worker, e.started_ms - start) for e in events]
+    assert shown == EXPECTED
+
+
+EXPECTED = [
+    ("work", 1, "done", 0, 0),
+    ("flaky", 1, "done", 1, 0),
+    ("flaky", 1, "retry", 1, 0),
+    ("work", 1, "done", 0, 0),
+    ("flaky", 1, "retry", 0, 100),
+    ("work", 1, "done", 1, 0),
+    ("flaky", 1, "retry", 1, 200),
+    ("work", 1, "done", 1, 200),
+    ("work", 1, "done", 1, 250),
+    ("work", 1, "done", 1, 300),
+    ("work", 1, "done", 0, 100),
+    ("work", 1, "done", 1, 350),
+    ("flaky", 2, "done", 1, 19169),
+    ("flaky", 2, "retry", 0, 24720),
+    ("flaky", 2, "retry", 0, 25293),
+    ("flaky", 3, "retry", 0, 58800),
+    ("flaky", 3, "done", 1, 70286),
+    ("flaky", 4, "done", 0, 161789),
+]
+
+
+@given(data=st.data())
+def test_a_caller_chooses_the_schedule(data):
+    broker = dramalite.MemoryBroker()
+    ran = []
+
+    @dramalite.actor(broker=broker)
+    def note(n):
+        ran.append(n)
+
+    chosen = []
+
+    def choose(steps):
+        assert len(steps) > 1
+        step = data.draw(st.sampled_from(steps))
+        chosen.append(step)
+        return step
+
+    with dramalite.simulate(broker, workers=3, choose=choose) as sim:
+        for n in range(6):
+            note.send(n)
+        sim.run_until_idle()
+
+    assert ran == list(range(6))
+    assert chosen
+    assert {step.action for step in chosen} <= {"recover", "exchange", "resume"}
+    broker.close()
+
+
+def test_a_choice_that_is_none_of_the_steps_is_an_error(broker, work):
+    with dramalite.simulate(broker, workers=2, choose=lambda steps: "the first") as sim:
+        with pytest.raises(ValueError, match="the first"):
+            sim.step()
+
+
+def test_step_says_whether_there_was_anything_to_do(broker, work):
+    with dramalite.simulate(broker) as sim:
+        while sim.step():
+            pass
+        work.send(0)
+        assert sim.step()
+        while sim.step():
+            pass
+
+        assert outcomes(sim) == ["done"]
+
+
+def test_a_job_cannot_take_steps(broker):
+    @dramalite.actor(max_retries=0)
+    def recursive():
+        sim.step()
+
+    with dramalite.simulate(broker) as sim:
+        recursive.send()
+        sim.run_until_idle()
+
+    assert "steps of its own simulation" in sim.events[0].error
+
+
+# Ends
+
+
+def test_an_endless_retry_fails_with_the_last_events(broker):
+    @dramalite.actor(max_retries=None)
+    def never():
+        raise ValueError("never")
+
+    with dramalite.simulate(broker) as sim:
+        never.send()
+        with pytest.raises(dramalite.SimulationError) as caught:
+            sim.run_until_idle()
+
+    text = str(caught.value)
+    assert text.count("ValueError: never") == 10
+    assert "1 messages are not finished" in text
+
+
+def test_endless_steps_at_one_time_fail(broker):
+    @dramalite.actor(max_retries=None, min_backoff=0, max_backoff=0)
+    def never():
+        raise ValueError("never")
+
+    with dramalite.simulate(broker) as sim:
+        never.send()
+        with pytest.raises(dramalite.SimulationError, match="after 50 steps"):
+            sim.run_until_idle(max_steps=50)
+
+
+def test_max_time_bounds_the_virtual_time(broker, work):
+    with dramalite.simulate(broker) as sim:
+        work.send_with_options(args=(0,), delay=3_600_000)
+        with pytest.raises(dramalite.SimulationError, match="1000 ms"):
+            sim.run_until_idle(max_time=timedelta(seconds=1))
+        sim.run_until_idle()
+
+        assert outcomes(sim) == ["done"]
+
+
+def test_a_simulation_that_ends_in_time_is_no_error(broker, work):
+    with dramalite.simulate(broker) as sim:
+        work.send(0)
+        sim.run_until_idle(max_steps=10, max_time=0)
+
+    assert outcomes(sim) == ["done"]
+
+
+# Crashes
+
+
+def test_a_crash_repeats_what_ran(broker, work):
+    with dramalite.simulate(broker, threads=2) as sim:
+        message = work.send(1000)
+        sim.advance(500)
+        sim.crash()
+        sim.run_until_idle()
+
+    assert [(e.outcome, e.attempt) for e in sim.events] == [("crashed", 1), ("done", 2)]
+    assert {event.message_id for event in sim.events} == {message.message_id}
+    assert sim.events[0].ended == START + timedelta(milliseconds=500)
+    assert sim.events[1].started == START + timedelta(milliseconds=500)
+
+
+def test_a_crash_leaves_the_other_workers_alone(broker, work):
+    with dramalite.simulate(broker, workers=2) as sim:
+        work.send(1000)
+        work.send(1000)
+        sim.advance(500)
+        sim.crash(1)
+        sim.run_until_idle()
+
+    assert sorted((e.outcome, e.attempt) for e in sim.events) == [("crashed", 1), ("done", 1), ("done", 2)]
+
+
+def test_a_job_that_kills_its_worker_becomes_a_dead_letter(broker):
+    @dramalite.actor(max_crashes=3)
+    def poison():
+        sim.crash(0)
+
+    with dramalite.simulate(broker) as sim:
+        poison.send()
+        sim.run_until_idle()
+
+        assert outcomes(sim) == ["crashed", "crashed", "crashed", "dead"]
+        assert [letter.actor_name for letter in broker.dead_letters] == ["poison"]
+        assert sim.pending() == []
+
+
+def test_crashes_are_no_retries(broker):
+    @dramalite.actor(max_retries=1)
+    def unlucky():
+        attempts.append(sim.now)
+        if len(attempts) == 1:
+            sim.crash(0)
+        if len(attempts) == 2:
+            raise ValueError("a real failure")
+
+    attempts = []
+    with dramalite.simulate(broker) as sim:
+        unlucky.send()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["crashed", "retry", "done"]
+
+
+def test_what_an_unwound_job_does_reaches_nobody(broker, work):
+    @dramalite.actor(max_retries=0)
+    def careful():
+        try:
+            dramalite.simulated_work(1000)
+        finally:
+            work.send(1)
+
+    with dramalite.simulate(broker, threads=2) as sim:
+        careful.send()
+        sim.advance(500)
+        sim.crash()
+
+        assert [message.actor_name for message in sim.pending()] == ["careful"]
+        sim.run_until_idle()
+    assert [event.actor for event in sim.events] == ["careful", "careful", "work"]
+
+
+def test_an_outcome_that_was_not_written_is_lost_with_its_worker(broker, work):
+    with dramalite.simulate(broker) as sim:
+        work.send(0)
+        sim.step()  # recover
+        sim.step()  # take the message and run it
+        sim.crash()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["crashed", "done"]
+
+
+def test_a_paused_worker_takes_nothing(broker, work):
+    with dramalite.simulate(broker) as sim:
+        sim.pause()
+        work.send(0)
+        work.send_with_options(args=(0,), delay=1000)
+        sim.run_until_idle()
+        assert sim.events == []
+        sim.advance(seconds=2)
+        assert sim.events == []
+        sim.resume()
+        sim.run_until_idle()
+
+        assert outcomes(sim) == ["done", "done"]
+
+
+# Brokers
+
+
+def test_without_a_broker_the_default_ones_actors_run_in_memory(make_file_broker, tmp_path):
+    broker = make_file_broker()
+    ran = []
+
+    @dramalite.actor
+    def note(n):
+        ran.append(n)
+
+    note.send(1)
+    with dramalite.simulate() as sim:
+        note.send(2)
+        sim.run_until_idle()
+
+    assert ran == [2]
+    assert [message.args for message in broker.pending()] == [(1,)]
+
+
+def test_a_file_that_is_given_is_worked_on(make_file_broker):
+    first = make_file_broker()
+
+    @dramalite.actor(broker=first)
+    def note():
+        raise ValueError("not yet")
+
+    with dramalite.simulate(first) as sim:
+        note.send()
+        sim.advance(1000)
+    first.close()
+    second = make_file_broker()
+
+    @dramalite.actor(broker=second, actor_name="note")
+    def note_again():
+        pass
+
+    with dramalite.simulate(second, start=sim.now) as again:
+        again.run_until_idle()
+
+    assert outcomes(sim) == ["retry"]
+    assert [(event.outcome, event.attempt) for event in again.events] == [("done", 2)]
+
+
+def test_a_simulation_puts_the_brokers_clock_and_randomness_back(broker, work):
+    clock, random = broker.clock, broker.random
+    with dramalite.simulate(broker):
+        assert broker.clock is not clock
+    assert (broker.clock, broker.random) == (clock, random)
+    assert abs(work.message(0).message_timestamp - clock.time_ms()) < 60_000
+
+
+def test_jobs_under_way_go_back_when_the_simulation_ends(broker, work):
+    with dramalite.simulate(broker, threads=2) as sim:
+        work.send(1000)
+        sim.advance(500)
+    assert [message.actor_name for message in broker.pending()] == ["work"]
+
+    with dramalite.simulate(broker, start=sim.now) as again:
+        again.run_until_idle()
+    assert [(event.outcome, event.attempt) for event in again.events] == [("done", 1)]
+
+
+def test_a_broker_is_simulated_once_at_a_time(broker, worker):
+    with dramalite.simulate(broker), pytest.raises(RuntimeError, match="already"):
+        dramalite.simulate(broker).__enter__()
+    worker(broker)
+    with pytest.raises(RuntimeError, match="already"):
+        dramalite.simulate(broker).__enter__()
+
+
+@pytest.mark.parametrize("options", [{"workers": 0}, {"threads": 0}, {"workers": 65}])
+def test_a_simulation_has_one_worker_or_more(broker, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        dramalite.simulate(broker, **options)
+
+
+def test_only_brokers_of_the_engine_can_be_simulated():
+    with pytest.raises(TypeError, match="simulated"):
+        dramalite.simulate(dramalite.Broker(middleware=[]))
+
+
+def test_failures_of_simulated_jobs_are_in_the_events_and_not_in_the_log(broker, flaky, caplog):
+    caplog.set_level(logging.INFO, "dramalite")
+    with dramalite.simulate(broker) as sim:
+        flaky.send(1)
+        sim.run_until_idle()
+
+    assert "Failed to process" not in caplog.text
+    assert sim.events[0].error == "ValueError: failure 1"
+
+
+def test_pending_messages_come_in_their_order(broker, work):
+    with dramalite.simulate(broker) as sim:
+        work.send_with_options(args=(1,), delay=5000)
+        work.send_with_options(args=(2,), delay=1000)
+        work.send(3)
+        work.send_with_options(args=(4,), priority=-1)
+
+        assert [message.args[0] for message in sim.pending()] == [4, 3, 2, 1]
+
+
+def test_groups_and_pipelines_complete(broker):
+    done = []
+
+    @dramalite.actor(store_results=True)
+    def add(*numbers):
+        dramalite.simulated_work(10)
+        return sum(numbers)
+
+    @dramalite.actor
+    def finish():
+        done.append(sim.now)
+
+    with dramalite.simulate(broker, workers=2, threads=2) as sim:
+        group = dramalite.group([add.message(n) | add.message(1) for n in range(5)])
+        group.add_completion_callback(finish.message())
+        group.run()
+        sim.run_until_idle()
+
+        assert list(group.get_results()) == [1, 2, 3, 4, 5]
+    assert len(done) == 1
