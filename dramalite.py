@@ -294,8 +294,11 @@ class ResultMissing(ResultError):
     """There is no result (yet).  `message` is the Message."""
 
 
-class ResultUnavailable(ResultMissing):
-    """There is no result and there will be none; `reason` says why."""
+class ResultUnavailable(ResultMissing, ResultTimeout):
+    """There is no result and there will be none; `reason` says why.
+
+    Raised at once where Dramatiq waits for the timeout, hence a ResultTimeout too.
+    """
 
     def __init__(self, message: Any, reason: str = "") -> None:
         super().__init__(message)
@@ -2901,13 +2904,14 @@ class _Row(NamedTuple):
 class _Outcome:
     """What came of a claimed row, and all that is to be committed with it."""
 
-    __slots__ = ("effects", "is_handed_back", "row", "wakes")
+    __slots__ = ("after_commit", "effects", "is_handed_back", "row", "wakes")
 
     def __init__(self, row: _Row) -> None:
         self.row = row
         self.effects: list[tuple[str, tuple[Any, ...]]] = []  # Statements and their values.
         self.wakes: list[tuple[int, int]] = []  # due_ms and bit of each message it enqueues.
         self.is_handed_back = False
+        self.after_commit: Callable[[], None] | None = None
 
 
 def _handed_back(row: _Row) -> _Outcome:
@@ -3631,6 +3635,8 @@ class _Engine(_WatchedDatabase):
                         {"owner": slot.owner, "targets": targets, "limit": limit, "suspects": suspects},
                     ).fetchall()
         for outcome in outcomes:
+            if outcome.after_commit is not None:
+                outcome.after_commit()
             for due_ms, bit in outcome.wakes:
                 self._wake(due_ms, bit)
         if outcomes:
@@ -3652,6 +3658,7 @@ class _Engine(_WatchedDatabase):
                 for statement, values in outcome.effects:
                     connection.execute(statement, values)
             else:
+                outcome.after_commit = None
                 get_logger("dramalite.worker").warning(
                     "Message %s is no longer this worker's; its outcome is dropped.",
                     outcome.row.message_id,
@@ -5357,8 +5364,8 @@ class _EngineConsumer(Consumer):
         claimed = self._claimed.pop(id(message), None)
         if claimed is not None:
             reason = message.reason = "It was rejected by a consumer."
-            self._broker._remember_dead(self._queue, message)
             self._finish(claimed[1], (_bury(claimed[1], claimed[1].body, reason, self._broker.clock),))
+            self._broker._remember_dead(self._queue, message)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
         claimed = [self._claimed.pop(id(message), None) for message in messages]
@@ -6006,7 +6013,7 @@ class _Processor:
         stand_in = _stand_in(row.queue, row.actor, row.message_id, clock.time_ms(), reason)
         letter = MessageProxy(stand_in)
         letter.reason, letter._exception = reason, job.exception
-        self._broker._remember_dead(row.queue, letter)
+        self._remember_dead(job, letter)
 
     def _acknowledge(self, job: _Job, message: MessageProxy) -> None:
         """Call the ack hooks, or for a failed message the nack hooks and make it a dead letter."""
@@ -6073,6 +6080,10 @@ class _Processor:
                 _traceback_text(exception).replace("\n", "\n    "),
             )  # fmt: skip
 
+    def _remember_dead(self, job: _Job, letter: MessageProxy) -> None:
+        remember = self._broker._remember_dead
+        job.outcome.after_commit = functools.partial(remember, job.row.queue, letter)
+
     def _dead_letter(self, job: _Job, message: MessageProxy) -> tuple[str, tuple[Any, ...]]:
         """Bury the message as it is now, with its last traceback; or its bytes as they were."""
         exception = job.exception if message._exception is None else message._exception
@@ -6084,7 +6095,7 @@ class _Processor:
         except (TypeError, ValueError):
             body = job.row.body
         message.reason = reason
-        self._broker._remember_dead(job.row.queue, message)
+        self._remember_dead(job, message)
         return _bury(job.row, body, reason, self._broker.clock)
 
 
@@ -7436,17 +7447,18 @@ class Simulation(_World):
     def __exit__(self, *_error: object) -> None:
         broker, engine = self.broker, self.broker._engine
         for worker in self._workers:
-            jobs = [thread.job for thread in worker.threads if thread.job is not None]
-            running = [thread.job for thread in worker.threads if thread.job and thread.is_running]
+            busy = [(thread, thread.job) for thread in worker.threads if thread.job is not None]
+            done = [(thread, job) for thread, job in busy if not thread.is_running]
+            outcomes = [job.outcome for _thread, job in done]
+            outcomes += [_handed_back(job.row) for thread, job in busy if thread.is_running]
             with self._set_aside_engine():
                 for thread in worker.threads:
                     thread.unwind()
                     if thread.real is not None:
                         thread.real.end()
-            outcomes = [job.outcome for job in jobs if job not in running]
-            outcomes += [_handed_back(job.row) for job in running]
-            if outcomes:
-                engine.exchange(worker.slot, outcomes, 0, "{}", False)
+            engine.exchange(worker.slot, outcomes, 0, "{}", False)
+            for thread, job in done:
+                self._note_end(thread, job)
             worker.slot.release()
         if self._engine is not None:
             self._engine.close()

@@ -1825,11 +1825,11 @@ def spin(seconds=10.0):
 def a_message_that_takes_too_long_is_interrupted(dramatiq, world):
     world.use_time_limit(dramatiq.middleware.Retries())
 
-    @dramatiq.actor(time_limit=5, max_retries=1, min_backoff=0)
+    @dramatiq.actor(time_limit=40, max_retries=1, min_backoff=0)
     def work():
         try:
             spin()
-        except Exception:
+        except Exception:  # noqa: BLE001
             world.record("caught", "by except Exception")
         except BaseException as error:
             world.record("error", type(error).__name__)
@@ -1850,7 +1850,22 @@ def an_interrupted_message_may_clean_up_and_return(dramatiq, world):
         except dramatiq.middleware.TimeLimitExceeded:
             world.record("cleaned up", True)
 
-    work.send_with_options(time_limit=5)
+    work.send_with_options(time_limit=40)
+    world.work()
+
+
+@program(defect="6.3.1: a time limit that passes before the actor has begun is lost for that run")
+def a_time_limit_passes_before_the_actor_runs(dramatiq, world):
+    world.use_time_limit(dramatiq.middleware.Retries())
+    wait = hooks(dramatiq, ["before_process_message"], lambda _hook, _message: spin(0.25))
+    world.broker.add_middleware(wait)
+
+    @dramatiq.actor(max_retries=0, time_limit=5)
+    def work():
+        spin(0.1)
+        world.record("finished", True)
+
+    work.send()
     world.work()
 
 
@@ -1869,7 +1884,7 @@ def time_limits_in_time(dramatiq, world):
     dramalite={"interrupted": [True]},
 )
 def a_time_limit_in_a_worker_inside_the_program(dramatiq, world):
-    @dramatiq.actor(time_limit=1, max_retries=0)
+    @dramatiq.actor(time_limit=50, max_retries=0)
     def work():
         try:
             spin(0.4)
@@ -2934,9 +2949,9 @@ def odd_delays(dramatiq, world):
 @program
 def delayed_messages_run_in_the_order_of_their_times(dramatiq, world):
     note = noting(dramatiq, world)
-    for delay in (90, 60, 30):
-        note.send_with_options(args=(delay,), delay=delay)
-    note.send(0)
+    start = note.message().message_timestamp + 300
+    for later in (3, 1, 2, 0):
+        world.broker.enqueue(note.message(later).copy(options={"eta": start + later}))
     with world.started(prefetch=100):
         world.join()
 
@@ -3040,7 +3055,7 @@ def a_coroutine_runs_into_its_time_limit(dramatiq, world):
     world.run_coroutines()
     import asyncio
 
-    @dramatiq.actor(max_retries=0, time_limit=5)
+    @dramatiq.actor(max_retries=0, time_limit=60)
     async def work():
         try:
             await asyncio.sleep(10)

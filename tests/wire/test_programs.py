@@ -103,7 +103,7 @@ class World:
         """What a call returns; or the kind of its error, and with `text` what it says."""
         try:
             return function(*args, **kwargs)
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001
             name = type(error).__name__
             if name == "ResultUnavailable" and not exact:  # A ResultMissing that knows why.
                 name = "ResultMissing"
@@ -113,7 +113,7 @@ class World:
         """The error of a call."""
         try:
             function(*args, **kwargs)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             return error
         raise AssertionError(f"{function} raised nothing.")
 
