@@ -746,7 +746,8 @@ class Message(Generic[_R]):
 
         raise FrozenInstanceError(f"cannot assign to field {name!r}; use copy({name}=...)")
 
-    __delattr__ = __setattr__  # type: ignore[assignment]
+    def __delattr__(self, name: str) -> None:
+        self.__setattr__(name, None)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Message):
@@ -4190,8 +4191,9 @@ class Results(Middleware):
     def concerns(self, options: Mapping[str, Any]) -> bool:
         return bool(options.get("store_results", self.store_results))
 
-    def _stores(self, message: MessageProxy) -> bool:
-        return bool(_option(message, "store_results", self.store_results))
+    def _stores(self, broker: Broker, message: MessageProxy) -> bool:
+        is_known = message.actor_name in broker.actors
+        return is_known and bool(_option(message, "store_results", self.store_results))
 
     def _ttl(self, message: MessageProxy) -> int:
         ttl = _option(message, "result_ttl")
@@ -4207,7 +4209,7 @@ class Results(Middleware):
     ) -> None:
         if exception is not None or message.failed:
             return
-        if self._stores(message):
+        if self._stores(broker, message):
             try:
                 self.backend.store_result(message, result, self._ttl(message))
             except (TypeError, ValueError) as error:
@@ -4220,11 +4222,11 @@ class Results(Middleware):
             )
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        if self._stores(message) and not message.failed:
+        if self._stores(broker, message) and not message.failed:
             self.backend.store_result(message, None, self._ttl(message))
 
     def after_nack(self, broker: Broker, message: MessageProxy) -> None:
-        if self._stores(message) and message.failed:
+        if self._stores(broker, message) and message.failed:
             exception = message._exception or RuntimeError("The message failed.")
             self.backend.store_exception(message, exception, self._ttl(message))
 
@@ -4506,6 +4508,9 @@ class AgeLimit(Middleware):
 # Deadlines of running actors.  One watching thread per middleware, started by the first
 # deadline, sleeps until the earliest; it holds _lock for moments only.
 # ------------------------------------------------------------------------------------------
+_LATE_LOOK_S = 0.005
+
+
 class TimeLimitExceeded(Interrupt):
     """Raised in an actor that runs for longer than its time_limit."""
 
@@ -4607,16 +4612,17 @@ class TimeLimit(Middleware):
                 self._exceed(thread, now)
             with self._lock:
                 earliest = min(list(self._deadlines.values()), default=float("inf"))
-                self._wakes_at = min(earliest, now + self.interval_s)
+                # What is late still runs hooks: to be looked at again when its actor has begun.
+                self._wakes_at = min(max(earliest, now + _LATE_LOOK_S), now + self.interval_s)
                 self._lock.wait(max(0.0, self._wakes_at - clock.monotonic()))
 
     def _exceed(self, thread: int, now: float) -> None:
-        if self._deadlines.pop(thread, None) is not None:
+        if _interrupt(thread, TimeLimitExceeded):
+            self._deadlines.pop(thread, None)
             self._passed[thread] = now
-            if _interrupt(thread, TimeLimitExceeded):
-                self.logger.warning(
-                    "Time limit exceeded. Raising exception in worker thread %r.", thread
-                )
+            self.logger.warning(
+                "Time limit exceeded. Raising exception in worker thread %r.", thread
+            )
 
 
 # ------------------------------------------------------------------------------------------

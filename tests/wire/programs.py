@@ -1486,7 +1486,7 @@ def the_result_of_a_message_that_was_too_old(dramatiq, world):
     world.record("result", world.attempt(message.get_result, text=True))
 
 
-@program(defect="6.9.3: for an unknown actor nothing is stored; dramalite stores the failure")
+@program
 def an_unknown_actor_has_no_result(dramatiq, world):
     world.use_stub_broker()
     backend = world.keep_results(store_results=True)
@@ -1854,7 +1854,7 @@ def an_interrupted_message_may_clean_up_and_return(dramatiq, world):
     world.work()
 
 
-@program(defect="6.3.1: a time limit that passes before the actor has begun is lost for that run")
+@program
 def a_time_limit_passes_before_the_actor_runs(dramatiq, world):
     world.use_time_limit(dramatiq.middleware.Retries())
     wait = hooks(dramatiq, ["before_process_message"], lambda _hook, _message: spin(0.25))
@@ -2571,7 +2571,7 @@ def fields_of_a_message(dramatiq, world):
     world.record("kept", message.kwargs is message.copy().kwargs)
 
 
-@program(defect="2.1.2: `del message.args` is a TypeError in place of a FrozenInstanceError")
+@program
 def a_field_cannot_be_deleted(dramatiq, world):
     world.record("deleted", world.attempt(delattr, sample(dramatiq), "args"))
 
