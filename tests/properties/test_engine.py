@@ -36,7 +36,7 @@ class Engine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        logging.getLogger("dramalite").setLevel(logging.CRITICAL)
+        logging.getLogger("dramalite").setLevel(logging.CRITICAL)  # Until teardown().
         self.model = Model()
         self.folder = Path(tempfile.mkdtemp(prefix="dramalite-engine-"))
         self.seen = 0
@@ -172,6 +172,7 @@ class Engine(RuleBasedStateMachine):
         assert self.model.ran_as_often_as_it_should()
 
     def teardown(self):
+        logging.getLogger("dramalite").setLevel(logging.NOTSET)
         if self.sim is None:
             return
         try:
