@@ -495,6 +495,34 @@ def test_a_due_message_carries_no_time_any_more(broker, worker):
     assert seen == [{"colour": "red"}]
 
 
+# Names of queues
+
+
+@pytest.mark.parametrize("name", ["default", "default.DQ", "default.XQ"])
+def test_the_names_for_delayed_and_dead_messages_mean_their_queue(broker, name):
+    work = dramalite.actor(print, actor_name="work")
+    sent = broker.enqueue(work.message(1)._replace(queue_name=name))
+    consumer = broker.consume(name, timeout=0)
+    taken = next(consumer)
+    consumer.close()
+    waiting = [queue.qsize() for queue in broker.queues.values()]
+    broker.flush(name)
+
+    assert (sent.queue_name, taken.queue_name) == (name, "default")
+    assert waiting == [1]
+    assert broker.join(name, timeout=PATIENCE) is None
+
+
+@pytest.mark.parametrize("name", ["default", "default.DQ", "default.XQ"])
+def test_a_message_is_delayed_in_the_one_delay_queue_of_its_queue(broker, name):
+    message = dramalite.actor(print, actor_name="work").message(1)
+    sent = broker.enqueue(message._replace(queue_name=name), delay=HOUR)
+
+    assert sent.queue_name == "default.DQ"
+    assert broker.get_declared_queues() == {"default"}
+    assert broker.get_declared_delay_queues() == {"default.DQ"}
+
+
 # Join
 
 
@@ -569,6 +597,27 @@ def test_join_does_not_wait_for_other_queues(broker, worker):
 def test_joining_a_queue_that_nobody_declared_is_an_error_on_the_stub_broker(stub_broker):
     with pytest.raises(dramalite.QueueNotFound):
         stub_broker.join("nowhere")
+
+
+def test_joins_that_time_out_leave_no_threads_behind(stub_broker):
+    dramalite.actor(print, actor_name="work").send()
+    before = threading.active_count()
+    for _ in range(5):
+        with pytest.raises(QueueJoinTimeout):
+            stub_broker.join("default", timeout=2)
+
+    assert threading.active_count() <= before
+
+
+def test_a_stub_broker_raises_an_old_dead_letters_error_until_all_is_flushed(stub_broker, worker):
+    dramalite.actor(fail_with(ValueError("no")), actor_name="work", max_retries=0).send()
+    worker(stub_broker)
+    for _ in range(2):
+        with pytest.raises(ValueError):
+            stub_broker.join("default", timeout=PATIENCE)
+    stub_broker.flush_all()
+
+    assert stub_broker.join("default", timeout=PATIENCE) is None
 
 
 def test_a_stub_broker_raises_the_jobs_own_error_from_join(stub_broker, worker):

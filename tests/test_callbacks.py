@@ -218,6 +218,27 @@ def test_a_callback_that_does_not_exist_does_not_harm_the_message(stub_broker, w
     assert done == [1, 1]
 
 
+def test_a_result_that_the_callback_cannot_be_sent_is_a_failure_and_not_lost(broker, worker, calls):
+    sent = dramalite.actor(lambda: {1, 2}, actor_name="work", max_retries=0, on_success="log_success").send()
+    work_off(broker, worker)
+
+    assert calls == []
+    assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
+    assert "TypeError" in broker.dead_letters[0].reason
+
+
+def test_no_callback_comes_for_a_message_that_was_skipped_or_too_old(broker, worker, calls):
+    def skip():
+        raise dramalite.SkipMessage("not today")
+
+    callbacks = {"on_success": "log_success", "on_failure": "handle_failure"}
+    dramalite.actor(skip, **callbacks).send()
+    dramalite.actor(lambda: 1, actor_name="work", max_age=1, **callbacks).send_with_options(delay=5)
+    work_off(broker, worker)
+
+    assert calls == []
+
+
 def test_no_value_is_reported_lost_that_a_callback_received(stub_broker, worker, caplog):
     received = []
     dramalite.actor(lambda message, result: received.append(result), actor_name="log_success")

@@ -165,8 +165,8 @@ def test_several_processes_that_cannot_import_end_once_and_for_all(place):
     ("target", "named"),
     [
         ("no_such_module", "no_such_module"),
-        ("jobs:nothing", "nothing"),
-        ("jobs:JOURNAL", "jobs:JOURNAL"),
+        ("jobs:nothing", "Module 'jobs' does not define a 'nothing' variable."),
+        ("jobs:JOURNAL", "'jobs:JOURNAL' is not a Broker."),
         ("broken", "broken"),
         ("leaves", "leaves"),
     ],
@@ -239,7 +239,57 @@ def test_a_path_that_cannot_be_a_database_ends_with_3_and_is_named(place):
     assert "sqlite3.OperationalError" not in tree.output().splitlines()[-1]
 
 
+def test_of_several_paths_the_last_one_is_searched_first(place, tmp_path):
+    for name in ("first", "last"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "who.py").write_text(f"import jobs\njobs.note('imported', {name!r})\n")
+    place.worker("--path", str(place.folder), str(tmp_path / "first"), str(tmp_path / "last"), module="who")
+
+    place.wait_until(lambda: place.notes("imported", "last"), "the module of the last folder is imported")
+
+
+def test_a_program_may_run_the_command_itself(place):
+    tree = place.start_script(
+        "import sys, dramalite; sys.exit(dramalite.main(['worker', 'jobs', '-p', '1', '-t', '1']))"
+    )
+    place.send("ping", 1)
+    place.wait_until(lambda: place.notes("ping", 1), "its worker process runs a job")
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(10) == 0, tree.tail()
+
+
+def test_the_broker_is_told_of_its_process_before_further_modules_are_imported(place):
+    place.jobs(
+        """
+        class Boot(dramalite.Middleware):
+            def after_process_boot(self, broker):
+                note("boot", len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+
+            def after_consumer_thread_boot(self, broker, thread):
+                note("thread", len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+
+        broker.add_middleware(Boot())
+        """
+    )
+    (place.folder / "more.py").write_text("import jobs\njobs.note('more')\n")
+    place.start([sys.executable, "-m", "dramalite", "worker", "jobs", "more", "-p", "1", "-t", "1"])
+    place.wait_until(lambda: place.notes("thread"), "the worker starts its threads")
+
+    assert [note[0] for note in place.notes()] == ["boot", "more", "thread"]
+    assert place.notes("boot") + place.notes("thread") == [["boot", "0"], ["thread", "0"]]  # No signal is blocked.
+
+
 # Which work is done, and by how many
+
+
+def test_a_filter_without_queues_lets_all_through(place):
+    place.send("mail", 1, queue="mail")
+    place.send("ping", 1)
+    place.start([sys.executable, "-m", "dramalite", "worker", "jobs", "-p", "1", "-t", "1", "-Q"])
+
+    place.drained()
+    assert place.notes("mail", 1) and place.notes("ping", 1)
 
 
 def test_only_the_named_queues_are_served(place):
@@ -322,6 +372,34 @@ def test_a_pid_file_of_a_dead_process_is_taken_over(place):
     tree = place.ready_worker("--pid-file", str(pid_file))
 
     assert int(pid_file.read_text()) == tree.pid
+
+
+def test_a_pid_file_of_another_users_process_is_not_taken_over(place):
+    (place.folder / "worker.pid").write_text("12345")
+    tree = place.start_script(
+        """
+        import os, sys, dramalite
+
+        def not_permitted(pid, number):
+            raise PermissionError
+
+        os.kill = not_permitted
+        sys.exit(dramalite.main(["worker", "jobs", "-p", "1", "--pid-file", "worker.pid"]))
+        """
+    )
+
+    assert tree.wait(10) == 4, tree.tail()
+    assert (place.folder / "worker.pid").read_text() == "12345"
+    assert "12345" in tree.output()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX file modes")
+def test_everyone_may_read_the_pid_file(place):
+    pid_file = place.folder / "worker.pid"
+    place.worker("--pid-file", str(pid_file))
+    place.wait_until(lambda: pid_file.exists() and pid_file.read_text(), "the file is written")
+
+    assert pid_file.stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize("content", [str(os.getpid()), "not a number", ""], ids=["alive", "words", "empty"])

@@ -57,6 +57,26 @@ def test_a_message_can_ignore_the_result_before_it(broker, worker, step, log):
     assert log == [("a",), ("b",), ("c", 1)]
 
 
+@pytest.mark.parametrize("ignores", ["sender", "receiver"])
+def test_an_actor_that_ignores_results_is_the_one_that_would_receive_them(broker, worker, log, ignores):
+    options = {name: {"pipe_ignore": True} if name == ignores else {} for name in ("sender", "receiver")}
+    sender = dramalite.actor(lambda: 1, actor_name="sender", **options["sender"])
+    receiver = dramalite.actor(lambda *args: log.append(args), actor_name="receiver", **options["receiver"])
+    (sender.message() | receiver.message("x")).run()
+    work_off(broker, worker)
+
+    assert log == [("x",) if ignores == "receiver" else ("x", 1)]
+
+
+def test_a_message_may_take_the_result_that_its_actor_ignores(broker, worker, log):
+    sender = dramalite.actor(lambda: 1, actor_name="sender")
+    receiver = dramalite.actor(lambda *args: log.append(args), actor_name="receiver", pipe_ignore=True)
+    (sender.message() | receiver.message_with_options(args=("x",), pipe_ignore=False)).run()
+    work_off(broker, worker)
+
+    assert log == [("x", 1)]
+
+
 def test_three_steps_of_one_parameter_each_run_as_written(broker, worker, caplog, log):
     @dramalite.actor
     def step_one(data):
@@ -145,6 +165,19 @@ def test_a_step_that_succeeds_after_retries_continues_the_chain(broker, worker, 
     work_off(broker, worker)
 
     assert log == [("b", "at last")]
+
+
+def test_a_step_that_a_middleware_marked_as_failed_ends_the_chain(broker, worker, step, log):
+    class Fails(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            if message.args == ("a",):
+                message.fail()
+
+    broker.add_middleware(Fails())
+    (step.message("a") | step.message("b")).run()
+    work_off(broker, worker)
+
+    assert log == [("a",)]
 
 
 def test_a_skipped_step_ends_the_chain(broker, worker, step, log):

@@ -1,12 +1,20 @@
-"""Results, the plain part: storing what actors return and reading it back."""
+"""Results: storing what actors return, reading it back, and knowing when there will be none."""
 
+import datetime
+import hashlib
 import logging
+import re
+import sqlite3
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 import dramalite
+from dramalite import Message, ResultBackend, Results, ResultUnavailable, StubResultBackend
 
 from helpers import DEADLINE, wait_until
 
@@ -113,6 +121,14 @@ def test_a_result_is_read_through_another_broker_on_the_file(make_file_broker, w
     second = make_file_broker()
 
     assert second.get_results_backend().get_result(sent, block=True, timeout=PATIENCE) == 42
+
+
+def test_a_message_finds_its_result_where_it_was_sent_whatever_the_default_broker_is(broker, make_stub_broker):
+    sent = storing(lambda: 42).send()
+    broker.drain()
+    make_stub_broker()
+
+    assert sent.get_result() == 42
 
 
 @pytest.mark.parametrize("place", ["actor", "message", "neither"])
@@ -234,3 +250,458 @@ def test_a_result_expires_after_its_time(make_broker, clock, worker):
     with pytest.raises(dramalite.ResultError):
         sent.get_result()
     assert (fresh, still) == (42, 42)
+
+
+def test_results_whose_time_is_over_leave_the_file(make_file_broker, clock, worker, tmp_path):
+    def stored():
+        with sqlite3.connect(tmp_path / "queue.db") as connection:
+            count = connection.execute("SELECT count(*) FROM dramalite_results").fetchone()[0]
+        connection.close()
+        return count
+
+    broker = make_file_broker(clock=clock)
+    work = storing(lambda: 42, result_ttl=900)
+    for _ in range(3):
+        work.send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    before = stored()
+    clock.advance(1000)
+
+    assert before == 3
+    wait_until(lambda: stored() == 0)
+
+
+@pytest.mark.parametrize(
+    ("middleware", "actor", "message", "expected"),
+    [
+        (None, None, None, 600_000),
+        (5000, None, None, 5000),
+        (5000, 4000, None, 4000),
+        (5000, 4000, 3000, 3000),
+        (None, datetime.timedelta(seconds=2), None, 2000),
+    ],
+)
+def test_message_then_actor_then_middleware_decide_how_long_a_result_is_kept(
+    make_broker, clock, middleware, actor, message, expected
+):
+    broker = make_broker(clock=clock)
+    broker.add_middleware(Results(result_ttl=middleware))
+    work = storing(lambda: 42, **({} if actor is None else {"result_ttl": actor}))
+    sent = work.send_with_options(**({} if message is None else {"result_ttl": message}))
+    broker.drain()
+    clock.advance(expected - 1)
+    still = sent.get_result()
+    clock.advance(1)
+
+    assert still == 42
+    with pytest.raises(dramalite.ResultMissing):
+        sent.get_result()
+
+
+# No result will come
+
+
+def raises_at_once(get_result):
+    """The error of a wait for a result that is known to be in vain."""
+    before = time.monotonic()
+    with pytest.raises(dramalite.ResultError) as raised:
+        get_result(block=True, timeout=60_000)
+    assert time.monotonic() - before < 5
+    return raised.value
+
+
+def test_waiting_ends_at_once_where_the_actor_stores_no_results(broker):
+    sent = dramalite.actor(lambda: 42, actor_name="work").send()
+    error = raises_at_once(sent.get_result)
+
+    assert type(error) is ResultUnavailable
+    assert "store_results" in error.reason
+
+
+def test_waiting_ends_at_once_where_the_message_stores_no_result(broker):
+    sent = storing(lambda: 42).send_with_options(store_results=False)
+
+    assert "store_results" in raises_at_once(sent.get_result).reason
+
+
+def test_waiting_ends_at_once_for_a_message_that_was_never_sent(broker):
+    message = storing(lambda: 42).message()
+    error = raises_at_once(message.get_result)
+
+    assert type(error) is ResultUnavailable
+    assert "never sent" in error.reason
+
+
+def test_waiting_ends_at_once_for_a_message_that_was_dropped(broker):
+    sent = storing(lambda: 42).send()
+    broker.flush("default")
+
+    assert "dropped" in raises_at_once(sent.get_result).reason
+
+
+def test_waiting_ends_when_the_message_is_dropped_meanwhile(broker):
+    sent = storing(lambda: 42).send()
+    errors = []
+    waiting = threading.Thread(target=lambda: errors.append(raises_at_once(sent.get_result)), daemon=True)
+    waiting.start()
+    broker.flush("default")
+    waiting.join(DEADLINE)
+
+    assert [type(error) for error in errors] == [ResultUnavailable]
+
+
+def test_waiting_ends_when_the_message_has_failed_for_good(broker, worker):
+    sent = storing(fail, max_retries=1, min_backoff=0).send()
+    worker(broker)
+    error = raises_at_once(sent.get_result)
+
+    assert (error.orig_exc_type, error.orig_exc_msg) == ("ValueError", "no such thing")
+
+
+def test_waiting_ends_when_the_message_was_too_old(broker, worker):
+    sent = storing(lambda: 42, max_age=1).send_with_options(delay=5)
+    worker(broker)
+
+    assert raises_at_once(sent.get_result).orig_exc_type == "SkipMessage"
+
+
+def test_waiting_ends_where_the_result_has_expired(make_broker, clock):
+    broker = make_broker(clock=clock)
+    sent = storing(lambda: 42, result_ttl=1000).send()
+    broker.drain()
+    clock.advance(1000)
+
+    assert "expired" in raises_at_once(sent.get_result).reason
+
+
+def test_waiting_ends_where_nobody_here_knows_the_actor(stub_broker, worker):
+    stub_broker.add_middleware(Results())
+    stub_broker.declare_queue("default")
+    sent = stub_broker.enqueue(Message("default", "stranger", (), {}, {}))
+    worker(stub_broker)
+    stub_broker.join("default", timeout=PATIENCE, fail_fast=False)
+
+    assert type(raises_at_once(sent.get_result)) is ResultUnavailable
+
+
+def test_waiting_goes_on_while_a_message_is_delayed_or_to_be_retried(make_broker, clock):
+    broker = make_broker(clock=clock)
+    delayed = storing(lambda: 42).send_with_options(delay=60_000)
+    failing = dramalite.actor(fail, store_results=True).send()
+    with pytest.raises(ValueError):
+        broker.drain()
+    errors = []
+    for sent in (delayed, failing):
+        with pytest.raises(dramalite.ResultTimeout) as raised:
+            sent.get_result(block=True, timeout=10)
+        errors.append(type(raised.value))
+
+    assert errors == [dramalite.ResultTimeout] * 2
+
+
+def test_waiting_goes_on_while_an_earlier_step_has_not_ended(broker, worker):
+    go_on = threading.Event()
+    first = dramalite.actor(lambda: go_on.wait(DEADLINE), actor_name="first", store_results=True)
+    last = dramalite.actor(lambda value: value, actor_name="last", store_results=True)
+    pipe = (first.message() | last.message()).run()
+    worker(broker)
+    with pytest.raises(dramalite.ResultTimeout) as raised:
+        pipe.get_result(block=True, timeout=30)
+    go_on.set()
+
+    assert type(raised.value) is dramalite.ResultTimeout
+    assert pipe.get_result(block=True, timeout=PATIENCE) is True
+
+
+def test_the_result_of_a_pipeline_whose_step_failed_is_that_failure(broker, worker):
+    last = dramalite.actor(lambda value: value, actor_name="last", store_results=True)
+    pipe = (storing(fail, max_retries=0).message() | last.message()).run()
+    worker(broker)
+    error = raises_at_once(pipe.get_result)
+
+    assert type(error) is dramalite.ResultFailure
+    assert error.orig_exc_msg == "no such thing"
+
+
+def test_a_step_after_a_failure_has_no_result_of_its_own(broker, worker):
+    last = dramalite.actor(lambda value: value, actor_name="last", store_results=True)
+    pipe = (storing(fail, max_retries=0).message() | last.message()).run()
+    worker(broker)
+
+    assert "an earlier step" in raises_at_once(pipe.messages[-1].get_result).reason
+
+
+def test_without_waiting_the_reason_is_told_too(broker):
+    message = storing(lambda: 42).message()
+    with pytest.raises(ResultUnavailable):
+        message.get_result()
+
+
+def test_code_that_expects_dramatiqs_errors_catches_an_unavailable_result(broker):
+    message = storing(lambda: 42).message(1)
+    error = raises_at_once(message.get_result)
+
+    assert isinstance(error, dramalite.ResultMissing)
+    assert isinstance(error, dramalite.ResultTimeout)
+    assert error.message == message
+    assert str(error) == f"work(1) has no result: {error.reason}"
+
+
+# Other processes
+
+
+def test_a_caller_hears_at_once_of_a_result_that_another_process_stored(make_file_broker, tmp_path):
+    broker = make_file_broker()
+    messages = [storing(lambda: 42).send()]
+    messages += [broker.get_actor("work").send() for _ in range(2)]
+    script = f"""if True:
+        import sys, threading, time
+        sys.path.insert(0, {str(Path(dramalite.__file__).parent)!r})
+        import dramalite
+        broker = dramalite.SQLiteBroker({broker.path!r})
+        @dramalite.actor(broker=broker, store_results=True)
+        def work():
+            threading.Event().wait(0.1)  # So long that a caller who naps would be deep in a nap.
+            return time.time()
+        with dramalite.Worker(broker, worker_threads=1):
+            broker.join("default", timeout=20_000)
+    """
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path) as process:
+        late_s = []
+        for message in messages:
+            returned = message.get_result(block=True, timeout=20_000)
+            late_s.append(time.time() - returned)
+        code = process.wait(20)
+
+    assert code == 0
+    assert min(late_s) < 0.3  # Of three, for the machine may be busy.
+
+
+# Backends
+
+
+@pytest.fixture
+def make_stub_backend(clean_state):
+    """A function that makes a StubResultBackend, which is closed at the end."""
+
+    def make(**options):
+        backend = StubResultBackend(**options)
+        clean_state.callback(backend.broker.close)
+        return backend
+
+    return make
+
+
+def test_results_in_memory_can_be_kept_beside_any_broker(make_stub_backend, make_broker, worker):
+    backend = make_stub_backend()
+    broker = make_broker()
+    broker.add_middleware(Results(backend=backend))
+    sent = storing(lambda: 42).send()
+    worker(broker)
+
+    assert sent.get_result(block=True, timeout=PATIENCE) == 42
+    assert broker.get_results_backend() is backend
+    assert backend.get_result(sent) == 42
+
+
+def test_a_stub_broker_keeps_results_when_it_is_told_to_as_in_dramatiq(make_stub_backend, stub_broker, worker):
+    stub_broker.add_middleware(Results(backend=make_stub_backend()))
+    sent = storing(lambda: 42).send()
+    worker(stub_broker)
+
+    assert sent.get_result(block=True, timeout=PATIENCE) == 42
+
+
+def test_results_without_a_backend_take_that_of_the_broker(stub_broker, worker):
+    stub_broker.add_middleware(Results())
+    sent = storing(lambda: 42).send()
+    worker(stub_broker)
+
+    assert sent.get_result(block=True, timeout=PATIENCE) == 42
+
+
+def test_results_of_no_broker_have_no_backend():
+    with pytest.raises(RuntimeError, match="backend"):
+        Results().backend
+
+
+def test_backends_for_tests_share_nothing(make_stub_backend):
+    message = Message("default", "work", (), {}, {})
+    one, other = make_stub_backend(), make_stub_backend()
+    one.store_result(message, 42, 600_000)
+
+    assert one.get_result(message) == 42
+    with pytest.raises(dramalite.ResultMissing):
+        other.get_result(message)
+
+
+def test_a_time_of_less_than_a_second_is_kept(make_stub_backend):
+    backend = make_stub_backend()
+    message = Message("default", "work", (), {}, {})
+    backend.store_result(message, 42, 900)
+
+    assert backend.get_result(message) == 42
+
+
+def test_a_backend_is_read_and_written_by_hand(broker):
+    backend = broker.get_results_backend()
+    done, failed = (Message("default", "work", (), {}, {}) for _ in range(2))
+    backend.store_result(done, [1, 2], 60_000)
+    backend.store_exception(failed, KeyError("k"), 60_000)
+    with pytest.raises(dramalite.ResultFailure, match="actor raised KeyError: 'k'"):
+        backend.get_result(failed)
+
+    assert backend.get_result(done) == [1, 2]
+
+
+def test_results_for_all_actors_may_be_stored(make_broker):
+    broker = make_broker()
+    broker.add_middleware(Results(store_results=True))
+    stored = dramalite.actor(lambda: 1, actor_name="stored").send()
+    declined = dramalite.actor(lambda: None, actor_name="declined", store_results=False).send()
+    broker.drain()
+
+    assert stored.get_result() == 1
+    with pytest.raises(ResultUnavailable):
+        declined.get_result()
+
+
+class DictBackend(ResultBackend):
+    """A backend of one's own: it overrides what ResultBackend says is to be overridden."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.values = {}
+
+    def _get(self, key):
+        return self.values.get(key, dramalite.Missing)
+
+    def _store(self, key, value, ttl):
+        self.values[key] = value
+
+
+def test_a_backend_of_ones_own_needs_two_methods(make_broker, worker):
+    backend = DictBackend()
+    broker = make_broker()
+    broker.add_middleware(Results(backend=backend))
+    done = storing(lambda: 42).send()
+    failed = dramalite.actor(fail, store_results=True, max_retries=0).send()
+    worker(broker)
+
+    assert done.get_result(block=True, timeout=PATIENCE) == 42
+    with pytest.raises(dramalite.ResultFailure):
+        failed.get_result(block=True, timeout=PATIENCE)
+    assert len(backend.values) == 2
+
+
+@pytest.mark.parametrize("timeout", [30, 100])
+def test_a_backend_of_ones_own_times_out_exactly_too(timeout):
+    message = Message("default", "work", (), {}, {})
+    before = time.monotonic()
+    with pytest.raises(dramalite.ResultTimeout):
+        DictBackend().get_result(message, block=True, timeout=timeout)
+
+    assert timeout / 1000 - 0.005 <= time.monotonic() - before < 2
+
+
+def test_keys_are_those_of_dramatiq(make_stub_backend):
+    message = Message("mail", "work", (), {}, {}, "the-id", 1)
+    text = "dramatiq-results:mail:work:the-id"
+
+    assert make_stub_backend().build_message_key(message) == hashlib.md5(text.encode()).hexdigest()
+    assert make_stub_backend(use_namespace_prefix_keys=True).build_message_key(message) == text
+    assert re.fullmatch("[0-9a-f]{32}", make_stub_backend(namespace="mine").build_message_key(message))
+    assert DictBackend(namespace="mine", use_namespace_prefix_keys=True).build_message_key(message) == (
+        "mine:mail:work:the-id"
+    )
+
+
+def test_a_delayed_message_has_the_key_of_its_queue(make_stub_backend):
+    message = Message("mail", "work", (), {}, {}, "the-id", 1)
+    backend = make_stub_backend()
+
+    assert backend.build_message_key(message._replace(queue_name="mail.DQ")) == backend.build_message_key(message)
+
+
+def test_backends_of_two_namespaces_on_one_broker_are_apart(broker):
+    message = Message("default", "work", (), {}, {})
+    one, other = (dramalite.SQLiteResultBackend(broker, namespace=name) for name in ("one", "other"))
+    one.store_result(message, 1, 60_000)
+    other.store_result(message, 2, 60_000)
+
+    assert (one.get_result(message), other.get_result(message)) == (1, 2)
+
+
+def test_a_backend_may_have_an_encoder_of_its_own(make_stub_backend):
+    backend = make_stub_backend(encoder=dramalite.PickleEncoder())
+    message = Message("default", "work", (), {}, {})
+    backend.store_result(message, {(1, 2), 3}, 60_000)
+
+    assert backend.get_result(message) == {(1, 2), 3}
+
+
+def test_a_failure_is_stored_as_dramatiq_stores_it():
+    backend = DictBackend()
+    backend.store_exception(Message("default", "work", (), {}, {}), ValueError("no"), 60_000)
+
+    assert list(backend.values.values()) == [
+        {"__t": "dramatiq.results.Result", "exn": {"type": "ValueError", "msg": "no"}}
+    ]
+
+
+@pytest.mark.parametrize("value", [42, None, "text", {"exn": 1}, {"__t": "other"}])
+def test_a_plain_stored_value_is_a_result(make_stub_backend, value):
+    assert make_stub_backend().unwrap_result(value) == value
+
+
+def test_a_failure_that_dramatiq_stored_is_a_failure(make_stub_backend):
+    stored = {"__t": "dramatiq.results.Result", "exn": {"type": "ValueError", "msg": "no"}}
+    with pytest.raises(dramalite.ResultFailure, match="actor raised ValueError: no"):
+        make_stub_backend().unwrap_result(stored)
+
+
+# Who is warned
+
+
+class OwnResults(Results):
+    """A subclass of the middleware."""
+
+
+@pytest.mark.parametrize("when", ["before", "late"])
+def test_no_value_is_reported_lost_that_another_kind_of_results_keeps(stub_broker, worker, caplog, when):
+    if when == "before":
+        stub_broker.add_middleware(OwnResults(store_results=True))
+    work = dramalite.actor(lambda: 42, actor_name="work")
+    worker(stub_broker)
+    if when == "late":
+        dramalite.actor(lambda: None, actor_name="earlier").send()
+        stub_broker.join("default", timeout=PATIENCE)
+        stub_broker.add_middleware(OwnResults(store_results=True))
+    sent = work.send()
+
+    assert sent.get_result(block=True, timeout=PATIENCE) == 42
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+def test_a_message_for_an_unknown_actor_stores_no_failure_and_is_no_error(stub_broker, worker, caplog):
+    stub_broker.add_middleware(Results(store_results=True))
+    stub_broker.declare_queue("default")
+    sent = stub_broker.enqueue(Message("default", "stranger", (), {}, {}))
+    worker(stub_broker)
+    stub_broker.join("default", timeout=PATIENCE, fail_fast=False)
+
+    assert [record for record in caplog.records if record.levelno >= logging.CRITICAL] == []
+    with pytest.raises(dramalite.ResultMissing):
+        sent.get_result()
+
+
+@pytest.mark.xfail(strict=True, reason='The text has a gap: "can\'t be kept:  is a set".')
+def test_the_refusal_of_a_result_names_the_actor_and_what_is_wrong(broker):
+    sent = storing(lambda: {1, 2}, max_retries=0).send()
+    broker.drain()
+    with pytest.raises(dramalite.ResultFailure) as raised:
+        sent.get_result()
+
+    assert raised.value.orig_exc_type == "TypeError"
+    assert re.fullmatch(r"The result of actor 'work' can't be kept: \w.* is a set, .*", raised.value.orig_exc_msg)

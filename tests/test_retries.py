@@ -383,6 +383,181 @@ def test_a_retry_is_announced_with_its_delay(broker, worker, caplog):
     assert text in [record.getMessage() for record in caplog.records]
 
 
+# Waits of one's own
+
+
+def waits(broker, **options):
+    """How long a message waits before each retry, in virtual milliseconds."""
+    dramalite.actor(Failing(), actor_name="work", **options).send()
+    with dramalite.simulate(broker) as sim:
+        sim.run_until_idle()
+    times = [(event.started_ms, event.ended_ms) for event in sim.events]
+    return [start - end for (_, end), (start, _) in zip(times, times[1:])]
+
+
+def test_backoff_may_be_a_list_whose_last_wait_holds_from_there_on(stub_broker):
+    assert waits(stub_broker, backoff=[10, 0, 3000], max_retries=5) == [10, 0, 3000, 3000, 3000]
+
+
+def test_backoff_may_be_a_tuple_of_timedeltas(stub_broker):
+    minutes = tuple(datetime.timedelta(minutes=number) for number in (1, 2))
+
+    assert waits(stub_broker, backoff=minutes, max_retries=2) == [60_000, 120_000]
+
+
+def test_backoff_may_be_a_function_of_the_attempt(stub_broker):
+    asked = []
+
+    def backoff(attempt):
+        asked.append(attempt)
+        return attempt * 1000
+
+    assert waits(stub_broker, backoff=backoff, max_retries=3) == [0, 1000, 2000]
+    assert asked == [0, 1, 2]
+
+
+def test_a_function_may_return_a_timedelta(stub_broker):
+    assert waits(stub_broker, backoff=lambda attempt: datetime.timedelta(seconds=5), max_retries=1) == [5000]
+
+
+def test_backoff_goes_before_both_of_its_limits(stub_broker):
+    options = {"min_backoff": 50_000, "max_backoff": 60_000}
+
+    assert waits(stub_broker, backoff=[7, 100 * DAY], max_retries=2, **options) == [7, 100 * DAY]
+
+
+def test_backoff_may_be_set_for_all(make_stub_broker):
+    stub_broker = make_stub_broker([Retries(backoff=[5, 6])])
+
+    assert waits(stub_broker, max_retries=3) == [5, 6, 6]
+
+
+def test_an_actors_backoff_overrides_that_of_the_middleware(make_stub_broker):
+    stub_broker = make_stub_broker([Retries(backoff=[5, 6])])
+
+    assert waits(stub_broker, max_retries=2, backoff=[1]) == [1, 1]
+
+
+def test_a_messages_backoff_overrides_that_of_its_actor(broker, trace):
+    dramalite.actor(Failing(), actor_name="work", max_retries=3, backoff=[1]).send_with_options(backoff=[2, 3])
+    with dramalite.simulate(broker) as sim:
+        sim.run_until_idle()
+
+    assert trace.delays == [2, 3, 3]
+
+
+def test_a_wanted_delay_goes_before_backoff(broker, trace):
+    dramalite.actor(Failing(error=Retry(delay=9)), actor_name="work", max_retries=2, backoff=[1]).send()
+    with dramalite.simulate(broker) as sim:
+        sim.run_until_idle()
+
+    assert trace.delays == [9, 9]
+
+
+def test_retries_are_counted_as_usual_with_a_backoff_of_ones_own(broker, trace):
+    dramalite.actor(Failing(), actor_name="work", max_retries=2, backoff=[1]).send()
+    with dramalite.simulate(broker) as sim:
+        sim.run_until_idle()
+
+    assert [attempt.get("retries") for attempt in trace.attempts] == [None, 1, 2]
+    assert [letter.options["retries"] for letter in broker.dead_letters] == [3]
+
+
+@pytest.mark.parametrize("backoff", [lambda attempt: 1 / 0, lambda attempt: "soon", lambda attempt: -1])
+def test_a_broken_backoff_ends_in_a_dead_letter_and_loses_nothing(broker, worker, backoff):
+    job = Failing()
+    sent = run(broker, worker, job, backoff=backoff)
+
+    assert job.calls == 1
+    assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
+
+
+@pytest.mark.parametrize("place", ["actor", "middleware", "message"])
+@pytest.mark.parametrize("backoff", [[], 5, "soon", ["soon"], [True]])
+def test_a_backoff_that_is_none_is_refused_where_it_is_given(stub_broker, place, backoff):
+    actor = dramalite.actor(print, actor_name="plain")
+    with pytest.raises(TypeError, match="backoff"):
+        if place == "actor":
+            dramalite.actor(print, actor_name="work", backoff=backoff)
+        elif place == "middleware":
+            Retries(backoff=backoff)
+        else:
+            actor.send_with_options(backoff=backoff)
+
+    assert stub_broker.pending() == []
+
+
+def test_a_wait_that_is_negative_is_refused(stub_broker):
+    with pytest.raises(ValueError, match="backoff"):
+        dramalite.actor(print, actor_name="work", backoff=[5, -1])
+
+
+def test_a_function_cannot_travel_in_a_message(stub_broker):
+    with pytest.raises(TypeError, match="backoff"):
+        dramalite.actor(print, actor_name="work").send_with_options(backoff=lambda attempt: 1)
+
+    assert stub_broker.pending() == []
+
+
+# Nothing is lost
+
+
+def test_a_retry_that_a_middleware_refuses_ends_in_a_dead_letter(broker, worker):
+    class Refuses(dramalite.Middleware):
+        def before_enqueue(self, broker, message, delay):
+            if "retries" in message.options:
+                raise dramalite.MiddlewareError("no retries here")
+
+    broker.add_middleware(Refuses())
+    job = Failing()
+    sent = run(broker, worker, job, min_backoff=0)
+
+    assert job.calls == 1
+    assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
+
+
+# Who is told in the end
+
+
+def test_on_retry_exhausted_may_be_a_class_based_actor(broker, worker):
+    told = []
+
+    class Exhausted(dramalite.GenericActor):
+        def perform(self, message_data, retry_info):
+            told.append(retry_info)
+
+    run(broker, worker, Failing(), max_retries=0, on_retry_exhausted=Exhausted)
+
+    assert told == [{"retries": 0, "max_retries": 0}]
+
+
+def test_the_messages_on_retry_exhausted_overrides_its_actors(broker, worker):
+    told = []
+    for name in ("actors", "messages"):
+        dramalite.actor(lambda *args, name=name: told.append(name), actor_name=name)
+    dramalite.actor(
+        Failing(), actor_name="work", max_retries=0, on_retry_exhausted="actors"
+    ).send_with_options(on_retry_exhausted="messages")
+    work_off(broker, worker)
+
+    assert told == ["messages"]
+
+
+def test_on_retry_exhausted_that_is_unknown_does_not_harm_the_dead_letter(broker, worker):
+    sent = run(broker, worker, Failing(), max_retries=0, on_retry_exhausted="nobody")
+
+    assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
+
+
+def test_on_retry_exhausted_knows_the_limit_that_was_set_for_all(make_broker, worker):
+    broker = make_broker(middleware=[Retries(max_retries=1, backoff=[0])])
+    told = []
+    exhausted = dramalite.actor(lambda data, info: told.append(info), actor_name="exhausted")
+    run(broker, worker, Failing(), on_retry_exhausted=exhausted)
+
+    assert told == [{"retries": 1, "max_retries": 1}]
+
+
 # Retry
 
 

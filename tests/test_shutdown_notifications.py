@@ -1,6 +1,7 @@
 """ShutdownNotifications: jobs that want to know are interrupted when their worker stops."""
 
 import asyncio
+import logging
 import threading
 
 import pytest
@@ -157,6 +158,24 @@ def test_a_job_that_is_over_is_not_notified(broker, worker, caplog):
 
     assert log == ["done"]
     assert [record for record in caplog.records if record.levelname != "INFO"] == []
+
+
+def test_a_notification_is_announced_in_the_log(broker, worker, caplog):
+    caplog.set_level(logging.DEBUG, logger="dramalite.middleware.shutdown")
+    threads, job = [], Job()
+
+    def work():
+        threads.append(threading.get_ident())
+        job()
+
+    dramalite.actor(work, notify_shutdown=True, max_retries=0).send()
+    stop_while_running(worker(broker), job)
+    lines = [(r.levelname, r.getMessage()) for r in caplog.records if "shutdown.Shutdown" in r.name]
+
+    assert lines == [
+        ("DEBUG", "Sending shutdown notification to worker threads..."),
+        ("INFO", f"Worker shutdown notification. Raising exception in worker thread {threads[0]}."),
+    ]
 
 
 def test_only_those_who_want_it_are_notified(broker, worker):

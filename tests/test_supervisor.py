@@ -201,6 +201,39 @@ def test_a_fork_function_runs_in_one_process_of_its_own(place):
     assert pids(place, "forked") == [pid]
 
 
+def test_a_fork_function_runs_once_a_worker_process_does_and_no_signal_is_blocked(place):
+    place.jobs("""
+        import pathlib
+
+        note("imported")
+
+        def forked():
+            note("forked", len(signal.pthread_sigmask(signal.SIG_BLOCK, [])))
+            return 0
+
+        class Ready(dramalite.Middleware):
+            def before_worker_boot(self, broker, worker):
+                note("ready")
+
+        broker.add_middleware(Ready())
+    """)
+    place.worker("--fork", "jobs:forked")
+    place.wait_until(lambda: place.notes("forked"), "the function is called")
+    words = [note[0] for note in place.notes()]
+
+    assert words.index("ready") < words.index("forked")
+    assert place.notes("forked") == [["forked", "0"]]
+
+
+def test_a_fork_function_does_not_wait_longer_than_it_is_told(place):
+    (place.folder / "side.py").write_text("def forked():\n    open('forked', 'w').close()\n    return 0\n")
+    place.jobs("until(lambda: os.path.exists('forked'))")
+    tree = place.worker("--fork-function", "side:forked", "--worker-fork-timeout", "100", processes=2)
+
+    place.wait_until(lambda: (place.folder / "forked").exists(), "the function is called before a worker is ready")
+    place.wait_until(lambda: reloaded(tree) == 2, "both worker processes are ready")
+
+
 def test_a_fork_function_that_returns_0_has_ended(place):
     tree = place.ready_worker("-f", "jobs:short", "-f", "jobs:forked")
     place.wait_until(lambda: "jobs:short has ended" in tree.output(), "its end is reported")

@@ -5,6 +5,7 @@ import gc
 import logging
 import signal
 import threading
+import time
 import weakref
 
 import pytest
@@ -296,6 +297,23 @@ def test_two_workers_share_a_brokers_work(broker, worker):
     assert len(set(done)) == 2
 
 
+def test_a_worker_with_a_long_job_keeps_nothing_that_another_could_do(broker, worker, job):
+    done = []
+    long = dramalite.actor(job, actor_name="long")
+    short = dramalite.actor(done.append, actor_name="short")
+    for number in range(5):  # Quick ones first, so that the worker takes several ahead.
+        short.send(number)
+    long.send("in hand")
+    for number in range(5, 25):
+        short.send(number)
+    worker(broker)
+    job.running.wait(DEADLINE)
+    worker(broker)
+    wait_until(lambda: len(done) == 25)
+
+    assert job.finished == []
+
+
 def test_workers_of_several_brokers_live_in_one_process(
     make_file_broker, make_stub_broker, worker
 ):
@@ -343,6 +361,15 @@ def test_a_paused_worker_runs_nothing_until_it_is_resumed(broker, worker):
 
     assert before == []
     assert done == [1]
+
+
+def test_pausing_an_idle_worker_takes_no_time(broker, worker):
+    dramalite.actor(print, actor_name="work")
+    started = worker(broker, worker_threads=2)
+    before = time.monotonic()
+    started.pause()
+
+    assert time.monotonic() - before < 1
 
 
 def test_pausing_waits_for_the_job_in_hand(broker, worker, job):

@@ -48,6 +48,7 @@ SCENARIOS: dict[str, Scenario] = {
     "production": scenarios.production,
     "latency": scenarios.latency,
     "lateness": scenarios.lateness,
+    "urgency": scenarios.urgency,
     "idle": scenarios.idle,
     "memory": scenarios.memory,
     "import": scenarios.imports,

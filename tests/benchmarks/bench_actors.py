@@ -18,6 +18,11 @@ def noop() -> None:
     """Do nothing: what is left is the cost of the queue."""
 
 
+def nap() -> None:
+    """Take 20 ms, and no CPU."""
+    time.sleep(0.02)
+
+
 def stamp(index: int, sent_ns: int) -> None:
     """Record the nanoseconds since `sent_ns`, a reading of the system-wide monotonic clock."""
     elapsed_ns = time.monotonic_ns() - sent_ns
@@ -33,7 +38,9 @@ def late(index: int, eta_ms: int) -> None:
 def declare(broker: Any) -> SimpleNamespace:
     """Declare the actors on `broker`; returns them under their names."""
     declared = dramalite.actor(broker=broker)
-    return SimpleNamespace(noop=declared(noop), stamp=declared(stamp), late=declared(late))
+    return SimpleNamespace(
+        noop=declared(noop), nap=declared(nap), stamp=declared(stamp), late=declared(late)
+    )
 
 
 @cache

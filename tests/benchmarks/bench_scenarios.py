@@ -78,10 +78,13 @@ def fill(path: Path, count: int) -> None:
         _enqueue_many(broker, actors, count)
 
 
-def _enqueue_many(broker: Any, actors: SimpleNamespace, count: int, **options: Any) -> None:
+def _enqueue_many(
+    broker: Any, actors: SimpleNamespace, count: int, kind: str = "noop", **options: Any
+) -> None:
+    actor = getattr(actors, kind)
     for start in range(0, count, _FILL):
         size = min(_FILL, count - start)
-        broker.enqueue_many([actors.noop.message_with_options(**options) for _ in range(size)])
+        broker.enqueue_many([actor.message_with_options(**options) for _ in range(size)])
 
 
 # ------------------------------------------------------------------------------------------
@@ -295,6 +298,17 @@ def lateness(run: Run) -> Iterator[Figure]:
     yield Figure(other, "ms", meanwhile, Target(at_most=10.0))
 
 
+def urgency(run: Run) -> Iterator[Figure]:
+    """From send() here to the start of an urgent message that passes a backlog, 4 threads."""
+    backlogs = {"nap": ("20 ms jobs", 30.0), "noop": ("no-ops", 20.0)}
+    for kind, (name, longest_ms) in backlogs.items():
+        taken = [_urgencies(kind, run.sizes) for _ in range(run.repeat)]
+        title = f"urgent start at a backlog of {name}"
+        yield Figure(f"{title}, p50", "ms", [percentile(values, 50) for values in taken])
+        worst = [percentile(values, 99) for values in taken]
+        yield Figure(f"{title}, p99", "ms", worst, Target(at_most=longest_ms))
+
+
 def _latencies(durability: str, sizes: Sizes) -> list[float]:
     """Milliseconds of sends at random gaps of 20 to 80 ms."""
     count = sizes.latency_samples
@@ -314,6 +328,28 @@ def _stamp(actors: SimpleNamespace, samples: Samples, index: int) -> None:
     """Send one message and wait until it has run."""
     actors.stamp.send(index, time.monotonic_ns())
     wait_until(lambda: samples.get(index) != 0, f"message {index} to run", pause_s=0.005)
+
+
+def _urgencies(kind: str, sizes: Sizes) -> list[float]:
+    """Milliseconds of urgent sends at random gaps of 10 to 40 ms, while a backlog is worked off."""
+    count = {"nap": sizes.urgent_naps, "noop": sizes.urgent_noops}[kind]
+    chance = random.Random(count)
+    with workplace() as folder, opened(folder / "queue.db", "full") as (broker, actors):
+        path = folder / "queue.db"
+        samples = Samples.create(folder / "samples", sizes.urgent)
+        _enqueue_many(broker, actors, count, kind)
+        sent = 0
+        with (
+            progress(path, count) as backlog,
+            dramalite_worker(path, threads=4, samples=folder / "samples"),
+        ):
+            watch(backlog.done, count // 100)
+            while sent < sizes.urgent and backlog.done() < count * 0.95:
+                actors.stamp.send_with_options(args=(sent, time.monotonic_ns()), priority=-1)
+                sent += 1
+                time.sleep(chance.uniform(0.01, 0.04))
+            wait_until(lambda: all(samples.values(0, sent)), "the urgent messages to run")
+        return [value / 1e6 for value in samples.values(0, sent)]
 
 
 def _lateness(sizes: Sizes) -> tuple[list[float], list[float]]:

@@ -68,6 +68,9 @@ class Sizes:
     window: int
     backlogs: tuple[int, ...]
     late: int
+    urgent: int
+    urgent_naps: int
+    urgent_noops: int
     peer_sends: int
     peer_drain: int
 
@@ -91,6 +94,9 @@ FULL_SIZES = Sizes(
     window=30_000,
     backlogs=(100_000, 1_000_000),
     late=20_000,
+    urgent=150,
+    urgent_naps=4_000,
+    urgent_noops=200_000,
     peer_sends=3_000,
     peer_drain=6_000,
 )
@@ -114,6 +120,9 @@ QUICK_SIZES = Sizes(
     window=3_000,
     backlogs=(5_000, 10_000),
     late=200,
+    urgent=10,
+    urgent_naps=200,
+    urgent_noops=5_000,
     peer_sends=200,
     peer_drain=1_000,
 )

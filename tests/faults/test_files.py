@@ -15,9 +15,23 @@ from pathlib import Path
 import pytest
 
 JOBS = """
+    from pathlib import Path
+
+    HERE = Path(JOURNAL).parent
+
     @dramalite.actor(max_retries=0)
     def job(number, load=""):
         note("ran", number)
+
+    @dramalite.actor(max_retries=0)
+    def held(number):
+        note("start", number)
+        until(lambda: (HERE / "release").exists(), 60)
+        try:
+            job.send(number + 1)
+        except dramalite.BrokerError:
+            note("refused", number + 1)
+        note("end", number)
 """
 
 #: Sends and tells what came of it, in a process of its own, so that a hang is an error and no hang.
@@ -345,6 +359,69 @@ def test_a_worker_whose_file_was_deleted_goes_on_with_the_new_one(place):
     assert tree.alive()
     assert str(place.db) in tree.output()
     assert tree.output().count("\n") < 200
+
+
+def vanish(place, other):
+    delete(place.db)
+
+
+def move_away(place, other):
+    """With its side files, as a careful hand does it."""
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(f"{place.db}{suffix}", f"{place.db}.old{suffix}")
+
+
+def be_replaced(place, other):
+    delete(place.db)
+    os.replace(other, place.db)
+
+
+def be_overwritten_by_a_backup(place, other):
+    """What `sqlite3 FILE ".restore OTHER"` does: the same file, with other content."""
+    with contextlib.closing(sqlite3.connect(other)) as backup, contextlib.closing(place.connect()) as connection:
+        backup.backup(connection)
+
+
+@pytest.mark.parametrize(
+    "happen",
+    [be_replaced, *(pytest.param(one, marks=pytest.mark.torture) for one in (vanish, move_away, be_overwritten_by_a_backup))],
+)
+def test_a_worker_in_the_middle_of_a_job_outlives_whatever_happens_to_its_file(place, happen):
+    other = place.folder / "other.db"
+    place.script("import jobs; jobs.job.send(55); jobs.broker.close()", JOBS_DB=str(other))
+    tree = place.ready_worker()
+    place.send("held", 1)
+    place.wait_until(lambda: place.notes("start", 1), "the job starts")
+    happen(place, other)
+    (place.folder / "release").touch()
+    place.wait_until(lambda: place.notes("end", 1), "the job ends")
+    assert "stored" in [outcome_of_a_send(place, 3), outcome_of_a_send(place, 4)]
+    place.wait_until(lambda: place.notes("ran", 3) or place.notes("ran", 4), "the worker works on the file there now", 15)
+    if happen in (be_replaced, be_overwritten_by_a_backup):
+        place.wait_until(lambda: place.notes("ran", 55), "what the new file held runs", 15)
+    place.drained(15)
+
+    assert place.runs("start") == {"1": 1}
+    assert place.notes("ran", 2) or place.notes("refused", 2)
+    assert set(place.runs("ran").values()) == {1}
+    assert tree.alive()
+    assert place.sound()
+    assert tree.output().count("\n") < 200
+
+
+def test_a_file_cut_short_under_a_broker_is_an_error_or_harmless_but_not_silent(place):
+    make_queue(place, 100)
+    broker = place.broker()
+    place.send("job", 1000)
+    os.truncate(place.db, place.db.stat().st_size // 2 // 4096 * 4096)
+    errors, stored = send_twice(place, broker)
+    broker.close()
+
+    assert [error for error in errors if str(place.db) not in error] == []
+    if stored:
+        said = outcome_of_a_send(place, 7)
+        assert said == "stored" or re.search(r"damaged|malformed|corrupt|not a database", said)
 
 
 #: Deletes the database right before or after its n-th connection is opened: the worst moments there are.

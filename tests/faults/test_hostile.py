@@ -7,7 +7,11 @@ import json
 import random
 import re
 import signal
+import threading
+import time
+from collections import Counter
 
+import dramalite
 import pytest
 
 JOBS = """
@@ -111,6 +115,36 @@ JOBS = """
     def misbehave_again(kind):
         note("again", kind.replace(" ", "_"))
         MISDEEDS[kind]()
+
+    @dramalite.actor(max_retries=10_000, min_backoff=1, max_backoff=5)
+    def fails_again_and_again(number):
+        note("storm", number)
+        raise RuntimeError("Not this time either.")
+
+    @dramalite.actor(max_retries=0)
+    def weigh(load):
+        note("weighed", len(load), len(set(load)))
+
+    @dramalite.actor(max_retries=0, time_limit=300)
+    def outsleeps_its_limit():
+        note("stuck", "asleep", os.getpid())
+        time.sleep(120)
+        note("woke_up")
+
+    @dramalite.actor(max_retries=0, time_limit=300)
+    def swallows_everything():
+        note("stuck", "swallowing", os.getpid())
+        while True:
+            try:
+                time.sleep(0.01)
+            except BaseException:
+                pass
+
+    @dramalite.actor(max_retries=0)
+    def outlasts_a_replacement():
+        note("neighbour", "starts")
+        time.sleep(7)
+        note("neighbour", "ends")
 
     @dramalite.actor(max_retries=0)
     def close_all_descriptors():
@@ -268,6 +302,77 @@ def test_flipped_bits_never_stop_the_worker(place):
     assert ended >= 30  # A flipped letter in a name may leave it waiting for an actor of that name.
 
 
+#: What may stand in a stored message in the place of something else.
+SCRAPS = [
+    b'""', b"0", b"-1", b"1e999", b"NaN", b"null", b"true", b"[]", b"{}", b'"\\ud800"', b"[" * 500, b'{"a":' * 300,
+    b'"\\u0000"', b'"healthy"', b'"default.DQ"', b'"default.XQ"', b'{"eta":1e30}', b'{"pipe_target":{}}', b"9" * 5000,
+    b'{"__proto__":1}', b'"' + "ß".encode("latin-1") + b'"', b"'", b"\xef\xbb\xbf", b"\0", b"/**/", b'"\\x41"',
+]  # fmt: skip
+
+
+def fuzzed(draw, body, other):
+    """A body with one thing to three things wrong with it."""
+    data = bytearray(body)
+    for _ in range(draw.randrange(1, 4)):
+        start = draw.randrange(len(data) + 1)
+        end = min(len(data), start + draw.choice([0, 1, 1, 2, 8, 40]))
+        kind = draw.randrange(6)
+        if kind == 0 and start < len(data):
+            data[start] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del data[start:end]
+        elif kind == 2:
+            data[start:start] = data[start:end] * draw.randrange(1, 4)
+        elif kind == 3:
+            data[start:end] = draw.choice(SCRAPS)
+        elif kind == 4:
+            data[start:] = other[draw.randrange(len(other)) :]
+        else:
+            data[start:end] = draw.randbytes(end - start)
+    return bytes(data)
+
+
+def put_in_place_of_values(draw, body):
+    """A body in which some whole values are others."""
+    data = json.loads(body)
+    for _ in range(draw.randrange(1, 3)):
+        data[draw.choice(list(data))] = draw.choice([None, 0, -1.5, "", "x", [], [[]], {}, {"a": 1}, True, 10**40, "healthy"])
+    return json.dumps(data).encode()
+
+
+UNSEEN = "SELECT 1 FROM dramalite_messages WHERE state = 0 AND queue = 'default' AND actor = 'healthy' LIMIT 1"
+
+
+@pytest.mark.parametrize("count", [1000, pytest.param(100_000, marks=pytest.mark.torture)])
+def test_fuzzed_messages_never_stop_the_worker_and_each_is_accounted_for(place, count):
+    draw = random.Random(count)
+    broker = place.broker(max_crashes=1)
+    kinds = [("healthy", [1], {}), ("misbehave", ["base exception"], {"max_retries": 0}), ("meet", ["x"], {"eta": 1})]
+    pool = [dramalite.Message("default", actor, args, {}, options).encode() for actor, args, options in kinds for _ in range(30)]
+    broker.enqueue_many([dramalite.Message("default", "healthy", (0,), {}, {}) for _ in range(count)])
+    with contextlib.closing(place.connect()) as connection, connection:
+        ids = [row_id for (row_id,) in connection.execute("SELECT id FROM dramalite_messages")]
+        bodies = [
+            put_in_place_of_values(draw, draw.choice(pool)) if draw.random() < 0.3 else fuzzed(draw, draw.choice(pool), draw.choice(pool))
+            for _ in ids
+        ]
+        connection.executemany("UPDATE dramalite_messages SET body = ? WHERE id = ?", zip(bodies, ids))
+    tree = place.worker(threads=4)
+    place.wait_until(lambda: tree.children(), "the worker has a child")
+    first = tree.children()
+    place.wait_until(lambda: not place.query(UNSEEN), "all were looked at", 90)
+    place.send("healthy", "last")
+    place.wait_until(lambda: place.notes("healthy", "last"), "the worker goes on")
+
+    # The few that still say "meet" wait for each other; some wait for their time, or a retry.
+    ran = len(place.notes("healthy")) - 1 + len(place.notes("misbehave")) + len(place.notes("meets"))
+    assert ran + place.dead() + place.waiting() >= count
+    assert place.dead() > count / 2
+    assert tree.children() == first
+    assert "Exception in thread" not in tree.output()
+    assert max(map(len, tree.output().splitlines())) < 20_000
+
+
 ABSURD = {
     "retries": ["x", -5, 1e300, None, [], {}, 10**30],
     "max_retries": ["many", -1, [], 1.5],
@@ -373,6 +478,199 @@ def test_control_characters_of_an_exception_do_not_reach_the_log_raw(place):
     assert "\x1b" not in tree.output()
     assert "\0" not in tree.output()
     assert not re.search(r"^\[FAKE\]", tree.output(), re.MULTILINE)
+
+
+def test_control_characters_of_a_stored_message_do_not_reach_the_log_raw(place):
+    evil = "x\x1b[31m\n[FAKE] line"
+    pairs = []
+    for fields in [
+        {"message_id": evil},
+        {"args": [evil], "actor_name": "misbehave"},
+        {"args": ["base exception"], "actor_name": "misbehave", "message_id": evil},
+        {"actor_name": evil},
+        {"args": [evil, evil]},
+        {"options": {"eta": evil}},
+        {"options": {"on_success": evil}},
+        {"options": {evil: evil, "max_retries": evil}},
+        {"queue_name": evil},
+    ]:
+        message = place.send("healthy", len(pairs))
+        pairs.append((message, changed(message, **fields)))
+    damage(place, pairs)
+    for column in ("message_id", "actor", "queue"):
+        message = place.send("misbehave", "base exception")
+        place.change(f"UPDATE dramalite_messages SET {column} = ? WHERE message_id = ?", evil, message.message_id)
+    message = place.send("misbehave", "base exception")
+    place.change("UPDATE dramalite_messages SET message_id = ?, body = ? WHERE message_id = ?", evil, b"{", message.message_id)
+    tree = place.worker("--verbose")
+    place.send("misbehave", evil)
+    place.send("healthy", "last")
+    place.wait_until(lambda: place.notes("healthy", "last"), "the worker goes on")
+    tree.signal(signal.SIGTERM)
+    tree.wait()
+
+    assert "\x1b" not in tree.output()
+    assert re.findall(r"^\[FAKE\].*", tree.output(), re.MULTILINE) == []
+
+
+@pytest.mark.torture
+def test_a_storm_of_retries_lets_fresh_work_pass(place):
+    place.broker().enqueue_many(
+        [dramalite.Message("default", "fails_again_and_again", (number,), {}, {}) for number in range(1000)]
+    )
+    tree = place.worker(threads=2)
+    place.wait_until(lambda: len(place.notes("storm")) > 1500, "the storm blows", 40)
+    for number in range(3):
+        place.send("healthy", number)
+        place.wait_until(lambda: place.notes("healthy", number), "fresh work passes", 3)
+
+    assert place.waiting() == 1000
+    assert len(tree.output()) < 3000 * len(place.notes("storm"))
+
+
+@pytest.mark.torture
+def test_jobs_that_no_time_limit_can_end_fail_and_cost_their_process_and_no_other_work(place):
+    tree = place.ready_worker(threads=4)
+    first = tree.children()
+    place.send("outlasts_a_replacement")
+    place.send("outsleeps_its_limit")
+    place.send("swallows_everything")
+    place.wait_until(lambda: len(place.notes("stuck")) == 2, "two jobs are stuck")
+    place.wait_until(lambda: place.dead() == 2, "they are failed all the same", 15)
+    place.wait_until(lambda: tree.children() not in ([], first), "their process is replaced", 30)
+    place.send("healthy", "last")
+    place.drained()
+
+    assert [note[1] for note in place.notes("neighbour")] == ["starts", "ends"]
+    assert sorted(note[1] for note in place.notes("stuck")) == ["asleep", "swallowing"]
+    assert {letter.actor_name for letter in place.dead_letters()} == {"outsleeps_its_limit", "swallows_everything"}
+    assert place.runs("healthy") == {"last": 1}
+    assert not place.notes("woke_up")
+
+
+@pytest.mark.parametrize("count", [40, pytest.param(500, marks=pytest.mark.torture)])
+def test_a_job_that_ends_at_the_moment_of_its_limit_has_one_outcome_and_costs_no_thread(make_file_broker, worker, count):
+    broker = make_file_broker(durability="normal")
+    meeting = threading.Barrier(5)
+
+    @dramalite.actor(max_retries=0, time_limit=15, store_results=True)
+    def races(microseconds):
+        end = time.monotonic() + 0.015 + microseconds / 1e6
+        while time.monotonic() < end:
+            pass
+        return "won"
+
+    meet = dramalite.actor(lambda: meeting.wait(10) and None, actor_name="meet", max_retries=0)
+    draw = random.Random(count)
+    messages = broker.enqueue_many([races.message(draw.randrange(-1500, 3000)) for _ in range(count)])
+    worker(broker, worker_threads=4)
+    broker.join("default", timeout=60_000)
+    outcomes = Counter()
+    for message in messages:
+        try:
+            outcomes[message.get_result()] += 1
+        except dramalite.ResultFailure as error:
+            outcomes[error.orig_exc_type] += 1
+    broker.enqueue_many([meet.message() for _ in range(4)])
+    meeting.wait(10)
+    broker.join("default", timeout=10_000)
+
+    assert outcomes.total() == count
+    assert outcomes.keys() == {"won", "TimeLimitExceeded"}
+    assert len(broker.dead_letters) == outcomes["TimeLimitExceeded"]
+
+
+# Size
+
+
+def allow_large_messages(place):
+    source = (place.folder / "jobs.py").read_text()
+    (place.folder / "jobs.py").write_text(source.replace("SQLiteBroker(", "SQLiteBroker(max_message_size=64_000_000, path=", 1))
+
+
+@pytest.mark.torture
+def test_arguments_of_fifty_megabytes_pass_where_they_are_allowed_and_slow_nobody_down(place):
+    allow_large_messages(place)
+    place.worker(threads=2)
+    place.script(
+        """
+        import jobs
+
+        jobs.weigh.send("x" * 50_000_000)
+        for number in range(5):
+            jobs.healthy.send(number)
+        jobs.broker.close()
+        """
+    )
+    place.wait_until(lambda: len(place.notes("healthy")) == 5, "small jobs run beside a large one", 5)
+    place.drained()
+
+    assert place.notes("weighed") == [["weighed", "50000000", "1"]]
+    assert place.dead() == 0
+
+
+def test_arguments_of_fifty_megabytes_are_refused_where_they_are_not_allowed(place):
+    place.send("healthy", 1)
+    with pytest.raises(ValueError, match=r"'weigh' has 500\d+ bytes.*1048576"):
+        place.send("weigh", "x" * 50_000_000)
+
+    assert place.waiting() == 1
+    assert place.db.stat().st_size < 1_000_000
+
+
+@pytest.mark.torture
+def test_a_result_of_thirty_megabytes_is_kept_or_fails_aloud_and_slows_nobody_down(make_file_broker, worker):
+    broker = make_file_broker(durability="normal")
+    large = dramalite.actor(lambda: "r" * 30_000_000, actor_name="large", store_results=True, max_retries=0)
+    small = dramalite.actor(lambda: "small", actor_name="small", store_results=True, max_retries=0)
+    worker(broker, worker_threads=2)
+    sent = large.send()
+    others = [small.send() for _ in range(20)]
+
+    assert [message.get_result(block=True, timeout=5000) for message in others] == ["small"] * 20
+    try:
+        assert len(sent.get_result(block=True, timeout=20_000)) == 30_000_000
+    except dramalite.ResultFailure as error:
+        assert re.search("too large|bytes", str(error))
+
+
+@pytest.mark.torture
+def test_a_worker_serves_ten_thousand_queues(place):
+    place.jobs(
+        """
+        for number in range(10_000):
+            broker.declare_queue(f"queue{number}")
+
+        @dramalite.actor(max_retries=0)
+        def job(number):
+            note("ran", number)
+        """
+    )
+    broker = place.broker()
+    broker.enqueue_many([dramalite.Message(f"queue{number}", "job", (number,), {}, {}) for number in range(10_000)])
+    place.worker(threads=4)
+    place.drained(60)
+    place.send("job", "last")
+    place.wait_until(lambda: place.notes("ran", "last"), "the worker still hears of new work", 3)
+
+    assert len(place.notes("ran")) == 10_001
+
+
+def test_an_idle_worker_runs_what_comes_into_another_one_of_its_queues(place):
+    place.jobs(
+        """
+        broker.declare_queue("other")
+
+        @dramalite.actor(max_retries=0)
+        def job(number):
+            note("ran", number)
+        """
+    )
+    place.ready_worker()
+    place.wait_until(lambda: place.waiting() == 0, "the worker is idle")
+    place.send("job", 1, queue="other")
+
+    place.wait_until(lambda: place.notes("ran", 1), "the worker finds the message", 5)
 
 
 @pytest.mark.parametrize("kinds", SPOILING, ids=", ".join)

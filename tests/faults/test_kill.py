@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
+import dramalite
 import pytest
 from harness import kill, let_pass
 
@@ -206,6 +208,64 @@ def test_a_stopped_worker_keeps_its_job(place):
     place.drained()
     assert place.runs("start")["1"] == place.runs("end")["1"] == 1
     assert stopped.alive()
+
+
+#: Stops itself in the middle of a write: its transaction has begun, and nobody else can write.
+STOPS_WHILE_WRITING = """
+    import os, signal, sqlite3
+
+    class Stopping(sqlite3.Connection):
+        def execute(self, statement, *values):
+            result = super().execute(statement, *values)
+            if statement.startswith("BEGIN") and jobs.noted("ready"):
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return result
+
+    connect = sqlite3.connect
+    sqlite3.connect = lambda *args, **options: connect(*args, factory=Stopping, **options)
+    import jobs
+
+    jobs.job.send("first")
+    jobs.note("ready")
+    jobs.broker.enqueue_many([jobs.job.message(f"many-{number}") for number in range(3)])
+    jobs.note("sent")
+"""
+
+
+def state_of(pid):
+    """What a process does, in one letter; T is stopped."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.torture
+def test_processes_stopped_for_longer_than_any_timeout_go_on_where_they_were(place):
+    place.send("held", 1)
+    stopped = place.worker(threads=1)
+    place.wait_until(lambda: place.notes("start", 1), "a job starts that will be stopped")
+    worker_pid = int(place.notes("start", 1)[0][2])
+    others = place.worker()
+    place.send("held", 2)
+    place.wait_until(lambda: place.notes("start", 2), "another job starts")
+    sender = place.start_script(STOPS_WHILE_WRITING)
+    place.wait_until(lambda: place.notes("ready") and state_of(sender.pid) == "T", "the sender stops itself")
+    os.kill(worker_pid, signal.SIGSTOP)
+    place.wait_until(lambda: state_of(worker_pid) == "T", "the worker is stopped")
+    (place.folder / "release").touch()
+    place.wait_until(lambda: place.notes("end", 2), "the other job ends, while nobody can write that down")
+    with pytest.raises(dramalite.BrokerError) as caught:
+        place.send("job", "refused")  # Waits for the writer for as long as anything waits: 30 s.
+    os.kill(sender.pid, signal.SIGCONT)
+    assert sender.wait() == 0, sender.tail()
+    os.kill(worker_pid, signal.SIGCONT)
+    place.drained()
+
+    assert str(place.db) in str(caught.value)
+    assert place.notes("sent")
+    assert place.runs("end") == place.runs("start")
+    assert place.runs("end") == {"1": 1, "2": 1, "first": 1, "many-0": 1, "many-1": 1, "many-2": 1}
+    assert stopped.alive() and others.alive()
+    assert place.dead() == 0
+    assert place.sound()
 
 
 @pytest.mark.torture

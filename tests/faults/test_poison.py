@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+import dramalite
 import pytest
+from harness import wait_until
 
 JOBS = """
     import ctypes
@@ -183,6 +185,28 @@ def test_the_limit_can_be_set_for_the_whole_broker(place):
 
     assert place.runs("poison") == {"leave": 2}
     assert place.dead() == 1
+
+
+class ExitsOverTheDead(dramalite.Middleware):
+    """Raises what is no Exception, as sys.exit() does, when it hears of a message that died with its worker."""
+
+    def after_process_message(self, broker, message, *, result=None, exception=None):
+        if isinstance(exception, dramalite.WorkerCrashed):
+            raise SystemExit
+
+
+def test_a_hook_that_exits_over_a_dead_workers_message_does_not_end_the_worker(place, make_file_broker, worker):
+    broker = make_file_broker(durability="normal", middleware=[ExitsOverTheDead()])
+    dramalite.actor(lambda kind: None, actor_name="never_twice", broker=broker)
+    survived = []
+    dramalite.actor(survived.append, actor_name="dies_twice", broker=broker)
+    place.script("import jobs; jobs.never_twice.send('kill')")
+    assert place.start_script(LONE_WORKER).wait() == -9
+    worker(broker)
+    wait_until(lambda: place.dead() == 1, "the dead worker's message is a dead letter", 5)
+    place.send("dies_twice", 1)
+
+    wait_until(lambda: survived, "the worker goes on", 5)
 
 
 @pytest.mark.torture

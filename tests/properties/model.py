@@ -18,6 +18,7 @@ OK, FAIL, RETRY, SKIP, ABORT = "ok", "fail", "retry", "skip", "abort"
 class Entry:
     message_id: str
     number: int  # In the order of sending.
+    sent: int
     priority: int
     eta: int | None
     script: list[tuple[str, int]]
@@ -40,7 +41,9 @@ class Entry:
             return not self.crashes and self.priority < other.priority
         if self.eta is None and other.eta is None:
             return self.number < other.number
-        return self.eta is not None and other.eta is not None and self.eta < other.eta
+        if self.eta is None:
+            return other.eta > self.sent
+        return other.eta is not None and self.eta < other.eta
 
 
 @dataclass
@@ -49,8 +52,8 @@ class Model:
     problems: list[str] = field(default_factory=list)
     attempts: dict[str, list[str]] = field(default_factory=dict)  # Outcomes by message.
 
-    def send(self, message_id, priority, eta, script, max_retries):
-        entry = Entry(message_id, len(self.entries), priority, eta, script, max_retries)
+    def send(self, message_id, sent, priority, eta, script, max_retries):
+        entry = Entry(message_id, len(self.entries), sent, priority, eta, script, max_retries)
         self.entries[message_id] = entry
         self.attempts[message_id] = []
 

@@ -113,3 +113,17 @@ def test_a_limit_of_zero_means_no_wait(retries, duration):
 @given(st.integers(0, 2**32))
 def test_waits_differ_so_that_retries_do_not_come_all_at_once(seed):
     assert len(set(retry_delays(20, 5, seed=seed))) > 10
+
+
+@given(counts, st.lists(durations, min_size=1, max_size=5), durations)
+def test_a_list_of_waits_is_gone_through_and_its_last_one_holds(retries, waits, max_backoff):
+    expected = (waits + [waits[-1]] * 60)[retries]
+
+    assert retry_delay(retries, middleware={"backoff": waits}, max_backoff=max_backoff) == expected
+
+
+@given(counts, durations, durations)
+def test_a_function_of_the_count_decides_on_the_wait(retries, wait, max_backoff):
+    middleware = {"backoff": lambda count: wait + count}
+
+    assert retry_delay(retries, middleware=middleware, max_backoff=max_backoff) == wait + retries

@@ -84,6 +84,7 @@ class Engine(RuleBasedStateMachine):
             self.broker, seed=self.seed, workers=WORKERS, threads=self.threads, choose=self.choose, start=start
         )
         self.sim.__enter__()
+        self.events = self.sim.events
         self.seed += 100  # Another one would make the same message ids.
         self.seen = 0
 
@@ -92,8 +93,8 @@ class Engine(RuleBasedStateMachine):
 
     def follow(self):
         """Tell the model what has happened since it was last told."""
-        while self.seen < len(self.sim.events):
-            event = self.sim.events[self.seen]
+        while self.seen < len(self.events):
+            event = self.events[self.seen]
             self.seen += 1
             self.model.end(event)
 
@@ -107,7 +108,8 @@ class Engine(RuleBasedStateMachine):
         message = self.actor.send_with_options(
             args=(takes_ms,), delay=delay, priority=priority, max_retries=max_retries
         )
-        self.model.send(message.message_id, priority, message.options.get("eta"), script, max_retries)
+        eta, now = message.options.get("eta"), self.broker.clock.time_ms()
+        self.model.send(message.message_id, now, priority, eta, script, max_retries)
 
     @rule(count=st.integers(1, 8), data=st.data())
     def step(self, count, data):
@@ -139,16 +141,18 @@ class Engine(RuleBasedStateMachine):
     @rule()
     def leave_and_come_back(self):
         """The workers stop and others start: what ran goes back without a crash."""
-        self.stop_simulation()
-        self.simulate(start=self.sim.now)
+        self.simulate(start=self.stop_simulation())
 
     def stop_simulation(self):
-        self.sim.__exit__(None, None, None)
+        """End it; return the time."""
+        sim, self.sim = self.sim, None
+        sim.__exit__(None, None, None)
         self.follow()
         for entry in self.model.entries.values():
             if entry.state == "running":  # It was handed back.
                 entry.state = "waiting"
                 entry.starts -= 1
+        return sim.now
 
     # What holds after each rule
 
@@ -173,7 +177,10 @@ class Engine(RuleBasedStateMachine):
 
     def teardown(self):
         logging.getLogger("dramalite").setLevel(logging.NOTSET)
-        if self.sim is None:
+        if self.sim is None:  # It did not begin or end as it should.
+            if self.broker is not None:
+                self.broker.close()
+            shutil.rmtree(self.folder)
             return
         try:
             for worker in range(WORKERS):
@@ -215,9 +222,8 @@ class FileEngine(Engine):
     @rule()
     def restart(self):
         """Another process opens the file."""
-        self.stop_simulation()
+        now = self.stop_simulation()
         before = self.contents()
-        now = self.sim.now
         self.broker.close()
         self.broker = self.make_broker()
         self.declare()

@@ -20,11 +20,12 @@ def run_in_order(request, tmp_path_factory):
 
     def run(plan):
         done = []
+        options = {"middleware": []}  # A time limit's thread stays when its broker is gone.
         if request.param == "memory":
-            broker = dramalite.MemoryBroker()
+            broker = dramalite.MemoryBroker(**options)
         else:
             broker = dramalite.SQLiteBroker(
-                tmp_path_factory.mktemp("order") / "queue.db", durability="normal"
+                tmp_path_factory.mktemp("order") / "queue.db", durability="normal", **options
             )
         try:
             actors = {}
@@ -74,3 +75,34 @@ def test_messages_run_by_priority_and_then_in_the_order_they_were_sent(run_in_or
 @given(plan=plans(["a", "b", "c"]))
 def test_the_order_holds_across_the_queues_of_a_worker(run_in_order, plan):
     assert run_in_order(plan) == expected_order(plan)
+
+
+@pytest.fixture(scope="module", params=["memory", "file"])
+def warm_worker(request, tmp_path_factory):
+    """A paused worker that takes what there is in one batch, its actor, and the list of what it ran."""
+    if request.param == "memory":
+        broker = dramalite.MemoryBroker()
+    else:
+        broker = dramalite.SQLiteBroker(tmp_path_factory.mktemp("batch") / "queue.db", durability="normal")
+    done = []
+    work = dramalite.actor(done.append, actor_name="work", broker=broker)
+    with dramalite.Worker(broker, worker_threads=1) as worker:
+        for number in range(150):  # It learns that they take no time.
+            work.send(number)
+        broker.join("default", timeout=PATIENCE)
+        worker.pause()
+        yield worker, work, done
+    broker.close()
+
+
+@given(plan=st.lists(priorities, max_size=30))
+def test_the_order_holds_within_a_batch(warm_worker, plan):
+    worker, work, done = warm_worker
+    done.clear()
+    for number, priority in enumerate(plan):
+        work.send_with_options(args=(number,), priority=priority)
+    worker.resume()
+    work.broker.join("default", timeout=PATIENCE)
+    worker.pause()
+
+    assert done == sorted(range(len(plan)), key=lambda number: (plan[number], number))

@@ -1,0 +1,78 @@
+"""The clock: the engine's only source of time, which a broker can be given; durations as users give them."""
+
+from __future__ import annotations
+
+import datetime
+import time
+
+import pytest
+
+import dramalite
+
+
+def test_the_systems_clock_tells_unix_time_in_milliseconds():
+    before = time.time() * 1000
+    now = dramalite.Clock().time_ms()
+
+    assert isinstance(now, int)
+    assert before - 1 <= now <= time.time() * 1000 + 1
+
+
+def test_the_systems_stopwatch_never_goes_back():
+    clock = dramalite.Clock()
+    readings = [clock.monotonic() for _ in range(100)]
+
+    assert readings == sorted(readings)
+
+
+def test_sleeping_lets_time_pass():
+    clock = dramalite.Clock()
+    before = time.monotonic()
+    clock.sleep(0.01)
+
+    assert time.monotonic() - before >= 0.009
+
+
+def test_a_broker_has_the_systems_clock_unless_it_is_given_another(make_broker, clock):
+    assert type(make_broker().clock) is dramalite.Clock
+    assert make_broker(clock=clock).clock is clock
+
+
+def test_messages_are_stamped_by_the_brokers_clock(make_broker, clock):
+    make_broker(clock=clock)
+    message = dramalite.actor(print, actor_name="work").message()
+    delayed = dramalite.actor(print, actor_name="other").send_with_options(delay=5000)
+
+    assert message.message_timestamp == clock.now_ms
+    assert delayed.options["eta"] == clock.now_ms + 5000
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (1500, 1500),
+        (0, 0),
+        (1500.9, 1500),
+        (datetime.timedelta(seconds=1, microseconds=500_900), 1500),
+        (datetime.timedelta(0), 0),
+    ],
+)
+def test_a_duration_is_milliseconds_or_a_timedelta_cut_to_whole_ones(broker, given, expected):
+    work = dramalite.actor(print, actor_name="work", max_age=given)
+
+    assert work.options["max_age"] == expected
+    assert type(work.options["max_age"]) is int
+
+
+@pytest.mark.parametrize("given", ["10", True, [1], object()])
+def test_what_is_no_duration_is_refused_with_the_options_name(broker, given):
+    with pytest.raises(TypeError, match="max_age"):
+        dramalite.actor(print, actor_name="work", max_age=given)
+
+
+@pytest.mark.parametrize(
+    "given", [-1, -0.5, float("nan"), float("inf"), 2**53 + 1, datetime.timedelta(seconds=-1)]
+)
+def test_a_duration_out_of_bounds_is_refused_with_the_options_name(broker, given):
+    with pytest.raises(ValueError, match="max_age"):
+        dramalite.actor(print, actor_name="work", max_age=given)
