@@ -552,19 +552,19 @@ def _explain_refusal(value: Any, place: str, depth: int) -> None:
     elif isinstance(value, str):
         if not value.isascii() and re.search("[\ud800-\udfff]", value):
             raise ValueError(
-                f"{place} is {value[:200]!r}, with a lone surrogate, which is no text; "
+                f"{place or 'it'} is {value[:200]!r}, with a lone surrogate, which is no text; "
                 f"replace it, or send bytes as base64."
             )
     elif value is not None and not isinstance(value, (int, float)):
         raise TypeError(
-            f"{place} is a {type(value).__name__}, {_cut(repr(value), 200)}, which JSON can't "
+            f"{place or 'it'} is a {type(value).__name__}, {_cut(repr(value), 200)}, which JSON can't "
             f"carry; convert it first."
         )
     else:
         try:
             _to_json(value)
         except ValueError as error:
-            raise ValueError(f"{place} is a number that JSON can't carry: {error}.") from None
+            raise ValueError(f"{place or 'it'} is a number that JSON can't carry: {error}.") from None
 
 
 class JSONEncoder(Encoder):
@@ -1125,22 +1125,33 @@ _interruptible: set[int] = set()  # Threads inside an actor's body.
 _interrupted: set[int] = set()  # Those of them in which an interrupt was set.
 
 
-def raise_thread_exception(thread_id: int, exception: type[BaseException] | BaseException) -> None:
+def raise_thread_exception(thread_id: int, exception: type[BaseException]) -> None:
     """Raise `exception` in a thread, at its next bytecode; it can't end a blocking C call.
 
     By PyThreadState_SetAsyncExc, so on CPython only.  Failures are logged, not raised.
     """
     logger = get_logger("dramalite.threading")
-    kind = exception if isinstance(exception, type) else type(exception)
     if _CURRENT_PLATFORM not in _SUPPORTED_PLATFORMS:
         logger.critical(
             "Setting thread exceptions (%s) is not supported for your current platform (%r).",
-            kind.__name__,
+            exception.__name__,
             _CURRENT_PLATFORM,
         )
         return
     if _set_async_exception(thread_id, exception) == 0:
-        logger.critical("Failed to set exception (%s) in thread %r.", kind.__name__, thread_id)
+        logger.critical("Failed to set exception (%s) in thread %r.", exception.__name__, thread_id)
+
+
+def _warn_without_interrupts(what: str) -> None:
+    """Warn, where Python has no way to interrupt a thread, of what does not work then."""
+    if _CURRENT_PLATFORM not in _SUPPORTED_PLATFORMS:
+        import warnings
+
+        warnings.warn(
+            f"{what} on your current platform ({_CURRENT_PLATFORM!r}).",
+            category=RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _set_async_exception(thread_id: int, exception: Any) -> int:
@@ -1506,6 +1517,12 @@ class _EventLoopThread:
         """Run a coroutine to its end and return its result; an Interrupt here cancels it."""
         import asyncio
 
+        if threading.current_thread() is self.thread:
+            coroutine.close()
+            raise RuntimeError(
+                "An async actor can't be called on the event loop that is to run it: the loop would "
+                "wait for itself. Await its coroutine_fn(...) there, or send it a message."
+            )
         context = contextvars.copy_context()
         done = threading.Event()
         tasks: list[asyncio.Task[Any]] = []
@@ -1513,7 +1530,7 @@ class _EventLoopThread:
         def start() -> None:
             if tasks:
                 return
-            tasks.append(context.run(self.loop.create_task, coroutine))
+            tasks.append(context.run(self.loop.create_task, _contain(coroutine)))
             tasks[0].add_done_callback(lambda _task: done.set())
 
         def cancel() -> None:
@@ -1535,12 +1552,15 @@ class _EventLoopThread:
             raise
         task = tasks.pop()
         try:
-            return task.result()
+            result, exit_request = task.result()
+            if exit_request is not None:
+                raise exit_request
+            return result
         except asyncio.CancelledError as error:
             raise RuntimeError("The coroutine was cancelled.") from error
         finally:
+            exit_request = None
             del task  # Or its exception, whose traceback has this frame, would hold itself.
-
 
     def start(
         self,
@@ -1553,12 +1573,14 @@ class _EventLoopThread:
         interrupts: list[type[Interrupt]] = []
         tasks: list[asyncio.Task[Any]] = []
 
-        async def run() -> Any:
-            return await call()
+        async def run() -> tuple[Any, BaseException | None]:
+            return await _contain(call())
 
         def start() -> None:
             tasks.append(context.run(self.loop.create_task, run()))
             tasks[0].add_done_callback(end)
+            if interrupts:  # Before there was a task to cancel.
+                tasks[0].cancel()
 
         def stop(exception: type[Interrupt]) -> None:
             interrupts.append(exception)
@@ -1570,7 +1592,7 @@ class _EventLoopThread:
                 _stoppers.pop(runner, None)
             if not task.cancelled():
                 error = task.exception()
-                on_end(None if error else task.result(), error)
+                on_end(*((None, error) if error else task.result()))
             elif interrupts:
                 on_end(None, interrupts[0]())
             else:
@@ -1579,6 +1601,14 @@ class _EventLoopThread:
         with _interrupt_lock:
             _stoppers[runner] = stop
         self.loop.call_soon_threadsafe(start)
+
+
+async def _contain(coroutine: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | None]:
+    """Run a coroutine; give what would end the loop's thread back beside the result."""
+    try:
+        return await coroutine, None
+    except (SystemExit, KeyboardInterrupt) as error:
+        return None, error
 
 
 #: Seconds between looks for an interrupt while a thread waits for its coroutine.
@@ -1758,8 +1788,10 @@ class Actor(Generic[_P, _R]):
         module = getattr(fn, "__module__", None) or "_"
         self.logger = get_logger(module, actor_name)
         #: The function if it is `async def`; workers then run it without holding a thread.
-        self.coroutine_fn = fn if _is_coroutine_function(fn) else None
-        self.fn: Callable[_P, _R] = fn if self.coroutine_fn is None else async_to_sync(fn)
+        self.coroutine_fn = _coroutine_function(fn)
+        self.fn: Callable[_P, _R] = (
+            fn if self.coroutine_fn is None else async_to_sync(self.coroutine_fn)
+        )
         self.broker = broker
         self.actor_name = actor_name
         self.queue_name = queue_name
@@ -1851,6 +1883,12 @@ class Actor(Generic[_P, _R]):
 
 #: The flag of a code object that `async def` sets; inspect, which names it, is slow to import.
 _CO_COROUTINE = 0x80
+
+
+def _coroutine_function(fn: Any) -> Callable[..., Coroutine[Any, Any, Any]] | None:
+    """What makes a coroutine when an actor's function is called, if anything does."""
+    made_of = fn.perform if isinstance(fn, GenericActor) else fn
+    return made_of if _is_coroutine_function(made_of) else None
 
 
 def _is_coroutine_function(fn: Any) -> bool:
@@ -3557,7 +3595,7 @@ class _Engine(_WatchedDatabase):
             self._wake(row[5] or 0, self.bit(row[2], row[3]))
         if self._watchers:
             self.notify()
-        if self._logged > (_LONG_LOG // 2 if self._durability == "full" else _LONG_LOG * 4):
+        if self._logged > (_LONG_LOG // 8 if self._durability == "full" else _LONG_LOG * 4):
             self._logged = 0
             self.checkpoint(0)
 
@@ -4538,14 +4576,7 @@ class TimeLimit(Middleware):
         return {"time_limit"}
 
     def after_process_boot(self, broker: Broker) -> None:
-        if _CURRENT_PLATFORM not in _SUPPORTED_PLATFORMS:
-            import warnings
-
-            warnings.warn(
-                f"TimeLimit cannot kill threads on your current platform ({_CURRENT_PLATFORM!r}).",
-                category=RuntimeWarning,
-                stacklevel=2,
-            )
+        _warn_without_interrupts("TimeLimit cannot kill threads")
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         limit = message.options.get("time_limit") or _option(
@@ -4647,6 +4678,9 @@ class ShutdownNotifications(Middleware):
     def concerns(self, options: Mapping[str, Any]) -> bool:
         wanted = options.get("notify_shutdown")
         return bool(self.notify_shutdown if wanted is None else wanted)
+
+    def after_process_boot(self, broker: Broker) -> None:
+        _warn_without_interrupts("ShutdownNotifications cannot kill threads")
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.logger.debug("Sending shutdown notification to worker threads...")
@@ -5136,8 +5170,10 @@ class Prometheus(Middleware):
         self._started: dict[int, float] = {}  # By runner: monotonic seconds.
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._workers: set[int] = set()  # By id(): those that run.
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
+        self._workers.add(id(worker))
         if self._thread is None:
             self._stop.clear()
             self._thread = threading.Thread(
@@ -5146,6 +5182,9 @@ class Prometheus(Middleware):
             self._thread.start()
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        self._workers.discard(id(worker))
+        if self._workers:
+            return
         thread, self._thread = self._thread, None
         if thread is not None:
             self._stop.set()
@@ -5176,7 +5215,7 @@ class Prometheus(Middleware):
         self.after_process_message(broker, message)
 
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
-        if message.options.get("retries"):
+        if delay is not None and message.options.get("retries"):  # Without: handed back by a stop.
             with self._lock:
                 self._count(message, "dramatiq_message_retries_total")
 
@@ -5211,7 +5250,7 @@ class Prometheus(Middleware):
             sums[name].append((queue, actor_name, bucket, amount))
         for name, text in _COUNTERS.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} counter"]
-            lines += [f"{name}{_labels(q, a)} {amount:g}" for q, a, _bucket, amount in sums[name]]
+            lines += [f"{name}{_labels(q, a)} {_number(amount)}" for q, a, _bucket, amount in sums[name]]
         for name, (state, text) in _GAUGES.items():
             lines += [f"# HELP {name} {text}", f"# TYPE {name} gauge"]
             lines += [f"{name}{_labels(q, a)} {count}" for q, a, count in engine.count_actors(state)]
@@ -5222,8 +5261,8 @@ class Prometheus(Middleware):
             for bound in _BUCKETS_MS:
                 total += buckets.get((queue, actor_name, bound), 0)
                 le = "+Inf" if bound == float("inf") else f"{bound:g}"
-                lines.append(f"{_DURATION}_bucket{_labels(queue, actor_name, le=le)} {total:g}")
-            lines.append(f"{_DURATION}_count{_labels(queue, actor_name)} {total:g}")
+                lines.append(f"{_DURATION}_bucket{_labels(queue, actor_name, le=le)} {_number(total)}")
+            lines.append(f"{_DURATION}_count{_labels(queue, actor_name)} {_number(total)}")
             lines.append(f"{_DURATION}_sum{_labels(queue, actor_name)} {amount:.3f}")
         return "\n".join(lines) + "\n"
 
@@ -5237,7 +5276,7 @@ class Prometheus(Middleware):
             if server is None:
                 with contextlib.suppress(OSError):  # Another process of ours answers.
                     server = ThreadingHTTPServer((self.http_host, self.http_port), handler)
-                    threading.Thread(target=server.serve_forever, daemon=True).start()
+                    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             is_over = self._stop.wait(_METRICS_TICK_S)
             try:
                 self.flush(broker)
@@ -5252,8 +5291,17 @@ class Prometheus(Middleware):
 
 def _labels(queue: str, actor_name: str, **more: str) -> str:
     labels = {"queue_name": queue, "actor_name": actor_name, **more}
-    shown = [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in labels.items()]
+    shown = [f'{name}="{value.translate(_LABEL_ESCAPES)}"' for name, value in labels.items()]
     return "{" + ",".join(shown) + "}"
+
+
+#: What Prometheus's text format escapes in the value of a label.
+_LABEL_ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n"})
+
+
+def _number(amount: float) -> str:
+    """A number in full: no count is rounded."""
+    return repr(int(amount) if amount == int(amount) else amount)
 
 
 def _metrics_handler() -> Any:
@@ -5505,6 +5553,8 @@ class _EngineBroker(Broker):
                 break
         if isinstance(middleware, Results) and middleware._backend is None:
             middleware._backend = SQLiteResultBackend(self)
+        if isinstance(middleware, GroupCallbacks) and self.middleware and before is after is None:
+            before = type(self.middleware[0])  # Its after hooks come last: see _default_middleware().
         super().add_middleware(middleware, before=before, after=after)
 
     def declare_actor(self, actor: Actor[Any, Any]) -> None:
@@ -6305,7 +6355,9 @@ class _Dispatcher:
         """Have a thread conclude a job whose coroutine has ended."""
         with self._cond:
             self._ended.append(job)
-            if self._idle:
+            if self.is_stopping:
+                self._cond.notify_all()
+            elif self._idle:
                 self._cond.notify()
                 return
         self._slot.bell.ring()
@@ -6518,6 +6570,11 @@ class _Dispatcher:
         self._slot.bell.ring()
         return given_up
 
+    def await_ends(self, jobs: list[_Job], timeout_s: float) -> None:
+        """Wait until these coroutines have ended, or so long."""
+        with self._cond:
+            self._cond.wait_for(lambda: all(job in self._ended for job in jobs), timeout_s)
+
     def close(self) -> None:
         """Write the last outcomes and leave."""
         self.write()
@@ -6705,9 +6762,10 @@ class Worker:
         for thread in list(self._threads.values()):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - _SYSTEM_CLOCK.monotonic()))
-        for job in dispatcher.give_up_running():
-            if job.context is not None:
-                _interrupt(-job.row.id, Shutdown)
+        cancelled = [job for job in dispatcher.give_up_running() if job.context is not None]
+        for job in cancelled:
+            _interrupt(-job.row.id, Shutdown)
+        dispatcher.await_ends(cancelled, _CANCEL_GRACE_S)
         self._tick.set()
         self._maintainer.join()
         dispatcher.close()
@@ -8592,11 +8650,13 @@ _MODULES: dict[str, str] = {
     "middleware.time_limit": "TimeLimit TimeLimitExceeded",
     "rate_limits": "Barrier BucketRateLimiter ConcurrentRateLimiter RateLimitExceeded RateLimiter "
     "RateLimiterBackend WindowRateLimiter",
+    "rate_limits.backend": "RateLimiterBackend",
     "rate_limits.backends": "StubBackend=StubRateLimiterBackend SQLiteBackend=SQLiteRateLimiterBackend",
     "rate_limits.backends.stub": "StubBackend=StubRateLimiterBackend",
     "rate_limits.barrier": "Barrier",
     "rate_limits.bucket": "BucketRateLimiter",
     "rate_limits.concurrent": "ConcurrentRateLimiter",
+    "rate_limits.rate_limiter": "RateLimiter",
     "rate_limits.window": "WindowRateLimiter",
     "results": "Missing ResultBackend ResultError ResultFailure ResultMissing ResultTimeout Results",
     "results.backend": "Missing ResultBackend",
