@@ -4364,7 +4364,7 @@ class SQLiteRateLimiterBackend(RateLimiterBackend):
 
     def wait(self, key: str, timeout: int | None) -> bool:
         return self.broker._engine.watch(
-            lambda: self.broker._engine.limits([key]) != [None],
+            lambda: bool(self.broker._engine.limits([key])[0]),
             None if timeout is None else timeout / 1000,
         )
 
@@ -4392,21 +4392,21 @@ class RateLimiter:
 
         Raises RateLimitExceeded if there is none, or yields False without raise_on_failure.
         """
-        acquired = False
+        place: Any = None
         try:
-            acquired = self._acquire()
-            if raise_on_failure and not acquired:
+            place = self._acquire()
+            if raise_on_failure and not place:
                 raise RateLimitExceeded(f"rate limit exceeded for key {self.key!r}")
-            yield acquired
+            yield bool(place)
         finally:
-            if acquired:
-                self._release()
+            if place:
+                self._release(place)
 
-    def _acquire(self) -> bool:
-        """Take a place; tell whether there was one."""
+    def _acquire(self) -> Any:
+        """Take a place and return it, or what is false if there was none."""
         raise NotImplementedError
 
-    def _release(self) -> None:
+    def _release(self, place: Any) -> None:
         """Give the place back, where the limiter does that."""
 
 
@@ -4416,7 +4416,10 @@ def _check_limit(name: str, value: float) -> None:
 
 
 class ConcurrentRateLimiter(RateLimiter):
-    """At most `limit` at a time; a place that nobody gave back is free after `ttl` ms."""
+    """At most `limit` at a time; a place that nobody gave back is free after `ttl` ms.
+
+    Each place is a counter of its own, so that its time does not depend on the others'.
+    """
 
     def __init__(
         self, backend: RateLimiterBackend, key: str, *, limit: int = 1, ttl: int = 900_000
@@ -4426,11 +4429,19 @@ class ConcurrentRateLimiter(RateLimiter):
         self.limit = limit
         self.ttl = ttl
 
-    def _acquire(self) -> bool:
-        return self.backend.incr(self.key, 1, self.limit, self.ttl)
+    def _acquire(self) -> tuple[str, float] | None:
+        """The key of a place and until when it is ours, by the wall clock."""
+        for number in range(self.limit):
+            ends_at = _clock_of(self.backend).time_ms() + self.ttl
+            key = f"{self.key}#{number}" if number else self.key
+            if self.backend.incr(key, 1, 1, self.ttl):
+                return key, ends_at
+        return None
 
-    def _release(self) -> None:
-        self.backend.decr(self.key, 1, 0, self.ttl)
+    def _release(self, place: tuple[str, float]) -> None:
+        key, ends_at = place
+        if _clock_of(self.backend).time_ms() < ends_at:  # Later it may be somebody else's.
+            self.backend.decr(key, 1, 0, self.ttl)
 
 
 class BucketRateLimiter(RateLimiter):
@@ -4496,7 +4507,10 @@ class Barrier:
         """Set the barrier up for so many; False if it exists already."""
         if parties < 1:
             raise AssertionError(f"parties is {parties!r}; give at least 1.")
-        return self.backend.add(self.key, parties, self.ttl)
+        is_new = self.backend.add(self.key, parties, self.ttl)
+        if is_new:  # What told those that waited at one before may still be there.
+            self.backend.decr(self.key_events, 1, 0, self.ttl)
+        return is_new
 
     def wait(self, *, block: bool = True, timeout: int | None = None) -> bool:
         """Arrive; True for the last one, which lets the others go.
@@ -7182,10 +7196,15 @@ class _VirtualClock(Clock):
         return self._start_ms + round(monotonic_s * 1000)
 
     def sleep(self, seconds: float) -> None:
-        self._world.pass_time(math.ceil(seconds * 1000))
+        self._world.pass_time(_whole_ms(seconds))
 
     def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
         return self._world.wait_for(is_done, timeout_s)
+
+
+def _whole_ms(seconds: float) -> int:
+    """Milliseconds, rounded up, but not over what a float adds to a number."""
+    return math.ceil(round(seconds * 1000, 6))
 
 
 class _Virtual(threading.local):
@@ -7536,6 +7555,8 @@ class Simulation(_World):
         """Take a step that is due by a time, if there is one."""
         if _virtual.thread is not None:
             raise RuntimeError("A simulated job can't take steps of its own simulation.")
+        if _virtual.world is not self:
+            raise RuntimeError("The simulation is over, or another one is inside; use it in its `with`.")
         while not (steps := self._steps()):
             next_ms = self._next_time()
             if next_ms is None or (end_ms is not None and next_ms > end_ms):
@@ -7647,7 +7668,7 @@ class Simulation(_World):
 
     def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
         """Let time pass until something is true; tell whether it came true in time."""
-        end_ms = None if timeout_s is None else self._clock.now_ms + math.ceil(timeout_s * 1000)
+        end_ms = None if timeout_s is None else self._clock.now_ms + _whole_ms(timeout_s)
         while not is_done():
             if end_ms is not None and self._clock.now_ms >= end_ms:
                 return False

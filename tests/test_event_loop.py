@@ -268,7 +268,6 @@ def test_a_class_based_async_actor_can_be_called_directly(broker):
     assert Doubling(21) == 42
 
 
-@pytest.mark.xfail(strict=True, reason="They run in worker threads, each waiting for its coroutine.")
 def test_class_based_async_actors_hold_no_threads(broker, worker, gate):
     class Waiting(dramalite.GenericActor):
         async def perform(self):
@@ -517,10 +516,6 @@ def test_the_loop_survives_a_coroutine_that_fails(broker, worker, gate, outcomes
     assert [kind for _, kind in outcomes] == [type(error), type(None)]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="asyncio lets these two through to run_forever(): the loop's thread ends, and all coroutines with it.",
-)
 def test_the_loop_survives_coroutines_that_want_to_end_the_program(run_python):
     result = run_python(
         """if True:
@@ -724,7 +719,6 @@ def test_a_coroutine_that_outlasts_the_stop_is_cancelled_and_runs_again(broker, 
     assert log == ["begun", "cancelled", "begun"]
 
 
-@pytest.mark.xfail(strict=True, reason="stop() cancels it and returns; a process that ends then cuts it off.")
 def test_a_coroutine_that_outlasts_the_stop_has_time_to_clean_up(broker, worker, log):
     async def work():
         log.append("begun")
@@ -1020,7 +1014,6 @@ def test_it_can_be_called_by_many_threads_at_once(gate):
     assert results == [None] * 5
 
 
-@pytest.mark.xfail(strict=True, reason="It waits for itself, for ever, and with it all other coroutines.")
 def test_a_coroutine_called_on_the_loop_itself_is_an_error_and_no_deadlock(run_python):
     result = run_python(
         """if True:

@@ -492,13 +492,7 @@ def test_an_added_middleware_takes_the_place_of_the_built_in_one(broker, member,
     [
         "fail",
         "skip",
-        pytest.param(
-            "strange",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="Added last, it counts a success before Results finds that the result can't be kept.",
-            ),
-        ),
+        "strange",
     ],
 )
 def test_with_an_added_middleware_a_member_without_success_ends_once(broker, member, tell, told, end):

@@ -35,10 +35,6 @@ class Mine(Interrupt):
     [
         Mine,
         ValueError,
-        pytest.param(
-            Mine("with a text"),
-            marks=pytest.mark.xfail(strict=True, reason="CPython takes a class only; a SystemError is raised."),
-        ),
     ],
     ids=str,
 )
@@ -199,7 +195,6 @@ def test_where_threads_cannot_be_interrupted_a_worker_process_warns_of_time_limi
     assert str(("RuntimeWarning", text)) in result.stdout, result.stderr
 
 
-@pytest.mark.xfail(strict=True, reason="Only TimeLimit warns.")
 def test_where_threads_cannot_be_interrupted_a_worker_process_warns_of_shutdown_notifications(run_elsewhere):
     result = run_elsewhere(BOOT)
     text = "ShutdownNotifications cannot kill threads on your current platform ('not supported')."

@@ -281,9 +281,6 @@ def has_module(path):
     return True
 
 
-@pytest.mark.xfail(
-    strict=True, reason="rate_limits.backend and rate_limits.rate_limiter, where the base classes live, are not there."
-)
 def test_every_module_of_dramatiq_is_there_or_left_out_on_purpose(dramatiq):
     missing = [path for path in modules_of(dramatiq) if not has_module(path) and path not in MODULES_LEFT_OUT]
 

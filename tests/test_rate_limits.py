@@ -392,9 +392,6 @@ def test_a_place_that_nobody_gave_back_is_free_after_its_time(backend, clock, cl
     assert acquired(mutex) is True
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Each acquire() and release() of others prolongs the place that nobody gave back (K43)."
-)
 def test_a_place_that_nobody_gave_back_is_free_after_its_time_though_others_come_and_go(
     backend, clock, clean_state
 ):
@@ -408,9 +405,6 @@ def test_a_place_that_nobody_gave_back_is_free_after_its_time_though_others_come
         assert acquired(limiter) is True
 
 
-@pytest.mark.xfail(
-    strict=True, reason="A release after the time gives back the place of whoever came next (K43)."
-)
 def test_who_outstays_its_time_gives_back_nobody_elses_place(backend, clock):
     mutex = ConcurrentRateLimiter(backend, "key", ttl=1000)
     late = mutex.acquire()
@@ -805,9 +799,6 @@ def test_a_barrier_can_be_created_again_after_its_time(backend, clock):
     assert [barrier.wait(block=False) for _ in range(2)] == [False, True]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="What told those that waited at the barrier before is still there, for its whole time."
-)
 def test_a_barrier_that_is_created_again_is_closed(backend, clock):
     barrier = Barrier(backend, "key", ttl=1000)
     barrier.create(1)

@@ -72,7 +72,6 @@ def test_a_coroutine_ends_at_its_time_limit_or_before(place, world, plan):
         assert is_ended(event) == (sum(nap) > limit)
 
 
-@pytest.mark.xfail(strict=True, reason="The seconds of a sleep are rounded up to one millisecond more.")
 @settings(simulated, phases=[Phase.explicit, Phase.generate])  # No better example is needed.
 @given(st.integers(0, 10_000), st.lists(st.integers(0, 5000), max_size=4))
 @example(11, [1])
@@ -92,7 +91,6 @@ def test_a_coroutine_sleeps_as_long_as_it_says(passed, naps):
     assert sim.events[0].ended_ms - sim.events[0].started_ms == sum(naps)
 
 
-@pytest.mark.xfail(strict=True, reason="The seconds of a sleep are rounded up to one millisecond more.")
 @settings(simulated, phases=[Phase.explicit, Phase.generate])
 @given(st.integers(0, 100_000))
 @example(2007)
