@@ -7401,6 +7401,7 @@ class Simulation(_World):
         self._workers: list[_VirtualWorker] = []
         self._jumps = 0  # How often the clock was set.
         self._undo: contextlib.ExitStack = contextlib.ExitStack()
+        self._outer: _World | None = None  # The simulation that this one is inside of.
 
     # Looking.
 
@@ -7515,7 +7516,7 @@ class Simulation(_World):
         if self._engine is not None:
             broker._engine, broker._buried = self._engine, collections.defaultdict(list)
         broker._is_simulated = True
-        _virtual.world = self
+        self._outer, _virtual.world = _virtual.world, self
         logger = logging.getLogger(_SIMULATION_LOGGER)
         if logger.level == logging.NOTSET:  # What jobs die of is in the events.
             logger.setLevel(logging.CRITICAL)
@@ -7547,7 +7548,7 @@ class Simulation(_World):
             self._engine.close()
         broker.clock, broker.random, broker._entropy, broker._engine, broker._buried = self._saved
         broker._is_simulated = False
-        _virtual.world = None
+        _virtual.world = self._outer
 
     # Steps.
 

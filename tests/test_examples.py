@@ -331,6 +331,21 @@ def test_pipeline(tmp_path, environment):
     assert output.splitlines() == expected
 
 
+def test_my_retries(tmp_path, environment):
+    shutil.copy(EXAMPLES / "test_my_retries.py", tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_retries.py"],
+        cwd=tmp_path,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+
+    assert "2 passed" in result.stdout
+    assert result.returncode == 0
+
+
 def test_retries(tmp_path, environment):
     output = run(EXAMPLES / "retries.py", cwd=tmp_path, environment=environment)
 

@@ -448,8 +448,8 @@ MUTANTS = [
     ),
     Mutant(
         "places-kept", "a place is not given back", "limits",
-        "        self.backend.decr(self.key, 1, 0, self.ttl)\n",
-        "        pass\n",
+        "            self.backend.decr(key, 1, 0, self.ttl)\n",
+        "            pass\n",
     ),
     Mutant(
         "places-forgotten-early", "counts expire before their time", "limits",
