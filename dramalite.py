@@ -3786,16 +3786,16 @@ class _Engine(_WatchedDatabase):
     def has_message(self, message_id: str, sent_ms: int) -> bool:
         """Tell whether a message that was sent after a time (ms since 1970) is still to be run.
 
-        That may be as a later step of a pipeline: the first one's body holds it.
+        That may be as a later step of a pipeline: the first one's body holds it.  The time spares
+        most looks the whole table; a retry after the clock was set back stands before it.
         """
-        rows = self._read(
-            "SELECT 1 FROM dramalite_messages WHERE id >= ? AND message_id = ? LIMIT 1",
-            (sent_ms * 1000, message_id),
-        ) or self._read(
-            "SELECT 1 FROM dramalite_messages WHERE id >= ? AND instr(body, CAST(? AS BLOB)) LIMIT 1",
-            (sent_ms * 1000, message_id),
+        since = sent_ms * 1000
+        by_id = "SELECT 1 FROM dramalite_messages WHERE id >= ? AND message_id = ? LIMIT 1"
+        in_body = (
+            "SELECT 1 FROM dramalite_messages WHERE id >= ? AND instr(body, CAST(? AS BLOB)) LIMIT 1"
         )
-        return bool(rows)
+        looks = ((by_id, since), (in_body, since), (by_id, 0))
+        return any(self._read(sql, (first, message_id)) for sql, first in looks)
 
     def bodies(self) -> list[bytes]:
         """The messages that wait or run, in their order, then those that are delayed."""
