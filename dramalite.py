@@ -6041,7 +6041,7 @@ class _Processor:
                 f"The worker process died {times} while running this message"
                 f"{f', last with {death}' if death else ''}; it is not run again."
             )
-        return self.conclude(job)
+        return self.conclude_safely(job)
 
     def conclude(self, job: _Job) -> _Outcome:
         """Call the after hooks; return all that is to be committed for the message."""
@@ -6058,13 +6058,14 @@ class _Processor:
         job.exception = None
         return outcome
 
-    def conclude_safely(self, job: _Job) -> None:
+    def conclude_safely(self, job: _Job) -> _Outcome:
         """conclude(), but a hook that raises no Exception costs the message, not the caller."""
         try:
             self.conclude(job)
         except BaseException:
             self.drop(job)
             self._logger.critical("A hook failed on message %s.", job.row.message_id, exc_info=True)
+        return job.outcome
 
     def drop(self, job: _Job) -> None:
         """Make a dead letter of a job that could not be processed."""
@@ -6210,11 +6211,14 @@ class _Targets:
         bits = (broker._engine.bit(queue, name) for queue, name in pairs)
         slot.serve(functools.reduce(int.__or__, bits, 0))
 
-    def look_for_strangers(self) -> None:
-        """Find ready messages outside of our targets: known actors in other queues, unknown ones."""
+    def look_for_strangers(self) -> bool:
+        """Find ready messages outside of our targets: known actors in other queues, unknown ones.
+
+        Tells whether there are more targets now.
+        """
         version = self._broker._engine.data_version()
         if version == self._seen_version:
-            return
+            return False
         self._seen_version = version
         broker = self._broker
         for queue, name in self._broker._engine.ready_pairs():
@@ -6229,6 +6233,7 @@ class _Targets:
                     "are left for one that does.",
                     queue, name,
                 )  # fmt: skip
+        return (len(broker.actors), len(broker.queues), len(broker._pairs)) != self._declared
 
 
 # ------------------------------------------------------------------------------------------
@@ -6653,7 +6658,8 @@ class _Dispatcher:
             self.write()
             self._has_recovered = True
             self._slot.bell.ring()
-        self._targets.look_for_strangers()
+        if self._targets.look_for_strangers():
+            self._slot.bell.ring()
         if not self.running and _SYSTEM_CLOCK.monotonic() > self._popped_at + _IDLE_S:
             self._engine.empty_log(_LONG_LOG)
         self._engine.prune()
@@ -6934,7 +6940,7 @@ class Worker:
                 job.row.message_id, job.row.actor, _STUCK_GRACE_S,
             )  # fmt: skip
             job.exception = TimeLimitExceeded()
-            dispatcher.replace(index, self._processor.conclude(job))
+            dispatcher.replace(index, self._processor.conclude_safely(job))
             self._start_thread(index, dispatcher)
             self.on_stuck()
 
@@ -7792,12 +7798,19 @@ _DEATH_NOTE_S = 2.0
 _DEATHS_NOTE, _FORKS_NOTE = "deaths", "forks"
 
 
+class _SafeFormatter(logging.Formatter):
+    """Control characters are escaped and further lines indented: none can pass for another line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _storable(super().format(record)).replace("\n", "\n    ")
+
+
 def _set_up_logging(verbose: int, descriptor: int) -> None:
     """Log to a descriptor."""
     stream = open(descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.INFO, format=_LOG_FORMAT, stream=stream
-    )
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, stream=stream)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_SafeFormatter(_LOG_FORMAT))
     logging.raiseExceptions = False  # A log that can't be written must not stop the work.
 
 
