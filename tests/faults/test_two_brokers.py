@@ -86,10 +86,11 @@ def test_each_is_woken_by_what_the_other_sends(brokers, worker):
 
 def test_closing_one_leaves_the_other_at_work(brokers, worker):
     first, second = brokers
-    release, ran = threading.Event(), []
+    started, release, ran = threading.Event(), threading.Event(), []
 
     def job(number):
         if number == 0:
+            started.set()
             assert release.wait(20)
         ran.append(number)
 
@@ -97,6 +98,7 @@ def test_closing_one_leaves_the_other_at_work(brokers, worker):
     other = dramalite.actor(job, broker=second)
     worker(first)
     actor.send(0)
+    assert started.wait(10)
     with dramalite.Worker(second, worker_threads=1):
         other.send(1)
         wait_until(lambda: ran == [1])
