@@ -3249,11 +3249,15 @@ class _Database:
             if slots is not None:
                 slots.end_checkpoint()
 
+    def _beside(self, suffix: str) -> str:
+        """A file beside the database: where a link leads, as SQLite has it, one for all names."""
+        return os.path.realpath(cast(str, self.path)) + suffix
+
     def _wal_size(self) -> int:
         if self.path is None:
             return 0
         try:
-            return os.stat(self.path + "-wal").st_size
+            return os.stat(self._beside("-wal")).st_size
         except OSError:
             return 0
 
@@ -3360,7 +3364,7 @@ class _WatchedDatabase(_Database):
                 else:
                     self._connect("work")
                     try:
-                        self._slots = _SideFile(self.path + "-lock", create=True)
+                        self._slots = _SideFile(self._beside("-lock"), create=True)
                     except OSError as error:
                         raise ConnectionFailed(
                             f"The side file {self.path + '-lock'!r} can't be used: {error}."
@@ -3396,7 +3400,7 @@ class _WatchedDatabase(_Database):
                 return
             self._slots_looked_for_at = now
             try:
-                slots = self._slots = _SideFile(self.path + "-lock", create=False)
+                slots = self._slots = _SideFile(self._beside("-lock"), create=False)
             except OSError:  # None runs, or it can't be seen from here: it polls.
                 return
         slots.wake(due_ms, bit)
