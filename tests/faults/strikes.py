@@ -32,7 +32,7 @@ import sys
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterator
 
 #: Seconds within which any of the processes must be done.
 PATIENCE_S = 30

@@ -138,7 +138,7 @@ def test_a_foreign_program_that_never_lets_go_is_named_in_a_clear_error(place):
     import dramalite
 
     place.ready_worker()
-    place.start_script(HOLDER, "75")
+    place.start_script(HOLDER, "40")
     place.wait_until(lambda: place.notes("holding"), "the foreign program holds the write lock")
     with pytest.raises(dramalite.BrokerError) as caught:
         place.send("job", 1)

@@ -165,7 +165,7 @@ def test_a_send_in_a_signal_handler_that_interrupts_a_send_is_stored(place):
     assert_noted_is_stored(place, 151)
 
 
-@pytest.mark.parametrize("interruptions", [150, pytest.param(5000, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("interruptions", [150, pytest.param(3000, marks=pytest.mark.torture)])
 def test_an_exception_from_a_signal_handler_in_the_middle_of_a_send_breaks_nothing(place, interruptions):
     # What Ctrl+C does to a script that goes on: a later send is stored, and not only said to be.
     place.script(

@@ -82,7 +82,7 @@ def test_restarts_under_load_lose_nothing_and_repeat_nothing(place, number):
 
 
 @pytest.mark.torture
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_many_restarts_under_load_lose_nothing_and_repeat_nothing(place, seed):
     restart_under_load(place, seed, restarts=25, messages=3000)
 
