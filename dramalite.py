@@ -2869,20 +2869,23 @@ _TAKE_BACK = """
 
 _ADOPT = "UPDATE dramalite_messages SET owner = :owner WHERE state = 2 AND owner = :dead"
 
-# The distinct queue and actor pairs of what is ready, by one index seek each.
+# The distinct queue and actor pairs of what is ready, by index seeks only.  Comparing pairs as
+# row values would seek the queue but scan its actors.
 _PAIRS = """
     WITH RECURSIVE pairs(queue, actor) AS (
-        SELECT * FROM (SELECT queue, actor FROM dramalite_messages INDEXED BY dramalite_ready
-                        WHERE state = 0 ORDER BY queue, actor LIMIT 1)
+        SELECT * FROM (SELECT queue, actor {ready} ORDER BY queue, actor LIMIT 1)
         UNION ALL
-        SELECT (SELECT queue FROM dramalite_messages INDEXED BY dramalite_ready
-                 WHERE state = 0 AND (queue, actor) > (pairs.queue, pairs.actor)
-                 ORDER BY queue, actor LIMIT 1),
-               (SELECT actor FROM dramalite_messages INDEXED BY dramalite_ready
-                 WHERE state = 0 AND (queue, actor) > (pairs.queue, pairs.actor)
-                 ORDER BY queue, actor LIMIT 1)
+        SELECT CASE WHEN EXISTS (SELECT 1 {ready} AND queue = pairs.queue AND actor > pairs.actor)
+                    THEN pairs.queue
+                    ELSE (SELECT queue {ready} AND queue > pairs.queue ORDER BY queue LIMIT 1) END,
+               coalesce(
+                   (SELECT actor {ready} AND queue = pairs.queue AND actor > pairs.actor
+                     ORDER BY actor LIMIT 1),
+                   (SELECT actor {ready} AND queue > pairs.queue ORDER BY queue, actor LIMIT 1))
           FROM pairs WHERE pairs.queue IS NOT NULL)
-    SELECT queue, actor FROM pairs WHERE queue IS NOT NULL"""
+    SELECT queue, actor FROM pairs WHERE queue IS NOT NULL""".format(
+    ready="FROM dramalite_messages INDEXED BY dramalite_ready WHERE state = 0"
+)
 
 _TAKE = """
     DELETE FROM dramalite_messages WHERE id = (
@@ -3109,14 +3112,18 @@ class _Database:
             )
         return True
 
+    def _disconnect(self) -> None:
+        """Close the connections; the next use opens them again.  Call with _lock held."""
+        for connection in self._connections.values():
+            with contextlib.suppress(self._errors):  # A full disk must not keep us here.
+                connection.close()
+        self._connections.clear()
+        self._identity = None
+
     def close(self) -> None:
-        """Close the connections; the next use opens them again."""
+        """Close the connections and what rings; the next use opens them again."""
         with self._lock:
-            for connection in self._connections.values():
-                with contextlib.suppress(self._errors):  # A full disk must not keep us here.
-                    connection.close()
-            self._connections.clear()
-            self._identity = None
+            self._disconnect()
             if self._slots is not None:
                 self._slots.close()
             if self.path is not None:
@@ -3181,7 +3188,7 @@ class _Database:
             try:
                 yield
             except self._errors as error:
-                raise BrokerError(self._describe(error)) from error
+                raise self._failure(error) from error
             finally:
                 self._is_writing = False
                 self._finish_write()
@@ -3203,7 +3210,7 @@ class _Database:
                 connection = self._connect(role)
                 return self._patiently(lambda: connection.execute(sql, values).fetchall())
             except self._errors as error:
-                raise BrokerError(self._describe(error)) from error
+                raise self._failure(error) from error
 
     # The write-ahead log.
 
@@ -3262,6 +3269,16 @@ class _Database:
             return 0
 
     # Errors.
+
+    def _failure(self, error: Exception) -> BrokerError:
+        """The error to raise in place of SQLite's.  Call with _lock held.
+
+        Where SQLite could not open a file for writing it may have opened it for reading, and all
+        connections of this process share that until they are closed.
+        """
+        if self.path is not None and "readonly" in str(error):
+            self._disconnect()
+        return BrokerError(self._describe(error))
 
     def _describe(self, error: Exception) -> str:
         """What SQLite's error means for the user, and what to do."""
@@ -3624,7 +3641,7 @@ class _Engine(_WatchedDatabase):
                     connection.executemany(_INSERT, rows)
             is_stored = True
         except self._errors as cause:
-            error = BrokerError(self._describe(cause))
+            error = self._failure(cause)
             error.__cause__ = cause
         except BrokerError as cause:
             error = cause
@@ -4562,7 +4579,7 @@ class AgeLimit(Middleware):
 # Time limit
 #
 # Deadlines of running actors.  One watching thread per middleware, started by the first
-# deadline, sleeps until the earliest; it holds _lock for moments only.
+# deadline, sleeps until the earliest and ends when there are none; it holds _lock for moments.
 # ------------------------------------------------------------------------------------------
 _LATE_LOOK_S = 0.005
 
@@ -4653,13 +4670,17 @@ class TimeLimit(Middleware):
             self._lock.notify()
 
     def _enforce(self, clock: Clock) -> None:
-        """Raise the exception in each thread whose deadline passes; for ever, in its own thread."""
+        """Raise the exception in each thread whose deadline passes, until there are none left."""
         while True:
             now = clock.monotonic()
             late = [t for t, deadline in list(self._deadlines.items()) if deadline <= now]
             for thread in late:
                 self._exceed(thread, now)
             with self._lock:
+                self._watched_in = 0  # Before the look: who comes after it starts another thread.
+                if not self._deadlines:
+                    return
+                self._watched_in = os.getpid()
                 earliest = min(list(self._deadlines.values()), default=float("inf"))
                 # What is late still runs hooks: to be looked at again when its actor has begun.
                 self._wakes_at = min(max(earliest, now + _LATE_LOOK_S), now + self.interval_s)
@@ -4848,6 +4869,8 @@ class Pipelines(Middleware):
         except ResultError as error:
             message.fail()
             raise SkipMessage(f"The results of the group before are gone: {error}") from error
+        except BrokerError as error:  # Not to be run without them, but again.
+            raise MiddlewareError(f"The results of the group before can't be read: {error}") from error
         message.args = (*message.args, results)
 
     def _ignores_result(self, broker: Broker, successor: Message[Any]) -> bool:
@@ -6934,6 +6957,7 @@ class Worker:
         """Fail messages whose time limit can't end them, and start threads in place of theirs."""
         limits = [item for item in self.broker.middleware if isinstance(item, TimeLimit)]
         stuck = {t for item in limits for t in item.stuck_threads(self.broker.clock, _STUCK_GRACE_S)}
+        has_replaced = False
         for index, thread in list(self._threads.items()):
             job = dispatcher.give_up(index) if thread.ident in stuck else None
             if job is None:
@@ -6946,6 +6970,8 @@ class Worker:
             job.exception = TimeLimitExceeded()
             dispatcher.replace(index, self._processor.conclude_safely(job))
             self._start_thread(index, dispatcher)
+            has_replaced = True
+        if has_replaced:  # Told at the end: it stops the worker, which would wait for the others.
             self.on_stuck()
 
 
