@@ -2356,6 +2356,11 @@ _SLOT_WORDS = 256
 _OWNER, _PORT, _WAKE_AT, _SERVES, _PID, _RUNNING = range(6)  # Words of a slot; the rest: running.
 _MAX_TRACKED = _SLOT_WORDS - _RUNNING
 
+_SIDE_FILE_SIZE = 8 * _SLOTS * _SLOT_WORDS
+
+#: Seconds between two looks whether another process has filled the side file up.
+_FILL_NAP_S = 1e-4
+
 #: A worker that sleeps until it is rung.
 _FOREVER = 1 << 62
 
@@ -2636,13 +2641,13 @@ class _SideFile(_Slots):
 
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         descriptor = os.open(self.path, flags | (os.O_CREAT if create else 0), 0o600)
-        size = 8 * _SLOTS * _SLOT_WORDS
-        status = os.fstat(descriptor)
-        if status.st_size < size:
-            # Written, not just sized: a hole could find the disk full when it is stored to.
-            os.lseek(descriptor, status.st_size, os.SEEK_SET)
-            os.write(descriptor, bytes(size - status.st_size))
-        words = memoryview(mmap.mmap(descriptor, size)).cast("q")
+        try:
+            _fill_up(descriptor, _SIDE_FILE_SIZE)
+            status = os.fstat(descriptor)
+            words = memoryview(mmap.mmap(descriptor, _SIDE_FILE_SIZE)).cast("q")
+        except OSError:
+            os.close(descriptor)  # Nothing of this process is locked through it yet.
+            raise
         return descriptor, words, set(), (status.st_dev, status.st_ino)
 
     def make_bell(self) -> _Bell:
@@ -2691,6 +2696,22 @@ class _SideFile(_Slots):
         if shared is not None:
             shared.__dict__["files"] = {}
             shared.__dict__["lock"] = threading.RLock()
+
+
+def _fill_up(descriptor: int, size: int) -> None:
+    """Fill a file up with zeros: written, for a hole could find the disk full when it is stored to.
+
+    By one process at a time: another one's zeros would wipe out what is stored there already.
+    """
+    while os.fstat(descriptor).st_size < size:
+        if not _try_lock_byte(descriptor, _SLOTS):
+            _SYSTEM_CLOCK.sleep(_FILL_NAP_S)
+            continue
+        try:
+            missing = size - os.lseek(descriptor, 0, os.SEEK_END)
+            os.write(descriptor, bytes(missing))
+        finally:
+            _unlock_byte(descriptor, _SLOTS)
 
 
 def _make_sender() -> socket.socket | None:

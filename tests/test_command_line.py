@@ -338,9 +338,8 @@ def test_the_log_file_holds_what_workers_say_and_is_appended_to(place):
 
     text = log.read_text("utf-8")
     assert text.startswith("earlier\n")
-    assert "in the log: grüße" in text
-    assert "on stdout: grüße" in text + tree.output()
-    assert "on stderr: grüße" in text + tree.output()
+    for words in ("in the log: grüße", "on stdout: grüße", "on stderr: grüße"):
+        assert words in text, text + tree.output()
 
 
 @pytest.mark.parametrize("options", [[], ["--verbose"], ["-v"]], ids=["plain", "--verbose", "-v"])

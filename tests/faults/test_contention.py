@@ -206,3 +206,47 @@ def test_the_applications_own_tables_in_the_same_file_are_left_alone(place):
     assert place.query("SELECT count(*), sum(total) FROM invoices") == [(100, sum(n / 4 for n in range(100)))]
     names = {name for (name,) in place.query("SELECT name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'")}
     assert {name for name in names if not name.startswith("dramalite_")} == {"invoices"}
+
+
+def test_a_worker_that_comes_while_another_one_begins_does_not_wipe_it_out(place):
+    place.jobs(
+        """
+        @dramalite.actor(max_retries=0)
+        def held(number):
+            note("start", number)
+            until(lambda: os.path.exists("release"), 30)
+            note("end", number)
+        """
+    )
+    begin = """
+        import os, jobs, dramalite
+        with dramalite.Worker(jobs.broker, worker_threads=1):
+            jobs.note("began")
+            jobs.until(lambda: os.path.exists("release"), 30)
+            jobs.broker.join("default", timeout=10_000)
+    """
+    late = f"""
+        import os, jobs
+        real_fstat = os.fstat
+
+        def fstat(descriptor):
+            status = real_fstat(descriptor)
+            if status.st_size == 0 and os.readlink(f"/proc/self/fd/{{descriptor}}").endswith("-lock"):
+                jobs.note("saw it empty")
+                jobs.until(lambda: jobs.noted("start"), 30)
+            return status
+
+        os.fstat = fstat
+        {begin.strip()}
+    """
+    latecomer = place.start_script(late)
+    place.wait_until(lambda: place.notes("saw"), "one process sees the side file empty")
+    first = place.start_script(begin)
+    place.send("held", 1)
+    place.wait_until(lambda: len(place.notes("began")) == 2, "both workers run")
+    place.send("held", 2)
+    place.wait_until(lambda: place.notes("start", 2), "the latecomer works, too")
+    (place.folder / "release").touch()
+
+    assert first.wait() == latecomer.wait() == 0
+    assert place.runs("start") == {"1": 1, "2": 1}
