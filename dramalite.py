@@ -8139,9 +8139,9 @@ def _path_of(function: Callable[[], Any]) -> str:
 # ------------------------------------------------------------------------------------------
 # Source changes
 #
-# For `worker --watch`: a thread that compares the times and sizes of source files each second.
+# For `worker --watch`: a thread that compares the times and sizes of source files twice a second.
 # ------------------------------------------------------------------------------------------
-_WATCH_INTERVAL_S = 1.0
+_WATCH_INTERVAL_S = 0.5
 
 
 class _SourceWatch:

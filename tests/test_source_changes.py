@@ -45,7 +45,7 @@ def change_unwatched_then(place, tree, unwatched, last):
     """Change what must go unnoticed, let the watch look, then change `last` and await that."""
     for path in unwatched:
         path.write_text("changed text")
-    harness.let_pass(1.5)  # More than one look.
+    harness.let_pass(0.8)  # More than one look.
     last.write_text("changed text")
     place.wait_until(lambda: changes(tree), f"the change of {last} is seen")
 

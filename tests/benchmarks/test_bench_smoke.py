@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCH = Path(__file__).with_name("bench.py")
 
 CHEAP = ("sends", "threads", "bulk", "drain", "memory-brokers", "latency", "import")
 
 
+@pytest.mark.torture
 def test_the_benchmark_prints_a_figure_for_each_cheap_scenario(tmp_path: Path) -> None:
     report = tmp_path / "figures.json"
     command = [sys.executable, str(BENCH), *CHEAP]

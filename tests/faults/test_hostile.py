@@ -446,6 +446,7 @@ def test_a_job_that_fails_in_an_odd_way_fails_alone(place, block):
     assert tree.wait(5) == 0, tree.tail()
 
 
+@pytest.mark.torture
 def test_odd_failures_are_retried_like_any_other(place):
     kinds = [kind for kind in FAILING if kind != "ten megabytes"]
     place.worker(threads=2)
@@ -692,6 +693,7 @@ def test_a_job_that_spoils_its_process_does_not_stop_the_next_ones(place, kinds)
     assert tree.pids() == []
 
 
+@pytest.mark.torture
 def test_a_job_that_closes_all_descriptors_costs_its_process_and_loses_nothing(place):
     tree = place.ready_worker()
     place.send("close_all_descriptors")
