@@ -73,9 +73,11 @@ import contextlib
 import contextvars
 import functools
 import heapq
+import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import stat
@@ -997,8 +999,8 @@ class Middleware:
     def concerns(self, options: Mapping[str, Any]) -> bool:
         """Tell whether the process hooks have anything to do for a plain message of an actor.
 
-        That is one without options of its own, of an actor with these options, that succeeds
-        with None.  Where this says False, brokers leave before_process_message and
+        That is one without options of its own, of an actor with these options, that succeeds.
+        Where this says False, brokers leave before_process_message and
         after_process_message out.  A worker asks once for each actor.
         """
         return True
@@ -2860,7 +2862,8 @@ _CLAIM = """
 
 _ACK = """
     DELETE FROM dramalite_messages
-     WHERE state = 2 AND owner = ? AND id IN (SELECT value FROM json_each(?))"""
+     WHERE state = 2 AND owner = ? AND id IN (SELECT value FROM json_each(?))
+    RETURNING id"""
 
 _HAND_BACK = """
     UPDATE dramalite_messages SET state = 0, owner = NULL
@@ -3729,23 +3732,26 @@ class _Engine(_WatchedDatabase):
         self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]
     ) -> None:
         """Write outcomes, each only if its row is still the worker's."""
-        plain = []
+        ended = []
         for outcome in outcomes:
             if outcome.is_handed_back:
                 connection.execute(_HAND_BACK, (owner, f"[{outcome.row.id}]"))
-            elif not outcome.effects:
-                plain.append(outcome.row.id)
-            elif connection.execute(_ACK, (owner, f"[{outcome.row.id}]")).rowcount:
-                for statement, values in outcome.effects:
-                    connection.execute(statement, values)
             else:
+                ended.append(outcome)
+        ids = json.dumps([outcome.row.id for outcome in ended])
+        acknowledged = set(connection.execute(_ACK, (owner, ids)).fetchall())
+        effects: list[tuple[str, tuple[Any, ...]]] = []
+        for outcome in ended:
+            if (outcome.row.id,) in acknowledged:
+                effects += outcome.effects
+            elif outcome.effects:
                 outcome.after_commit = None
                 get_logger("dramalite.worker").warning(
                     "Message %s is no longer this worker's; its outcome is dropped.",
                     outcome.row.message_id,
                 )
-        if plain:
-            connection.execute(_ACK, (owner, json.dumps(plain)))
+        for statement, same in itertools.groupby(effects, key=operator.itemgetter(0)):
+            connection.executemany(statement, [values for _statement, values in same])
 
     def _promote(self, connection: sqlite3.Connection) -> None:
         """Make delayed messages ready that are due, in the order of their eta."""
@@ -4294,7 +4300,10 @@ class Results(Middleware):
                 self.backend.store_result(message, result, self._ttl(message))
             except (TypeError, ValueError) as error:
                 _fail_for_result(broker, message, error)
-        elif result is not None and not _hands_result_on(message):
+
+    def warn_of_loss(self, broker: Broker, message: MessageProxy) -> None:
+        """Log that a value is not kept, unless it is."""
+        if not self._stores(broker, message):
             self.logger.warning(
                 "Actor %r returned a value that is not None, but store_results is off: "
                 "the value has been discarded.",
@@ -5999,13 +6008,18 @@ class _Job:
 class _Plan:
     """The process hooks to call for an actor's plain messages: see Middleware.concerns()."""
 
-    __slots__ = ("after", "before", "hooks", "options")
+    __slots__ = ("after", "before", "hooks", "is_kept", "options")
 
     def __init__(self, broker: Broker, options: dict[str, Any]) -> None:
         self.hooks = broker._hooks  # All, and those the plan was made of.
         self.options = dict(options)
         self.before = broker._hooks_for("before_process_message", options)
         self.after = broker._hooks_for("after_process_message", options)
+        #: Somebody keeps what the actor returns.
+        self.is_kept = any(
+            isinstance(item, (Results, Callbacks)) and item.concerns(options)
+            for item in broker.middleware
+        )
 
 
 class _Processor:
@@ -6152,12 +6166,11 @@ class _Processor:
         """Log what came of the message and tell the middleware."""
         broker, exception = self._broker, job.exception
         if exception is None:
-            if job.result is None and job.plan is not None and not message.options:
-                broker._call_after("after_process_message", job.plan.after, message)
-                return
-            if job.result is not None:
+            plan = job.plan if not message.options else None
+            if job.result is not None and not (plan is not None and plan.is_kept):
                 self._check_use(message)
-            broker.emit_after("process_message", message, result=job.result)
+            hooks = broker._hooks["after_process_message"] if plan is None else plan.after
+            broker._call_after("after_process_message", hooks, message, result=job.result)
             return
         message.stuff_exception(exception)
         if isinstance(exception, SkipMessage):
@@ -6177,7 +6190,10 @@ class _Processor:
     def _check_use(self, message: MessageProxy) -> None:
         if _hands_result_on(message):
             return
-        if not any(isinstance(item, Results) for item in self._broker.middleware):
+        results = [item for item in self._broker.middleware if isinstance(item, Results)]
+        for item in results:
+            item.warn_of_loss(self._broker, message)
+        if not results:
             self._logger.warning(
                 "Actor %r returned a value that is not None. Consider adding the Results middleware "
                 "to your broker, or it is lost.",

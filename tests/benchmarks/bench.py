@@ -44,6 +44,8 @@ SCENARIOS: dict[str, Scenario] = {
     "threads": scenarios.sends_from_threads,
     "bulk": scenarios.sends_in_bulk,
     "drain": scenarios.drains,
+    "results": scenarios.result_drains,
+    "coroutines": scenarios.coroutines,
     "memory-brokers": scenarios.memory_drains,
     "production": scenarios.production,
     "latency": scenarios.latency,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from functools import cache
@@ -23,6 +24,16 @@ def nap() -> None:
     time.sleep(0.02)
 
 
+def kept() -> int:
+    """Return what is to be stored, where the broker has results."""
+    return 42
+
+
+async def wait() -> None:
+    """Await 100 ms."""
+    await asyncio.sleep(0.1)
+
+
 def stamp(index: int, sent_ns: int) -> None:
     """Record the nanoseconds since `sent_ns`, a reading of the system-wide monotonic clock."""
     elapsed_ns = time.monotonic_ns() - sent_ns
@@ -38,9 +49,9 @@ def late(index: int, eta_ms: int) -> None:
 def declare(broker: Any) -> SimpleNamespace:
     """Declare the actors on `broker`; returns them under their names."""
     declared = dramalite.actor(broker=broker)
-    return SimpleNamespace(
-        noop=declared(noop), nap=declared(nap), stamp=declared(stamp), late=declared(late)
-    )
+    options = {"store_results": True} if "store_results" in broker.actor_options else {}
+    actors = {fn.__name__: declared(fn) for fn in (noop, nap, wait, stamp, late)}
+    return SimpleNamespace(**actors, kept=dramalite.actor(kept, broker=broker, **options))
 
 
 @cache

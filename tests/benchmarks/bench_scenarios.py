@@ -72,10 +72,10 @@ def timed_rate(count: int, work: Callable[[], object]) -> float:
     return count / (time.perf_counter() - start)
 
 
-def fill(path: Path, count: int) -> None:
-    """Put `count` no-ops into the database at `path`."""
+def fill(path: Path, count: int, kind: str = "noop") -> None:
+    """Put `count` messages, no-ops unless told, into the database at `path`."""
     with opened(path, "normal") as (broker, actors):
-        _enqueue_many(broker, actors, count)
+        _enqueue_many(broker, actors, count, kind)
 
 
 def _enqueue_many(
@@ -208,6 +208,21 @@ def drains(run: Run) -> Iterator[Figure]:
     yield Figure("drain, 2 processes over 1", "x", ratios(two, one), Target(at_least=1.0))
 
 
+def result_drains(run: Run) -> Iterator[Figure]:
+    """Jobs whose results are stored, by the command line's worker."""
+    rates = [
+        worker_drain_rate(run.sizes.drain, processes=1, kind="kept") for _ in range(run.repeat)
+    ]
+    yield Figure("drain with stored results, 1 process", "/s", rates, Target(at_least=18_000))
+
+
+def coroutines(run: Run) -> Iterator[Figure]:
+    """Coroutines of 100 ms each in one worker process, from its start to the end of the last."""
+    count = run.sizes.coroutines
+    taken = [1 / _memory_rate(dramalite.MemoryBroker, count, "wait") * count for _ in range(run.repeat)]
+    yield Figure(f"{count:,} coroutines that await 100 ms", "s", taken, Target(at_most=2.0))
+
+
 def memory_drains(run: Run) -> Iterator[Figure]:
     """No-ops by a Worker of 8 threads in this process, from its start to the end of join()."""
     for kind in (dramalite.MemoryBroker, dramalite.StubBroker):
@@ -225,19 +240,19 @@ def production(run: Run) -> Iterator[Figure]:
         yield Figure(f"2 producer processes and 1 worker, {label}", "/s", rates, target)
 
 
-def worker_drain_rate(count: int, *, processes: int) -> float:
+def worker_drain_rate(count: int, *, processes: int, kind: str = "noop") -> float:
     """Messages a second that worker processes of 8 threads take off a full queue."""
     with workplace() as folder:
         path = folder / "queue.db"
-        fill(path, count)
+        fill(path, count, kind)
         with progress(path, count) as watched, dramalite_worker(path, processes=processes):
             return drain_rate(watched.done, count)
 
 
-def _memory_rate(kind: Callable[[], Any], count: int) -> float:
-    broker = kind()
+def _memory_rate(make_broker: Callable[[], Any], count: int, kind: str = "noop") -> float:
+    broker = make_broker()
     actors = bench_actors.declare(broker)
-    _enqueue_many(broker, actors, count)
+    _enqueue_many(broker, actors, count, kind)
     start = time.perf_counter()
     with dramalite.Worker(broker, worker_threads=8):
         broker.join(actors.noop.queue_name, timeout=int(PATIENCE_S * 1000))

@@ -56,6 +56,7 @@ class Sizes:
     bulk: int
     drain: int
     memory_drain: int
+    coroutines: int
     produced_full: int
     produced_normal: int
     latency_samples: int
@@ -82,6 +83,7 @@ FULL_SIZES = Sizes(
     bulk=20_000,
     drain=100_000,
     memory_drain=50_000,
+    coroutines=1_000,
     produced_full=12_000,
     produced_normal=40_000,
     latency_samples=300,
@@ -108,6 +110,7 @@ QUICK_SIZES = Sizes(
     bulk=1_000,
     drain=3_000,
     memory_drain=2_000,
+    coroutines=100,
     produced_full=60,
     produced_normal=300,
     latency_samples=10,
@@ -209,7 +212,7 @@ class Figure:
 
 
 #: Digits after the decimal point, by unit; rates get none.
-_DIGITS = {"x": 2, "ms": 2, "%": 3, "MB": 1, "/s": 0, "files": 0}
+_DIGITS = {"x": 2, "s": 2, "ms": 2, "%": 3, "MB": 1, "/s": 0, "files": 0}
 
 
 def _number(value: float, unit: str) -> str:
