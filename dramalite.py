@@ -2829,6 +2829,11 @@ _COUNT_MEMBER = """
        SET unsuccessful = unsuccessful - ?, unended = unended - 1, failed_at = coalesce(?, failed_at)
      WHERE uuid = ?"""
 
+# The same where a group inside, of the uuid given last, has ended without success just now.
+_COUNT_MEMBER_AFTER_GROUP = _COUNT_MEMBER + """
+       AND EXISTS (SELECT 1 FROM dramalite_groups
+                    WHERE uuid = ? AND unended = 0 AND unsuccessful > 0)"""
+
 _END_GROUP = "DELETE FROM dramalite_groups WHERE uuid = ? AND unsuccessful = 0"
 
 _DUE = """
@@ -4978,7 +4983,8 @@ class GroupCallbacks(Middleware):
         exception: BaseException | None = None,
     ) -> None:
         if exception is None and not message.failed:
-            self._count(broker, message.options, succeeded=True)
+            for membership in _memberships(message.options):
+                self._count(cast("_EngineBroker", broker), membership, True)
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         if not message.failed:
@@ -4989,27 +4995,51 @@ class GroupCallbacks(Middleware):
 
     def _end(self, broker: Broker, message: MessageProxy) -> None:
         """Count a member that ended without success, by itself or as an earlier step."""
-        options = message.options
-        while options.get("pipe_target"):
-            options = options["pipe_target"]["options"]
-        self._count(broker, options, succeeded=False)
+        self._end_rest(cast("_EngineBroker", broker), message.options, None)
 
-    def _count(self, broker: Broker, options: dict[str, Any], *, succeeded: bool) -> None:
-        if "group_completion_uuid" not in options:
-            return
-        for membership in (options, *options.get("group_further", ())):
-            self._count_in(cast("_EngineBroker", broker), membership, succeeded)
+    def _end_rest(
+        self, broker: _EngineBroker, options: dict[str, Any], failed_group: str | None
+    ) -> None:
+        """Count the members that won't be run since a step before them failed, or a group did."""
+        following = options.get("pipe_group")
+        if options.get("pipe_target"):
+            self._end_rest(broker, options["pipe_target"]["options"], failed_group)
+        elif not following:
+            for membership in _memberships(options):
+                self._count(broker, membership, False, failed_group)
+        elif following["successor"] is not None:
+            self._end_rest(broker, following["successor"]["options"], failed_group)
+        else:
+            for first, *_others in following["chains"]:
+                self._end_rest(broker, first["options"], failed_group)
 
-    def _count_in(self, broker: _EngineBroker, membership: dict[str, Any], succeeded: bool) -> None:
+    def _count(
+        self,
+        broker: _EngineBroker,
+        membership: dict[str, Any],
+        succeeded: bool,
+        failed_group: str | None = None,
+    ) -> None:
+        """Count a member; where a group inside is given, only if that ended without success."""
         uuid = membership["group_completion_uuid"]
-        failed_at = None if succeeded else broker.clock.time_ms()
-        broker._write(_COUNT_MEMBER, (int(succeeded), failed_at, uuid))
-        if succeeded:
-            for data in membership["group_completion_callbacks"]:
+        values = int(succeeded), None if succeeded else broker.clock.time_ms(), uuid
+        if failed_group is None:
+            broker._write(_COUNT_MEMBER, values)
+        else:
+            broker._write(_COUNT_MEMBER_AFTER_GROUP, (*values, failed_group))
+        for data in membership["group_completion_callbacks"]:
+            if succeeded:
                 broker._write_after_group(Message(**data), uuid, "unsuccessful")
+            if "pipe_results" in data["options"]:  # The step after this group.
+                self._end_rest(broker, data["options"], uuid)
         for data in membership.get("group_end_callbacks", ()):
             broker._write_after_group(Message(**data), uuid, "unended")
         broker._write(_END_GROUP, (uuid,))
+
+
+def _memberships(options: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a message tells of each group that it is a member of."""
+    return [options, *options.get("group_further", ())] if "group_completion_uuid" in options else []
 
 
 # ------------------------------------------------------------------------------------------

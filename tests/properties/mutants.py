@@ -396,8 +396,8 @@ MUTANTS = [
     ),
     Mutant(
         "outer-groups-forgotten", "a member counts for the innermost group only", "groups_once",
-        'for membership in (options, *options.get("group_further", ())):',
-        "for membership in (options,):",
+        'return [options, *options.get("group_further", ())] if',
+        "return [options] if",
     ),
     Mutant(
         "dead-members-not-counted", "a group with a dead member never ends", "groups_once",
@@ -412,13 +412,23 @@ MUTANTS = [
     ),
     Mutant(
         "failed-members-counted-as-successes", "a group with failures succeeds", "groups_once",
-        "        self._count(broker, options, succeeded=False)\n",
-        "        self._count(broker, options, succeeded=True)\n",
+        "self._count(broker, membership, False, failed_group)",
+        "self._count(broker, membership, True, failed_group)",
+    ),
+    Mutant(
+        "failed-inner-groups-not-counted", "a group never ends where a group inside it fails", "groups_once",
+        '                self._end_rest(broker, data["options"], uuid)\n',
+        "                pass\n",
+    ),
+    Mutant(
+        "inner-groups-counted-early", "a group ends before a group inside it has", "groups_once",
+        "WHERE uuid = ? AND unended = 0 AND unsuccessful > 0)",
+        "WHERE uuid = ? AND unsuccessful > 0)",
     ),
     Mutant(
         "failed-pipelines-not-counted", "a group never ends where an early step fails", "groups_once",
-        '        while options.get("pipe_target"):\n            options = options["pipe_target"]["options"]\n',
-        "",
+        '            self._end_rest(broker, options["pipe_target"]["options"], failed_group)\n',
+        "            pass\n",
     ),
     Mutant(
         "group-results-in-reverse", "the step after a group gets its results in another order", "groups_once",

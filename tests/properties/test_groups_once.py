@@ -252,10 +252,6 @@ def test_a_group_of_pipelines_with_groups_tells_of_its_success_once(place, world
     assert told(plan)[len(plan.groups) - 1, "success"] == int(group.succeeds())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="The end of a pipeline in a group is not counted where a step before or in a group in it fails.",
-)
 @settings(simulated, phases=[Phase.explicit, Phase.generate])  # No better example is needed.
 @given(places, worlds, groups_of_mixed_chains)
 @example("memory", {}, Group([Chain([Leaf("dead"), Group([Leaf()], False, False)])], True, True))
