@@ -71,6 +71,7 @@ import abc
 import collections
 import contextlib
 import contextvars
+import errno
 import functools
 import heapq
 import itertools
@@ -143,7 +144,7 @@ __all__ = [
     "SimulatedEvent", "SimulatedStep", "Simulation", "SimulationError", "drain", "simulate",
     "simulated_work",
     # Command line
-    "main",
+    "main", "make_argument_parser",
 ]  # fmt: skip
 
 _P = ParamSpec("_P")
@@ -192,6 +193,32 @@ else:
     def _unlock_byte(descriptor: int, index: int) -> None:
         """Give up the lock on byte `index`."""
         fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _LOCK_OFFSET + index)
+
+
+#: Where Linux tells what is mounted; other systems have no such file.
+_MOUNTS = "/proc/self/mountinfo"
+
+
+def _file_system(path: str) -> str:
+    """The type of the file system that a file is on; "" where the system doesn't tell."""
+    try:
+        number = os.stat(path).st_dev
+        with open(_MOUNTS, encoding="utf-8", errors="replace") as file:
+            mounts = [line.split() for line in file]
+    except OSError:
+        return ""
+    device = f"{os.major(number)}:{os.minor(number)}"
+    return next((mount[mount.index("-") + 1] for mount in mounts if mount[2] == device), "")
+
+
+def _is_open_to_all(folder: str) -> bool:
+    """Tell whether every user of the machine may write in a folder."""
+    return not _WINDOWS and bool(os.stat(folder).st_mode & stat.S_IWOTH)
+
+
+def _is_strangers(status: os.stat_result) -> bool:
+    """Tell whether a file belongs to another user than this process's one or root."""
+    return not _WINDOWS and status.st_uid not in (0, os.geteuid())
 
 
 def _process_is_alive(pid: int) -> bool:
@@ -3038,6 +3065,7 @@ class _Database:
         self._checkpoint_lock = threading.Lock()  # Held where SQLite works without _lock.
         self._is_writing = False  # Under _lock: this very thread is inside a write.
         self._watchers = 0
+        self._is_place_checked = False
 
     # Opening and closing.
 
@@ -3095,6 +3123,9 @@ class _Database:
                 connection.close()
                 self._report_lost_file()
             self._identity = identity
+            if not self._is_place_checked:
+                self._is_place_checked = True
+                _warn_of_place(self.path)
         return connection
 
     def _configure(self, connection: sqlite3.Connection, role: str) -> None:
@@ -3369,6 +3400,34 @@ def _prepare_file(path: str) -> None:
             raise ConnectionFailed(
                 f"The database {path!r} is no SQLite database; it was left untouched. Use another path."
             )
+        if _is_open_to_all(folder) and (_is_strangers(status) or _is_strangers(os.lstat(path))):
+            raise ConnectionFailed(
+                f"The database {path!r} belongs to another user, in a folder where every user may "
+                f"write; it was left untouched. Use a folder of your own."
+            )
+
+
+#: File systems that other machines, or the host of a virtual one, may write to.
+_SHARED_FILE_SYSTEMS = frozenset(
+    "9p afs beegfs ceph cifs fuse.glusterfs fuse.s3fs fuse.sshfs gfs2 gpfs lustre ncpfs nfs nfs4 "
+    "ocfs2 smb3 smbfs vboxsf virtiofs".split()
+)
+
+
+def _warn_of_place(path: str) -> None:
+    """Log what makes the place of a database unfit."""
+    logger = get_logger("dramalite.broker", "SQLiteBroker")
+    file_system = _file_system(path)
+    if file_system in _SHARED_FILE_SYSTEMS:
+        logger.warning(
+            "The database %r is on a file system of type %s, where SQLite's locks and shared memory "
+            "may not hold: move it to a disk of this machine.", path, file_system,
+        )  # fmt: skip
+    if _is_open_to_all(os.path.dirname(path)):
+        logger.warning(
+            "The database %r is in a folder where every user of this machine may write, and so "
+            "replace it: move it to a folder of your own.", path,
+        )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------
@@ -5373,10 +5432,20 @@ class Prometheus(Middleware):
 
         handler = functools.partial(_metrics_handler(), lambda: self.render(broker))
         server: ThreadingHTTPServer | None = None
+        has_failed = False
         while True:
             if server is None:
-                with contextlib.suppress(OSError):  # Another process of ours answers.
+                try:
                     server = ThreadingHTTPServer((self.http_host, self.http_port), handler)
+                except OSError as error:  # As a rule, another process of ours answers.
+                    if not has_failed:
+                        self.logger.log(
+                            logging.INFO if error.errno == errno.EADDRINUSE else logging.ERROR,
+                            "http://%s:%d can't be served here, which is tried again each second: %s.",
+                            self.http_host, self.http_port, error,
+                        )  # fmt: skip
+                    has_failed = True
+                else:
                     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             is_over = self._stop.wait(_METRICS_TICK_S)
             try:
@@ -8613,6 +8682,12 @@ def _check_pid_file(path: str) -> None:
 #
 # A child process is the same command once more, with --child.
 # ------------------------------------------------------------------------------------------
+_WORKER_TEXT = (
+    "Run the actors of your modules until stopped by Ctrl+C or SIGTERM; SIGHUP starts the worker "
+    "processes anew."
+)
+
+
 def _parser() -> argparse.ArgumentParser:
     import argparse
 
@@ -8622,12 +8697,25 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     worker = commands.add_parser(
-        "worker",
-        help="run the actors of your modules",
-        description="Run the actors of your modules until stopped by Ctrl+C or SIGTERM; SIGHUP "
-        "starts the worker processes anew.",
+        "worker", help="run the actors of your modules", description=_WORKER_TEXT
     )
-    add = worker.add_argument
+    _add_worker_arguments(worker)
+    return parser
+
+
+def make_argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of what follows `worker`; main() accepts the namespaces it makes."""
+    import argparse
+
+    parser = argparse.ArgumentParser(prog="dramalite worker", description=_WORKER_TEXT)
+    _add_worker_arguments(parser)
+    return parser
+
+
+def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    import argparse
+
+    add = parser.add_argument
     add("--version", action="version", version=__version__)
     add("broker", metavar="MODULE[:BROKER]", help="a module of actors, and its broker")
     add("modules", nargs="*", metavar="MODULE", help="more modules to import")
@@ -8680,7 +8768,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--use-spawn", action="store_true", help="accepted; processes are always spawned")
     add("--child", help=argparse.SUPPRESS)
     add("--notes", help=argparse.SUPPRESS)
-    return parser
+    add("--namespace", help=argparse.SUPPRESS)
 
 
 def _count(text: str) -> int:
@@ -8728,22 +8816,25 @@ def _folder(text: str) -> str:
 
 
 def main(args: list[str] | argparse.Namespace | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line, or what make_argument_parser() made of one; return the exit code."""
     import argparse
 
     namespace = args if isinstance(args, argparse.Namespace) else _parser().parse_args(args)
     if namespace.child is None:
         return _Supervisor(namespace, _child_command(args)).run()
+    vars(namespace).update(json.loads(namespace.namespace or "{}"))
     return (_ForkProcess if ":" in namespace.child else _WorkerProcess)(namespace).run()
 
 
-def _child_command(args: Any) -> list[str]:
+def _child_command(args: list[str] | argparse.Namespace | None) -> list[str]:
     """The command that starts this very program again, to which --child is added."""
     if args is None:
         return [sys.executable, *sys.orig_argv[1:]]
-    if not isinstance(args, list):
-        raise TypeError("Give the arguments as a list of strings to start worker processes.")
-    return [sys.executable, "-m", __name__, *args]
+    command = [sys.executable, "-m", __name__]
+    if isinstance(args, list):
+        return [*command, *args]
+    values = {k: v for k, v in vars(args).items() if k not in ("child", "notes", "namespace")}
+    return [*command, "worker", args.broker, "--namespace", json.dumps(values, default=str)]
 
 
 # ------------------------------------------------------------------------------------------
@@ -8756,6 +8847,7 @@ _MODULES: dict[str, str] = {
     "actor": "Actor actor",
     "asyncio": "async_to_sync",
     "broker": "Broker Consumer MessageProxy get_broker set_broker",
+    "cli": "main make_argument_parser",
     "brokers": "",
     "brokers.stub": "StubBroker",
     "composition": "group pipeline",
@@ -8806,6 +8898,7 @@ def _add_module_paths() -> None:
     for path, names in _MODULES.items():
         module = types.ModuleType(f"{__name__}.{path}", f"Dramatiq's module path: {path}.")
         module.__dict__["__path__"] = []
+        module.__spec__ = type(os.__spec__)(module.__name__, None, is_package=True)
         for item in names.split():
             name, _, source = item.partition("=")
             module.__dict__[name] = globals()[source or name]

@@ -80,6 +80,64 @@ def test_the_files_belong_to_their_owner_alone(make_file_broker, worker, tmp_pat
     assert set(modes.values()) == {0o600}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX file modes")
+@pytest.mark.parametrize(("mode", "is_told"), [(0o700, False), (0o770, False), (0o777, True), (0o1777, True)], ids=oct)
+def test_a_folder_where_every_user_may_write_is_told_of_once(tmp_path, caplog, clean_state, mode, is_told):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    folder.chmod(mode)
+    broker = dramalite.SQLiteBroker(folder / "queue.db")
+    clean_state.callback(broker.close)
+    work = dramalite.actor(print, actor_name="work", broker=broker)
+    work.send(1)
+    broker.close()
+    work.send(2)
+
+    assert ["every user" in record.getMessage() for record in caplog.records] == [True] * is_told
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="gives a file away, as root can")
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_strangers_file_in_a_folder_where_every_user_may_write_is_refused(tmp_path, is_link):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    folder.chmod(0o777)
+    path = folder / "queue.db"
+    if is_link:
+        path.symlink_to(tmp_path / "mine.db")
+        (tmp_path / "mine.db").touch()
+    else:
+        path.touch()
+    os.lchown(path, 12345, 12345)
+    work = dramalite.actor(print, actor_name="work", broker=dramalite.SQLiteBroker(path))
+    with pytest.raises(dramalite.ConnectionFailed, match="another user"):
+        work.send(1)
+    size = path.stat().st_size
+    folder.chmod(0o755)
+    work.send(2)
+    work.broker.close()
+
+    assert size == 0
+    assert path.stat().st_size > 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's table of mounts")
+@pytest.mark.parametrize(("kind", "is_told"), [("ext4", False), ("nfs4", True), ("9p", True)])
+def test_a_network_file_system_is_told_of(tmp_path, caplog, clean_state, monkeypatch, kind, is_told):
+    number = tmp_path.stat().st_dev
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(
+        "21 1 0:999 / /proc rw - cifs proc rw\n"
+        f"22 1 {os.major(number)}:{os.minor(number)} / /with\\040space rw,noatime shared:1 master:2 - {kind} server:/x rw\n"
+    )
+    monkeypatch.setattr(dramalite, "_MOUNTS", str(mounts))
+    broker = dramalite.SQLiteBroker(tmp_path / "queue.db")
+    clean_state.callback(broker.close)
+    dramalite.actor(print, actor_name="work", broker=broker).send(1)
+
+    assert [f"of type {kind}" in record.getMessage() for record in caplog.records] == [True] * is_told
+
+
 def test_all_tables_have_the_prefix(make_file_broker, tmp_path):
     make_file_broker()
     dramalite.actor(print, actor_name="work").send(1)

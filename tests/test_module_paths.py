@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import shutil
@@ -76,7 +77,6 @@ MODULES_LEFT_OUT = {
     "brokers.rabbitmq": "another server's broker",
     "brokers.redis": "another server's broker",
     "canteen": "internal: how its processes share memory",
-    "cli": "internal; dramalite.main() is the command line",
     "common": "internal helpers",
     "compat": "internal",
     "rate_limits.backends.memcached": "another server's backend",
@@ -102,6 +102,14 @@ NAMES_LEFT_OUT = {
     "ActorDecorator": "internal: a type of its annotations",
     "generic_actor": "internal: the metaclass of GenericActor",
     "generate_unique_id": "internal",
+    **dict.fromkeys(
+        [
+            "folder_path", "fork_process", "import_broker", "import_object", "make_logging_setup", "remove_pidfile",
+            "setup_fork_logging", "setup_parent_logging", "setup_pidfile", "setup_worker_logging", "try_block_signals",
+            "try_unblock_signals", "watch_logs", "worker_fork_timeout_type", "worker_process",
+        ],
+        "internal to the command line",
+    ),
 }
 
 
@@ -172,6 +180,15 @@ def test_a_module_says_what_it_is():
 
     assert dramalite.middleware.__name__ == "dramalite.middleware"
     assert "middleware" in dramalite.middleware.__doc__
+
+
+@pytest.mark.parametrize("path", ["middleware", "results.backends.stub"])
+def test_a_module_can_be_looked_for(path):
+    found = importlib.util.find_spec(f"dramalite.{path}")
+
+    assert found is not None
+    assert found.name == f"dramalite.{path}"
+    assert importlib.util.find_spec("dramalite.middleware.no_such_module") is None
 
 
 def test_a_name_can_be_patched_by_its_path(monkeypatch):

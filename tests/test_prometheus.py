@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
+import logging
+import os
 import re
 import socket
 import sqlite3
@@ -419,6 +422,25 @@ def test_a_port_that_is_taken_is_waited_for_while_work_goes_on(served, worker, p
     wait_until(lambda: ask(port))
 
     assert parse(ask(port)[2]).value("dramatiq_messages_total") == 1
+
+
+@pytest.mark.parametrize(("error", "level"), [(errno.EADDRINUSE, "INFO"), (errno.EACCES, "ERROR")])
+def test_a_port_that_cannot_be_served_is_told_of_once(served, worker, port, caplog, monkeypatch, error, level):
+    tries = []
+
+    def fail(*_args):
+        tries.append(1)
+        raise OSError(error, os.strerror(error))
+
+    caplog.set_level(logging.INFO, "dramalite")
+    monkeypatch.setattr("http.server.ThreadingHTTPServer", fail)
+    monkeypatch.setattr(dramalite, "_METRICS_TICK_S", 0.01)
+    worker(served)
+    wait_until(lambda: len(tries) > 3)
+    told = [record for record in caplog.records if str(port) in record.getMessage()]
+
+    assert [record.levelname for record in told] == [level]
+    assert os.strerror(error) in told[0].getMessage()
 
 
 def test_the_endpoint_stays_until_the_last_worker_of_a_broker_has_stopped(served, worker, port):

@@ -42,6 +42,10 @@ JOBS = """
             await asyncio.sleep(0.01)
         note("end", number)
 
+    @dramalite.actor(max_retries=0)
+    def threads():
+        note("threads", sum(thread.name.startswith("dramalite-worker") for thread in threading.enumerate()))
+
     def forked():
         note("forked", os.getpid())
         threading.Event().wait()
@@ -292,6 +296,29 @@ def test_fork_functions_leave_when_their_supervisor_is_killed(place):
     kill(tree.pid)
 
     place.wait_until(lambda: not tree.pids(), "nothing is left", 3.0)
+
+
+# Without a command line
+
+
+@pytest.mark.parametrize("given", ['["worker", "jobs", "-p", "1", "-t", "3"]', "parsed"])
+def test_a_program_of_its_own_can_be_the_supervisor(place, given):
+    tree = place.start_script(
+        f"""
+        import sys
+        import dramalite
+
+        parsed = dramalite.make_argument_parser().parse_args(["jobs", "--processes", "1", "--threads", "3"])
+        if __name__ == "__main__":
+            sys.exit(dramalite.main({given}))
+        """
+    )
+    place.send("threads")
+    place.wait_until(lambda: place.notes("threads"), "a worker process runs the job")
+    tree.signal(signal.SIGTERM)
+
+    assert place.notes("threads")[0][1] == "3"
+    assert tree.wait(10) == 0, tree.tail()
 
 
 # Logging

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from datetime import timedelta
 
-import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 

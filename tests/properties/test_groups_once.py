@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from typing import NamedTuple
 
-import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
