@@ -50,6 +50,7 @@ Contents
     Brokers
     Message processing
     Targets
+    Batches
     Dispatching
     Worker
     Virtual workers
@@ -2811,9 +2812,11 @@ _SCHEMA = (
     )""",
     "CREATE INDEX dramalite_dead_by_age ON dramalite_dead (died_at)",
     """CREATE TABLE dramalite_results (
-        key TEXT PRIMARY KEY,
+        message_id TEXT NOT NULL,      -- first: ids rise with time, so new rows stand together
+        key TEXT NOT NULL,
         value BLOB NOT NULL,
-        expires_at INTEGER NOT NULL    -- milliseconds since 1970
+        expires_at INTEGER NOT NULL,   -- milliseconds since 1970
+        PRIMARY KEY (message_id, key)
     ) WITHOUT ROWID""",
     "CREATE INDEX dramalite_results_by_age ON dramalite_results (expires_at)",
     """CREATE TABLE dramalite_limits (
@@ -2970,8 +2973,12 @@ _LIMIT = "SELECT value FROM dramalite_limits WHERE key = ? AND expires_at > ?"
 
 _SET_LIMIT = "INSERT OR REPLACE INTO dramalite_limits (key, value, expires_at) VALUES (?, ?, ?)"
 
-_STORE_RESULT = "INSERT OR REPLACE INTO dramalite_results (key, value, expires_at) VALUES (?, ?, ?)"
+_STORE_RESULT = """
+    INSERT OR REPLACE INTO dramalite_results (message_id, key, value, expires_at)
+    VALUES (?, ?, ?, ?)"""
 
+_RESULT = """
+    SELECT value FROM dramalite_results WHERE message_id = ? AND key = ? AND expires_at > ?"""
 
 _ADD_METRIC = """
     INSERT INTO dramalite_metrics (name, queue, actor, bucket, amount) VALUES (?, ?, ?, ?, ?)
@@ -3945,12 +3952,9 @@ class _Engine(_WatchedDatabase):
             self._patiently(connection.execute, statement, values)
         self._announce()
 
-    def result(self, key: str) -> bytes | None:
-        """The stored result of a key, None if there is none or its time has passed."""
-        rows = self._read(
-            "SELECT value FROM dramalite_results WHERE key = ? AND expires_at > ?",
-            (key, self._clock().time_ms()),
-        )
+    def result(self, message_id: str, key: str) -> bytes | None:
+        """The stored result of a message, None if there is none or its time has passed."""
+        rows = self._read(_RESULT, (message_id, key, self._clock().time_ms()))
         return rows[0][0] if rows else None
 
     def take(self, queue: str) -> list[bytes]:
@@ -4033,8 +4037,8 @@ class _Engine(_WatchedDatabase):
                     (now - _DEAD_LETTER_TTL_MS,),
                 )
                 connection.execute(
-                    """DELETE FROM dramalite_results WHERE key IN
-                       (SELECT key FROM dramalite_results WHERE expires_at < ? LIMIT 1000)""",
+                    """DELETE FROM dramalite_results WHERE (message_id, key) IN
+                       (SELECT message_id, key FROM dramalite_results WHERE expires_at < ? LIMIT 1000)""",
                     (now,),
                 )
                 connection.execute(
@@ -4139,10 +4143,9 @@ class ResultBackend:
         ResultTimeout; without, raises ResultMissing.  Raises ResultUnavailable, and waits no
         longer, when there can't be one any more.  A stored failure raises ResultFailure.
         """
-        key = self.build_message_key(message)
         if timeout is None:
             timeout = _DEFAULT_RESULT_TIMEOUT_MS
-        search = _ResultSearch(self, message, key)
+        search = _ResultSearch(self, message)
         if block:
             self._wait(search, timeout)
         return search.outcome(ResultTimeout if block else ResultMissing)
@@ -4151,18 +4154,18 @@ class ResultBackend:
         """get_result(block=True) for coroutines: waits without holding a thread."""
         if timeout is None:
             timeout = _DEFAULT_RESULT_TIMEOUT_MS
-        search = _ResultSearch(self, message, self.build_message_key(message))
+        search = _ResultSearch(self, message)
         await self._wait_async(search, timeout)
         return search.outcome(ResultTimeout)
 
     def store_result(self, message: Any, result: Any, ttl: int) -> None:
         """Keep a result for `ttl` milliseconds."""
-        self._store(self.build_message_key(message), result, ttl)
+        self._store(self._key(message), result, ttl)
 
     def store_exception(self, message: Any, exception: BaseException, ttl: int) -> None:
         """Keep a failure for `ttl` milliseconds."""
         failure = {"type": type(exception).__name__, "msg": _error_text(exception)}
-        self._store(self.build_message_key(message), {"__t": _FAILURE_MARK, "exn": failure}, ttl)
+        self._store(self._key(message), {"__t": _FAILURE_MARK, "exn": failure}, ttl)
 
     def build_message_key(self, message: Any) -> str:
         """The key of a message's result: the MD5 of its names and id, or these themselves."""
@@ -4203,6 +4206,10 @@ class ResultBackend:
         """Why there will never be a result that is not there now; None if it may still come."""
         return None
 
+    def _key(self, message: Any) -> Any:
+        """What _get() and _store() are called with for a message: build_message_key()."""
+        return self.build_message_key(message)
+
     def _get(self, key: str) -> Any:
         """Return what was stored under a key, or Missing."""
         raise NotImplementedError
@@ -4219,10 +4226,10 @@ _SLOW_ASK_S = 0.005
 class _ResultSearch:
     """Looks for one result until it is found or known never to come."""
 
-    def __init__(self, backend: ResultBackend, message: Any, key: str) -> None:
+    def __init__(self, backend: ResultBackend, message: Any) -> None:
         self._backend = backend
         self._message = message
-        self._key = key
+        self._key = backend._key(message)
         self._value: Any = Missing
         self._why_never: str | None = None
         self._asks_at = 0.0  # When to ask again whether it can still come.
@@ -4262,13 +4269,16 @@ class SQLiteResultBackend(ResultBackend):
         super().__init__(**options)
         self.broker = broker
 
-    def _get(self, key: str) -> Any:
-        value = self.broker._engine.result(key)
+    def _key(self, message: Any) -> tuple[str, str]:
+        return message.message_id, self.build_message_key(message)
+
+    def _get(self, key: Any) -> Any:
+        value = self.broker._engine.result(*key)
         return Missing if value is None else self.encoder.decode(value)
 
-    def _store(self, key: str, value: Any, ttl: int) -> None:
+    def _store(self, key: Any, value: Any, ttl: int) -> None:
         expires_at = self.broker.clock.time_ms() + ttl
-        self.broker._write(_STORE_RESULT, (key, self.encoder.encode(value), expires_at))
+        self.broker._write(_STORE_RESULT, (*key, self.encoder.encode(value), expires_at))
 
     def _wait(self, search: _ResultSearch, timeout: int) -> None:
         self.broker._engine.watch(search.is_over, timeout / 1000)
@@ -6086,12 +6096,11 @@ class _Job:
 
     __slots__ = (
         "actor", "context", "exception", "is_concluding", "is_given_up", "key", "message", "outcome",
-        "plan", "result", "row", "started",
+        "plan", "result", "row",
     )  # fmt: skip
 
-    def __init__(self, row: _Row, started: float = 0.0) -> None:
+    def __init__(self, row: _Row) -> None:
         self.row = row
-        self.started = started  # Monotonic seconds.
         self.key = 0  # Among the running ones: its thread's index, or beyond those a coroutine's.
         self.actor: Actor[Any, Any] | None = None
         self.context: contextvars.Context | None = None  # Where it runs as a coroutine.
@@ -6400,20 +6409,54 @@ class _Targets:
 
 
 # ------------------------------------------------------------------------------------------
+# Batches
+#
+# How many messages a worker claims at once: what its threads took up in 5 ms of late, or one
+# for each free thread where that is more.  Urgent new work waits no longer than that behind a
+# batch; what turns out to take much longer is handed back.
+# ------------------------------------------------------------------------------------------
+_BATCH_S = 0.005  # In which a batch should be taken up.
+_STALE_S = 0.02  # After which what is left of one is handed back.
+_MAX_BATCH = 128
+
+
+class _Batch:
+    """The messages that a worker claimed last."""
+
+    def __init__(self) -> None:
+        self.pace_s = 0.01  # What the threads take for a message of late; cautious at first.
+        self._size = 0
+        self._begun_at = 0.0
+
+    def begin(self, size: int, now: float) -> None:
+        self._size = size
+        self._begun_at = now
+
+    def end(self, left: int, now: float) -> None:
+        """Note at which pace it was taken up, but for those left."""
+        taken_up = self._size - left
+        if taken_up:
+            self.pace_s = (self.pace_s + (now - self._begun_at) / taken_up) / 2
+        self._size = 0
+
+    def is_stale(self, now: float) -> bool:
+        return now > self._begun_at + _STALE_S
+
+    def limit(self, free: int) -> int:
+        """How many to claim next, with so many threads free."""
+        return max(free, min(_MAX_BATCH, int(_BATCH_S / max(self.pace_s, 1e-6))))
+
+
+# ------------------------------------------------------------------------------------------
 # Dispatching
 #
 # What the threads of one worker share: the rows it has claimed, the outcomes not yet
 # written, and the waiting.  There is no thread that feeds the others: whoever finds the heap
 # empty runs one exchange with the engine, which writes all that has been finished and claims
 # the next batch.  If there is nothing, one thread waits at the bell, the others on _cond.
-# A batch is some 5 ms of work by the running average, or one message for each free thread
-# where they take longer.  Urgent new work waits no longer than that behind a batch.
 # Lock order: _exchange_lock, the engine's lock, _cond.
 # ------------------------------------------------------------------------------------------
-_BATCH_S = 0.005  # Work that a batch may hold, by the running average.
-_MAX_BATCH = 128
 _HELP_S = 0.001  # Work in the heap that makes it worth waking another thread.
-_STALE_S = 0.05  # A claimed row that nobody started for so long is handed back.
 _LATE_S = 0.005  # So old an outcome is written without waiting for the next claim.
 _POLL_S = 0.25  # Between looks for work that no bell announced,
 _SHORT_POLL_S = 0.05  # and where bells were seen not to arrive.
@@ -6447,12 +6490,12 @@ class _Dispatcher:
         self._finished: list[_Outcome] = []
         self._finished_at = 0.0  # When the oldest of them was.
         self._traded: list[_Outcome] = []  # Those that are being written.
+        self._batch = _Batch()
         self._popped_at = 0.0  # When the heap last gave or got a row.
         self._suspects = 0  # Claimed rows that were running when a process died.
         self._idle = 0  # Threads that wait on _cond for something to do.
         self._is_waited_for = False  # One thread waits at the bell,
         self._wait_ends_ms = 0  # until then, or a ring.
-        self._average_s = 0.01  # Running average of a job's time; cautious at first.
         self._is_paused = False
         self._has_recovered = False  # First what dead workers held, then what is new.
         self._trouble_at: float | None = None  # When trouble was last logged; None after success.
@@ -6493,10 +6536,10 @@ class _Dispatcher:
         """Take the best row; with more to do than this thread can soon, call another one."""
         self._popped_at = now
         row = heapq.heappop(self._heap)
-        job = self.running[index] = _Job(row, now)
+        job = self.running[index] = _Job(row)
         job.key = index
         self._slot.run(index, row.id)
-        work_s = len(self._heap) * self._average_s
+        work_s = len(self._heap) * self._batch.pace_s
         if self._idle and (work_s > _HELP_S if self._heap else not self._is_waited_for):
             self._cond.notify()
         return job
@@ -6506,11 +6549,7 @@ class _Dispatcher:
         if self.running.pop(job.key, None) is None:
             return  # A coroutine that was handed back.
         self._keep(job.outcome, now)
-        if job.context is None:
-            taken = now - job.started
-            # A slow job is believed at once, a fast one slowly.
-            self._average_s += (taken - self._average_s) * (0.3 if taken > _BATCH_S else 0.05)
-        else:
+        if job.context is not None:
             self._slot.run(job.key, 0)
             self._free_keys.append(job.key)
         if not self.running and (self._is_paused or self.is_stopping or not self._heap):
@@ -6566,6 +6605,7 @@ class _Dispatcher:
             with self._cond:
                 if self._heap:
                     return True
+                self._batch.end(0, _SYSTEM_CLOCK.monotonic())
                 may_claim = self._has_recovered and not (self._is_paused or self.is_stopping)
                 limit = self._limit() if may_claim else 0
                 suspects = self._suspects == 0
@@ -6584,7 +6624,7 @@ class _Dispatcher:
         """How many messages to claim.  Call with _cond held."""
         coroutines = self.coroutines()
         free = self._threads - len(self.running) + coroutines
-        limit = max(free, min(_MAX_BATCH, int(_BATCH_S / max(self._average_s, 1e-6))))
+        limit = self._batch.limit(free)
         return limit if not coroutines else min(limit, len(self._free_keys))
 
     def _take_in(self, rows: list[_Row], limit: int) -> bool:
@@ -6598,6 +6638,7 @@ class _Dispatcher:
             if is_wanted := not (self._is_paused or self.is_stopping):
                 self._heap += rows  # They come sorted, and the heap is empty.
                 self._popped_at = _SYSTEM_CLOCK.monotonic()
+                self._batch.begin(len(rows), self._popped_at)
         if not is_wanted:
             self._release(rows)
             return False
@@ -6606,6 +6647,12 @@ class _Dispatcher:
         if len(rows) == limit:  # There may be more than this worker takes: pass the ring on.
             self._engine.wake(0, rows[-1].queue, rows[-1].actor)
         return True
+
+    def _empty_heap(self) -> list[_Row]:
+        """What is claimed and not started, which leaves the heap.  Call with _cond held."""
+        self._batch.end(len(self._heap), _SYSTEM_CLOCK.monotonic())
+        rows, self._heap = self._heap, []
+        return rows
 
     def _trade(self, outcomes: list[_Outcome], limit: int, suspects: bool) -> list[_Row]:
         """One transaction with the engine; if it fails, the outcomes are kept for the next."""
@@ -6708,7 +6755,7 @@ class _Dispatcher:
         """Start no more messages; returns when those that run have ended."""
         with self._cond:
             self._is_paused = True
-            unstarted, self._heap = self._heap, []
+            unstarted = self._empty_heap()
         self._release(unstarted)
         with self._cond:
             self._cond.wait_for(lambda: not self.running)
@@ -6730,7 +6777,7 @@ class _Dispatcher:
         """Send the threads home; what they have not started goes back to its queue."""
         with self._cond:
             self.is_stopping = True
-            unstarted, self._heap = self._heap, []
+            unstarted = self._empty_heap()
             self._cond.notify_all()
         self._slot.bell.ring()
         self._release(unstarted)
@@ -6802,8 +6849,8 @@ class _Dispatcher:
             is_late = bool(self._finished) and now > self._finished_at + _LATE_S
             if self._heap and self._idle:
                 self._cond.notify()
-            elif self._heap and now > self._popped_at + _STALE_S:
-                stale, self._heap = self._heap, []
+            elif self._heap and self._batch.is_stale(now):
+                stale = self._empty_heap()
         self._release(stale)
         if is_late:
             self.write()
