@@ -426,6 +426,40 @@ def test_joining_an_idle_worker_returns(broker, worker):
     assert joining.is_alive() is False
 
 
+# One thread alone, or several
+
+
+@pytest.mark.parametrize("place", [0, 1, 20, 39], ids=lambda place: f"at {place}")
+def test_short_jobs_go_on_while_a_long_one_holds_its_thread(broker, worker, job, place):
+    done = []
+    short = dramalite.actor(done.append, actor_name="short")
+    long = dramalite.actor(job, actor_name="long")
+    worker(broker, worker_threads=2)
+    broker.enqueue_many([short.message(number) for number in range(1000)])  # One thread does them alone.
+    wait_until(lambda: len(done) == 1000)
+    messages = [short.message(number) for number in range(40)]
+    broker.enqueue_many([*messages[:place], long.message(), *messages[place:]])
+    assert job.running.wait(DEADLINE)
+    wait_until(lambda: len(done) == 1040)
+    short.send("later")
+    wait_until(lambda: done[-1] == "later")
+
+    assert job.finished == []
+
+
+def test_jobs_that_wait_for_each_other_meet_after_short_ones(broker, worker):
+    threads = 4
+    meeting = threading.Barrier(threads)
+    done = []
+    short = dramalite.actor(done.append, actor_name="short")
+    meet = dramalite.actor(lambda: done.append(meeting.wait(DEADLINE)), actor_name="meet", max_retries=0)
+    worker(broker, worker_threads=threads)
+    broker.enqueue_many([short.message("short") for _ in range(1000)] + [meet.message() for _ in range(threads)])
+    wait_until(lambda: len(done) == 1000 + threads)
+
+    assert sorted(done[-threads:]) == list(range(threads))
+
+
 # What a job may do
 
 
