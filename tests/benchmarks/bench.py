@@ -16,7 +16,6 @@ import sqlite3
 import sys
 import tempfile
 import time
-import timeit
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from bench_support import (  # noqa: E402
     Figure,
     Run,
     Skipped,
+    dumps_us,
     percentile,
 )
 
@@ -116,7 +116,7 @@ def _header() -> dict[str, str]:
         "sqlite": sqlite3.sqlite_version,
         "cores": f"{os.cpu_count()}{_load()}",
         "fsync": f"{_fsync_ms():.3f} ms (median, in {tempfile.gettempdir()})",
-        "json.dumps": f"{_dumps_us():.1f} us a message (how fast this interpreter is just now)",
+        "json.dumps": f"{dumps_us():.1f} us a message (how fast this interpreter is just now)",
         "command": " ".join(sys.orig_argv),
     }
 
@@ -136,14 +136,6 @@ def _fsync_ms() -> float:
             os.fsync(file.fileno())
             taken.append((time.perf_counter() - start) * 1000)
     return percentile(taken, 50)
-
-
-def _dumps_us() -> float:
-    """Microseconds that json.dumps takes for what a message looks like."""
-    strings = {"queue_name": "default", "actor_name": "noop", "message_id": "0" * 36}
-    message = {**strings, "args": [], "kwargs": {}, "options": {}, "message_timestamp": 1 << 40}
-    taken = timeit.repeat(lambda: json.dumps(message), number=2_000, repeat=5)
-    return percentile(taken, 50) / 2_000 * 1e6
 
 
 def _measure(names: list[str], run: Run) -> tuple[list[Figure], dict[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
@@ -280,6 +282,14 @@ def drain_rate(done: Callable[[], int], total: int, *, pause_s: float = 0.01) ->
     last = watch(done, total - total // 20, pause_s=pause_s)
     watch(done, total, pause_s=pause_s)
     return rate_between(first, last)
+
+
+def dumps_us() -> float:
+    """Microseconds that json.dumps takes for what a message looks like."""
+    strings = {"queue_name": "default", "actor_name": "noop", "message_id": "0" * 36}
+    message = {**strings, "args": [], "kwargs": {}, "options": {}, "message_timestamp": 1 << 40}
+    taken = timeit.repeat(lambda: json.dumps(message), number=2_000, repeat=5)
+    return percentile(taken, 50) / 2_000 * 1e6
 
 
 class Progress:
