@@ -2899,10 +2899,9 @@ _CLAIM = """
          ORDER BY m.priority, m.id LIMIT :limit)
     RETURNING priority, id, queue, actor, crashes, crash_limit, message_id, body"""
 
-_ACK = """
-    DELETE FROM dramalite_messages
-     WHERE state = 2 AND owner = ? AND id IN (SELECT value FROM json_each(?))
-    RETURNING id"""
+# For one at a time: with a list of ids and RETURNING, one takes four times as long, and a
+# hundred at once hardly less.
+_ACK = "DELETE FROM dramalite_messages WHERE state = 2 AND owner = ? AND id = ?"
 
 _HAND_BACK = """
     UPDATE dramalite_messages SET state = 0, owner = NULL
@@ -3807,17 +3806,11 @@ class _Engine(_WatchedDatabase):
         self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]
     ) -> None:
         """Write outcomes, each only if its row is still the worker's."""
-        ended = []
+        effects: list[tuple[str, tuple[Any, ...]]] = []
         for outcome in outcomes:
             if outcome.is_handed_back:
                 connection.execute(_HAND_BACK, (owner, f"[{outcome.row.id}]"))
-            else:
-                ended.append(outcome)
-        ids = json.dumps([outcome.row.id for outcome in ended])
-        acknowledged = set(connection.execute(_ACK, (owner, ids)).fetchall())
-        effects: list[tuple[str, tuple[Any, ...]]] = []
-        for outcome in ended:
-            if (outcome.row.id,) in acknowledged:
+            elif connection.execute(_ACK, (owner, outcome.row.id)).rowcount:
                 effects += outcome.effects
             elif outcome.effects:
                 outcome.after_commit = None

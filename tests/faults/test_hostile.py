@@ -174,11 +174,11 @@ FAILING = [
 SPOILING = [
     ["close streams"],
     ["close descriptors 0 to 2"],
-    ["change folder", "umask", "environment"],
     ["remove folder"],
-    ["recursion limit", "switch interval"],
-    ["threads"],
-    ["unload modules"],
+    pytest.param(["change folder", "umask", "environment"], marks=pytest.mark.torture),
+    pytest.param(["recursion limit", "switch interval"], marks=pytest.mark.torture),
+    pytest.param(["threads"], marks=pytest.mark.torture),
+    pytest.param(["unload modules"], marks=pytest.mark.torture),
 ]
 
 

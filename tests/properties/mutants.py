@@ -161,19 +161,17 @@ MUTANTS = [
     Mutant(
         "lost-in-a-stop", "what a stopping worker gives back is deleted", "once",
         'connection.execute(_HAND_BACK, (owner, f"[{outcome.row.id}]"))',
-        'connection.execute(_ACK, (owner, f"[{outcome.row.id}]"))',
+        "connection.execute(_ACK, (owner, outcome.row.id))",
     ),
     Mutant(
         "fencing-dropped", "a worker taken for dead deletes what another one has by now", "fencing",
-        "    DELETE FROM dramalite_messages\n"
-        "     WHERE state = 2 AND owner = ? AND id IN (SELECT value FROM json_each(?))",
-        "    DELETE FROM dramalite_messages\n"
-        "     WHERE state = 2 AND ? AND id IN (SELECT value FROM json_each(?))",
+        '_ACK = "DELETE FROM dramalite_messages WHERE state = 2 AND owner = ? AND id = ?"',
+        '_ACK = "DELETE FROM dramalite_messages WHERE state = 2 AND ? AND id = ?"',
     ),
     Mutant(
         "effects-without-ack", "a worker taken for dead still writes what came of its job", "fencing",
-        'if (outcome.row.id,) in acknowledged:',
-        'if acknowledged is not None:',
+        "elif connection.execute(_ACK, (owner, outcome.row.id)).rowcount:",
+        "elif connection.execute(_ACK, (owner, outcome.row.id)).rowcount is not None:",
     ),
     Mutant(
         "messages-before-the-ack", "what follows from a job is sent before the job is acknowledged", "once",
