@@ -54,8 +54,8 @@ JOBS = """
 
     @dramalite.actor(max_retries=0)
     def talk(words):
-        print("on stdout:", words, flush=True)
-        print("on stderr:", words, file=sys.stderr, flush=True)
+        print(f"on stdout: {words}", flush=True)  # In one write, so that nothing comes between.
+        print(f"on stderr: {words}", file=sys.stderr, flush=True)
         logging.getLogger("jobs").info("in the log: %s", words)
         note("talked")
 """

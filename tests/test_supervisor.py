@@ -43,8 +43,10 @@ JOBS = """
         note("end", number)
 
     @dramalite.actor(max_retries=0)
-    def threads():
-        note("threads", sum(thread.name.startswith("dramalite-worker") for thread in threading.enumerate()))
+    def meet(number, others):
+        note("meet", number)
+        until(lambda: noted("meet") == others)
+        note("met", number)
 
     def forked():
         note("forked", os.getpid())
@@ -313,11 +315,11 @@ def test_a_program_of_its_own_can_be_the_supervisor(place, given):
             sys.exit(dramalite.main({given}))
         """
     )
-    place.send("threads")
-    place.wait_until(lambda: place.notes("threads"), "a worker process runs the job")
+    for number in range(3):
+        place.send("meet", number, 3)
+    place.wait_until(lambda: len(place.notes("met")) == 3, "three threads of a worker process meet")
     tree.signal(signal.SIGTERM)
 
-    assert place.notes("threads")[0][1] == "3"
     assert tree.wait(10) == 0, tree.tail()
 
 

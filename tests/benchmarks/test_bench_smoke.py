@@ -27,7 +27,7 @@ def test_the_benchmark_prints_a_figure_for_each_cheap_scenario(tmp_path: Path) -
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     found = json.loads(report.read_text())
     assert found["failures"] == {}
-    assert len(found["figures"]) == 24
+    assert len(found["figures"]) == 26
     assert all(figure["median"] > 0 for figure in found["figures"])
     assert all(figure["name"] in done.stdout for figure in found["figures"])
 
