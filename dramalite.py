@@ -6432,7 +6432,6 @@ class _Batch:
         self.is_for_one = False  # One thread alone is fastest.
         self.rows: list[_Row] = []  # A heap: those not started.
         self._size = 0
-        self._is_full = False
         self._begun_at = 0.0
         self._cpu_begun_at = 0.0
         self._is_for_several_until = 0.0
@@ -6441,7 +6440,7 @@ class _Batch:
         """Take rows in, sorted ones, where there are none; up to `limit` were asked for."""
         self.rows += rows
         self._size = len(rows)
-        self._is_full = len(rows) == limit
+        self.is_for_one = self.is_for_one and len(rows) == limit
         self._begun_at = _SYSTEM_CLOCK.monotonic()
         self._cpu_begun_at = _SYSTEM_CLOCK.process_time()
 
@@ -6456,7 +6455,7 @@ class _Batch:
             is_fit = self.pace_s < _SHORT_S and busy_s > _BUSY_SHARES[self.is_for_one] * taken_s
             if self.is_for_one and not is_fit:
                 self._is_for_several_until = now + _SEVERAL_S
-            self.is_for_one = self._is_full and is_fit and now >= self._is_for_several_until
+            self.is_for_one = is_fit and now >= self._is_for_several_until
         self._size = 0
         left, self.rows = self.rows, []
         return left
