@@ -213,8 +213,11 @@ def _file_system(path: str) -> str:
 
 
 def _is_open_to_all(folder: str) -> bool:
-    """Tell whether every user of the machine may write in a folder."""
-    return not _WINDOWS and bool(os.stat(folder).st_mode & stat.S_IWOTH)
+    """Tell whether every user of the machine may write in a folder; False if it is not there."""
+    try:
+        return not _WINDOWS and bool(os.stat(folder).st_mode & stat.S_IWOTH)
+    except OSError:
+        return False
 
 
 def _is_strangers(status: os.stat_result) -> bool:
@@ -3385,7 +3388,7 @@ def _prepare_file(path: str) -> None:
     """Create the database file for its owner only; say what is wrong with the path if it is."""
     folder = os.path.dirname(path)
     try:
-        status = os.stat(path)
+        status, link_status = os.stat(path), os.lstat(path)
     except FileNotFoundError:
         if not os.path.isdir(folder):
             raise ConnectionFailed(
@@ -3410,7 +3413,7 @@ def _prepare_file(path: str) -> None:
             raise ConnectionFailed(
                 f"The database {path!r} is no SQLite database; it was left untouched. Use another path."
             )
-        if _is_open_to_all(folder) and (_is_strangers(status) or _is_strangers(os.lstat(path))):
+        if _is_open_to_all(folder) and (_is_strangers(status) or _is_strangers(link_status)):
             raise ConnectionFailed(
                 f"The database {path!r} belongs to another user, in a folder where every user may "
                 f"write; it was left untouched. Use a folder of your own."
@@ -8925,9 +8928,9 @@ _MODULES: dict[str, str] = {
     "actor": "Actor actor",
     "asyncio": "async_to_sync",
     "broker": "Broker Consumer MessageProxy get_broker set_broker",
-    "cli": "main make_argument_parser",
     "brokers": "",
     "brokers.stub": "StubBroker",
+    "cli": "main make_argument_parser",
     "composition": "group pipeline",
     "encoder": "Encoder JSONEncoder PickleEncoder",
     "errors": "ActorNotFound BrokerConnectionError BrokerError ConnectionClosed ConnectionFailed "
