@@ -2784,7 +2784,7 @@ def _file_identity(path: str) -> tuple[int, int] | None:
 # No index on message_id: nothing looks a message up by it, and each index is one more page
 # that every send writes (measured: 50 us a send with it, 38 us without).
 # ------------------------------------------------------------------------------------------
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 1
 _READY, _DELAYED, _CLAIMED = 0, 1, 2
 
 _SCHEMA = (
@@ -3164,7 +3164,7 @@ class _Database:
                         connection.execute(statement)
 
     def _check_schema(self, connection: sqlite3.Connection) -> bool:
-        """Tell whether our tables are there; raise ConnectionFailed if they are of another version."""
+        """Tell whether our tables are there; raise ConnectionFailed if they are too new."""
         found = self._patiently(
             lambda: connection.execute(
                 "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'dramalite_meta'"
@@ -3177,13 +3177,11 @@ class _Database:
                 "SELECT value FROM dramalite_meta WHERE key = 'schema_version'"
             ).fetchone()
         )
-        version = None if row is None else row[0]
-        if version != _SCHEMA_VERSION:
-            is_older = isinstance(version, int) and version < _SCHEMA_VERSION
+        if row is None or not isinstance(row[0], int) or row[0] > _SCHEMA_VERSION:
             raise ConnectionFailed(
-                f"The database {self.path!r} has dramalite's schema version {version!r}; this dramalite "
-                f"{__version__} uses {_SCHEMA_VERSION}. Use {'the' if is_older else 'a newer'} dramalite"
-                f"{' that made it' if is_older else ''}, or another file."
+                f"The database {self.path!r} has dramalite's schema version "
+                f"{None if row is None else row[0]!r}; this dramalite {__version__} knows up to "
+                f"{_SCHEMA_VERSION}. Use a newer dramalite, or another file."
             )
         return True
 

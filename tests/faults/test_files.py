@@ -147,11 +147,10 @@ def test_a_path_where_no_database_can_be_is_a_clear_error(place, name):
     assert str(place.db) in said
 
 
-@pytest.mark.parametrize(("version", "advice"), [("'9041'", "a newer dramalite"), ("1", "the dramalite that made it")])
-def test_another_schema_is_refused_with_both_versions_and_not_touched(place, version, advice):
+def test_a_newer_schema_is_refused_with_both_versions_and_not_touched(place):
     make_queue(place, 3)
     [(mine,)] = place.query("SELECT value FROM dramalite_meta WHERE key = 'schema_version'")
-    assert place.change(f"UPDATE dramalite_meta SET value = {version} WHERE key = 'schema_version'") == 1
+    assert place.change("UPDATE dramalite_meta SET value = '9041' WHERE key = 'schema_version'") == 1
     with contextlib.closing(place.connect()) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     before = digest(place.db)
@@ -159,7 +158,7 @@ def test_another_schema_is_refused_with_both_versions_and_not_touched(place, ver
 
     assert said.startswith("refused:")
     assert str(place.db) in said
-    assert version.strip("'") in said and advice in said and re.search(rf"\b{mine}\b", said.replace(str(place.db), ""))
+    assert "9041" in said and re.search(rf"\b{mine}\b", said.replace(str(place.db), ""))
     assert digest(place.db) == before
 
 
