@@ -2784,8 +2784,19 @@ def _file_identity(path: str) -> tuple[int, int] | None:
 # No index on message_id: nothing looks a message up by it, and each index is one more page
 # that every send writes (measured: 50 us a send with it, 38 us without).
 # ------------------------------------------------------------------------------------------
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _READY, _DELAYED, _CLAIMED = 0, 1, 2
+
+_RESULTS_SCHEMA = (
+    """CREATE TABLE dramalite_results (
+        message_id TEXT NOT NULL,      -- first: ids rise with time, so new rows stand together
+        key TEXT NOT NULL,
+        value BLOB NOT NULL,
+        expires_at INTEGER NOT NULL,   -- milliseconds since 1970
+        PRIMARY KEY (message_id, key)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX dramalite_results_by_age ON dramalite_results (expires_at)",
+)
 
 _SCHEMA = (
     "CREATE TABLE dramalite_meta (key TEXT PRIMARY KEY, value) WITHOUT ROWID",
@@ -2818,14 +2829,7 @@ _SCHEMA = (
         body BLOB NOT NULL
     )""",
     "CREATE INDEX dramalite_dead_by_age ON dramalite_dead (died_at)",
-    """CREATE TABLE dramalite_results (
-        message_id TEXT NOT NULL,      -- first: ids rise with time, so new rows stand together
-        key TEXT NOT NULL,
-        value BLOB NOT NULL,
-        expires_at INTEGER NOT NULL,   -- milliseconds since 1970
-        PRIMARY KEY (message_id, key)
-    ) WITHOUT ROWID""",
-    "CREATE INDEX dramalite_results_by_age ON dramalite_results (expires_at)",
+    *_RESULTS_SCHEMA,
     """CREATE TABLE dramalite_limits (
         key TEXT PRIMARY KEY,
         value INTEGER NOT NULL,
@@ -2847,6 +2851,13 @@ _SCHEMA = (
         PRIMARY KEY (name, queue, actor, bucket)
     ) WITHOUT ROWID""",
     f"INSERT INTO dramalite_meta VALUES ('schema_version', {_SCHEMA_VERSION})",
+)
+
+# From version 1, whose results had other keys; they are kept for minutes only.
+_UPGRADE = (
+    "DROP TABLE dramalite_results",
+    *_RESULTS_SCHEMA,
+    f"UPDATE dramalite_meta SET value = {_SCHEMA_VERSION} WHERE key = 'schema_version'",
 )
 
 _INSERT = """
@@ -3157,21 +3168,22 @@ class _Database:
         connection.execute("PRAGMA cache_size = -2048")
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute("PRAGMA trusted_schema = OFF")
-        if not self._check_schema(connection):
+        if self._check_schema(connection) != _SCHEMA_VERSION:
             with self._transaction(connection):
-                if not self._check_schema(connection):
-                    for statement in _SCHEMA:
+                version = self._check_schema(connection)
+                if version != _SCHEMA_VERSION:
+                    for statement in _UPGRADE if version else _SCHEMA:
                         connection.execute(statement)
 
-    def _check_schema(self, connection: sqlite3.Connection) -> bool:
-        """Tell whether our tables are there; raise ConnectionFailed if they are too new."""
+    def _check_schema(self, connection: sqlite3.Connection) -> int:
+        """The version of our tables, 0 if there are none; ConnectionFailed if they are too new."""
         found = self._patiently(
             lambda: connection.execute(
                 "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'dramalite_meta'"
             ).fetchone()
         )
         if found is None:
-            return False
+            return 0
         row = self._patiently(
             lambda: connection.execute(
                 "SELECT value FROM dramalite_meta WHERE key = 'schema_version'"
@@ -3183,7 +3195,7 @@ class _Database:
                 f"{None if row is None else row[0]!r}; this dramalite {__version__} knows up to "
                 f"{_SCHEMA_VERSION}. Use a newer dramalite, or another file."
             )
-        return True
+        return row[0]
 
     def _disconnect(self) -> None:
         """Close the connections; the next use opens them again.  Call with _lock held."""

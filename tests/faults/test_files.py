@@ -162,6 +162,20 @@ def test_a_newer_schema_is_refused_with_both_versions_and_not_touched(place):
     assert digest(place.db) == before
 
 
+def test_a_database_of_the_first_schema_is_brought_up_to_date_with_what_waits(place):
+    make_queue(place, 3)
+    place.change("DROP TABLE dramalite_results")
+    place.change("CREATE TABLE dramalite_results (key TEXT PRIMARY KEY, value BLOB, expires_at INTEGER) WITHOUT ROWID")
+    place.change("UPDATE dramalite_meta SET value = 1 WHERE key = 'schema_version'")
+    place.worker()
+    place.drained()
+
+    assert place.query("SELECT value FROM dramalite_meta WHERE key = 'schema_version'") == [(2,)]
+    assert place.query("SELECT message_id, key FROM dramalite_results") == []
+    assert len(place.notes("ran")) == 3
+    assert place.sound()
+
+
 def test_a_worker_refuses_a_newer_schema_too(place):
     make_queue(place, 3)
     place.change("UPDATE dramalite_meta SET value = '9041' WHERE key = 'schema_version'")
