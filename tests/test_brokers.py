@@ -130,7 +130,13 @@ def test_a_network_file_system_is_told_of(tmp_path, caplog, clean_state, monkeyp
         "21 1 0:999 / /proc rw - cifs proc rw\n"
         f"22 1 {os.major(number)}:{os.minor(number)} / /with\\040space rw,noatime shared:1 master:2 - {kind} server:/x rw\n"
     )
-    monkeypatch.setattr(dramalite, "_MOUNTS", str(mounts))
+    real_open = open
+    monkeypatch.setattr(
+        "builtins.open",
+        lambda path, *args, **kwargs: real_open(
+            mounts if path == "/proc/self/mountinfo" else path, *args, **kwargs
+        ),
+    )
     broker = dramalite.SQLiteBroker(tmp_path / "queue.db")
     clean_state.callback(broker.close)
     dramalite.actor(print, actor_name="work", broker=broker).send(1)
