@@ -2973,6 +2973,19 @@ _FLUSH = (
     "DELETE FROM dramalite_dead WHERE queue = :queue OR :queue IS NULL",
 )
 
+# What has been kept for long enough: table, primary key, condition.  A group's uuid tells when it
+# began; with no message left, what it still counts on was flushed or never sent.
+_OLD = (
+    ("dramalite_dead", "id", "died_at < :long_ago"),
+    ("dramalite_results", "message_id, key", "expires_at < :now"),
+    (
+        "dramalite_groups",
+        "uuid",
+        """uuid < :first_uuid AND (failed_at < :long_ago
+            OR NOT EXISTS (SELECT 1 FROM dramalite_messages))""",
+    ),
+)
+
 _COUNTS = "SELECT queue, state, count(*) FROM dramalite_messages GROUP BY queue, state"
 
 _IS_BUSY = """
@@ -3648,8 +3661,8 @@ class _WatchedDatabase(_Database):
 # messages it ran and claims the next ones in one transaction; an outcome counts only while
 # its row is still the worker's.
 # ------------------------------------------------------------------------------------------
-#: Milliseconds a dead letter is kept: 7 days.
-_DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000
+#: Milliseconds that a dead letter is kept, and the count of a group that can't succeed: 7 days.
+_KEPT_MS = 7 * 24 * 3600 * 1000
 
 class _Ticket:
     """Rows that a sender wants stored; whoever holds the lock stores them for all."""
@@ -4031,30 +4044,21 @@ class _Engine(_WatchedDatabase):
     def prune(self) -> None:
         """Delete, some at a time, what has been kept for long enough."""
         now = self._clock().time_ms()
-        old = self._read(
-            """SELECT EXISTS (SELECT 1 FROM dramalite_dead WHERE died_at < ?)
-                   OR EXISTS (SELECT 1 FROM dramalite_results WHERE expires_at < ?)
-                   OR EXISTS (SELECT 1 FROM dramalite_groups WHERE failed_at < ?)""",
-            (now - _DEAD_LETTER_TTL_MS, now, now - _DEAD_LETTER_TTL_MS),
-        )
-        if not old[0][0]:
+        long_ago = now - _KEPT_MS
+        values = {"now": now, "long_ago": long_ago, "first_uuid": _new_message_id(long_ago, bytes(10))}
+        looks = [f"EXISTS (SELECT 1 FROM {table} WHERE {is_old})" for table, _key, is_old in _OLD]
+        if not self._read(f"SELECT {' OR '.join(looks)}", values)[0][0]:
             return
         with self._writing():
             connection = self._connect("work")
             with self._transaction(connection):
-                connection.execute(
-                    """DELETE FROM dramalite_dead WHERE id IN
-                       (SELECT id FROM dramalite_dead WHERE died_at < ? LIMIT 1000)""",
-                    (now - _DEAD_LETTER_TTL_MS,),
-                )
-                connection.execute(
-                    """DELETE FROM dramalite_results WHERE (message_id, key) IN
-                       (SELECT message_id, key FROM dramalite_results WHERE expires_at < ? LIMIT 1000)""",
-                    (now,),
-                )
-                connection.execute(
-                    "DELETE FROM dramalite_groups WHERE failed_at < ?", (now - _DEAD_LETTER_TTL_MS,)
-                )
+                for table, key, is_old in _OLD:
+                    connection.execute(
+                        f"""DELETE FROM {table} WHERE ({key}) IN
+                            (SELECT {key} FROM {table} WHERE {is_old} LIMIT 1000)""",
+                        values,
+                    )
+
 
 def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
     """Of rows for the same queue, actor and eta-or-not, one each: a ring each is enough."""

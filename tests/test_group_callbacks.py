@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sqlite3
 import threading
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 import dramalite
 from dramalite import GroupCallbacks, Message, group, pipeline
 
-from helpers import DEADLINE
+from helpers import DEADLINE, wait_until
 
 PATIENCE = DEADLINE * 1000
 HOUR = 3_600_000
@@ -435,6 +437,37 @@ def test_a_count_does_not_expire(broker, member, tell, told):
     run(broker)
 
     assert told == ["done"]
+
+
+@pytest.mark.parametrize("end", ["fail", "flush"])
+def test_a_count_that_nothing_is_left_for_leaves_the_file_after_a_week(
+    make_file_broker, clock, worker, tmp_path, end
+):
+    def counts():
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+            return connection.execute("SELECT count(*) FROM dramalite_groups").fetchone()[0]
+
+    broker = make_file_broker(clock=clock)
+
+    @dramalite.actor(max_retries=0)
+    def fail():
+        raise ValueError("no")
+
+    members = group([fail.message(), fail.message()])
+    members.add_completion_callback(dramalite.actor(print, actor_name="tell").message("done"))
+    members.run()
+    if end == "flush":
+        broker.flush("default")
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    clock.advance(6 * 24 * HOUR)
+    broker.get_actor("fail").send()
+    broker.join("default", timeout=PATIENCE)
+    after_six_days = counts()
+    clock.advance(25 * HOUR)
+
+    assert after_six_days == 1
+    wait_until(lambda: counts() == 0)
 
 
 # The middleware

@@ -294,8 +294,8 @@ MUTANTS = [
     ),
     Mutant(
         "dead-letters-kept-for-a-day", "dead letters go after a day", "dead_letters",
-        "_DEAD_LETTER_TTL_MS = 7 * 24 * 3600 * 1000\n",
-        "_DEAD_LETTER_TTL_MS = 24 * 3600 * 1000\n",
+        "_KEPT_MS = 7 * 24 * 3600 * 1000\n",
+        "_KEPT_MS = 24 * 3600 * 1000\n",
     ),
     Mutant(
         "wanted-delay-ignored", "Retry(delay=...) waits as any failure", "backoff",
