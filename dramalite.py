@@ -233,7 +233,7 @@ def _process_is_alive(pid: int) -> bool:
         return bool(handle)
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # The latter for what is no id of any process.
         return False
     except PermissionError:
         return True
@@ -1201,29 +1201,39 @@ _stoppers: dict[int, Callable[[type[Interrupt]], None]] = {}
 
 
 class _Runner(threading.local):
-    """What a worker thread calls hooks for: itself, or a coroutine that needs no thread."""
+    """What a thread calls hooks for: itself, a coroutine that needs no thread, or another thread."""
 
-    coroutine: int | None = None
+    other: int | None = None
 
     def id(self) -> int:
-        """The thread's ident, or the negative id of the coroutine."""
-        return threading.get_ident() if self.coroutine is None else self.coroutine
+        """The thread's ident, or the negative number of a coroutine."""
+        return threading.get_ident() if self.other is None else self.other
 
-    def call_for(self, coroutine: int, fn: Callable[..., _R], *args: Any) -> _R:
-        """Call a function for a coroutine."""
-        self.coroutine = coroutine
+    def call_for(self, other: int, fn: Callable[..., _R], *args: Any) -> _R:
+        """Call a function for another runner."""
+        self.other = other
         try:
             return fn(*args)
         finally:
-            self.coroutine = None
+            self.other = None
 
 
 _runner = _Runner()
 
+#: Runners that are coroutines: each has a number of its own in this process.
+_coroutine_runners = itertools.count(-1, -1)
 
-def _interrupt(runner: int, exception: type[Interrupt]) -> bool:
-    """Raise `exception` in an actor's body, in a coroutine as a cancellation; tell whether it ran."""
+
+def _interrupt(
+    runner: int, exception: type[Interrupt], is_meant: Callable[[], bool] = lambda: True
+) -> bool:
+    """Raise `exception` in an actor's body, in a coroutine as a cancellation; tell whether it ran.
+
+    is_meant() is asked when the body can't be left any more: it may be another message's by now.
+    """
     with _interrupt_lock:
+        if not is_meant():
+            return False
         if runner in _stoppers:
             _stoppers[runner](exception)
             return True
@@ -1703,8 +1713,8 @@ def _check_count(value: Any, what: str) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{what} is {value!r}; give an int, or None.")
-    if value < 0:
-        raise ValueError(f"{what} is {value!r}; give 0 or more.")
+    if not 0 <= value <= 1 << 62:
+        raise ValueError(f"{what} is {value!r}; give 0 or more, of at most 62 bits.")
     return value
 
 
@@ -2646,6 +2656,11 @@ class _Remains(NamedTuple):
         if self.locked:
             self.slots.free(self.slot)
 
+    def leave(self) -> None:
+        """Leave them as they were found, for another look."""
+        if self.locked:
+            self.slots.abandon(self.slot)
+
 
 class _SideFile(_Slots):
     """The workers of a database file, by its side file `<path>-lock`."""
@@ -3032,6 +3047,18 @@ class _Row(NamedTuple):
     crash_limit: int
     message_id: str
     body: bytes
+
+
+def _check_storable(values: tuple[Any, ...]) -> None:
+    """Raise TypeError or ValueError for what SQLite can't take, before it stops other writes."""
+    for value in values:
+        if isinstance(value, str):
+            value.encode()
+        elif isinstance(value, int):
+            if not -(1 << 63) <= value < 1 << 63:
+                raise ValueError(f"{value!r} can't be stored; it takes more than 64 bits.")
+        elif value is not None and not isinstance(value, (bytes, float)):
+            raise TypeError(f"{value!r} can't be stored; it is a {type(value).__name__}.")
 
 
 class _Outcome:
@@ -3883,10 +3910,16 @@ class _Engine(_WatchedDatabase):
                     continue
                 running = None if remains.running is None else json.dumps(remains.running)
                 values = {"dead": owner, "owner": slot.owner, "running": running}
-                with self._transaction(connection):
-                    connection.execute(_COUNT_CRASH, values)
-                    over = connection.execute(_TAKE_OVER_CRASHED, values).fetchall()
-                    taken = connection.execute(_TAKE_BACK, values).rowcount
+                try:
+                    with self._transaction(connection):
+                        connection.execute(_COUNT_CRASH, values)
+                        over = connection.execute(_TAKE_OVER_CRASHED, values).fetchall()
+                        taken = connection.execute(_TAKE_BACK, values).rowcount
+                except self._errors:
+                    remains.leave()
+                    if not crashed:
+                        raise
+                    break  # Those are this worker's by now; the next recover() meets the trouble.
                 remains.release()
                 crashed += [(_Row._make(row), remains.pid) for row in over]
                 is_news = True
@@ -4417,14 +4450,19 @@ def _option(message: MessageProxy, name: str, default: Any = None) -> Any:
     return message.actor_options.get(name, default)
 
 
+def _truthy_option(message: MessageProxy, name: str, default: Any = None) -> Any:
+    """The same where a message's own option counts only if it is truthy."""
+    return message.options.get(name) or message.actor_options.get(name, default)
+
+
 def _hands_result_on(message: MessageProxy) -> bool:
     """Tell whether a pipeline or a callback gets the message's result."""
-    options = message.options
-    return bool(options.get("pipe_target") or options.get("pipe_group") or _option(message, "on_success"))
+    is_step = message.options.get("pipe_target") or message.options.get("pipe_group")
+    return bool(is_step or _truthy_option(message, "on_success"))
 
 
 def _fail_for_result(broker: Broker, message: MessageProxy, error: Exception) -> None:
-    """The actor has run, but what it returned can't be kept: fail at once and say why."""
+    """The actor has run, but what it returned can't be kept or passed on: fail and say why."""
     refusal = type(error)(f"The result of actor {message.actor_name!r} can't be kept: {error}")
     broker.logger.error("Message %s failed: %s", message.message_id, refusal)
     message.fail()
@@ -4682,7 +4720,7 @@ class AgeLimit(Middleware):
         return bool(options.get("max_age", self.max_age))
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        max_age = message.options.get("max_age") or _option(message, "max_age", self.max_age)
+        max_age = _truthy_option(message, "max_age", self.max_age)
         if not max_age:
             return
         if broker.clock.time_ms() - message.message_timestamp >= max_age:
@@ -4733,15 +4771,14 @@ class TimeLimit(Middleware):
         _warn_without_interrupts("TimeLimit cannot kill threads")
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        limit = message.options.get("time_limit") or _option(
-            message, "time_limit", self.time_limit
-        )
-        if limit is None or limit == float("inf"):
-            return
-        deadline = broker.clock.monotonic() + limit / 1000
+        runner = _runner.id()
         if self._passed:  # A thread that was given up may have had this one's ident.
-            self._passed.pop(_runner.id(), None)
-        self._deadlines[_runner.id()] = deadline
+            self._passed.pop(runner, None)
+        limit = _truthy_option(message, "time_limit", self.time_limit)
+        if limit is None or limit == float("inf"):
+            self._deadlines.pop(runner, None)  # What another one's hooks were kept from.
+            return
+        deadline = self._deadlines[runner] = broker.clock.monotonic() + limit / 1000
         if broker.clock.is_virtual:
             return  # Whoever lets its time pass looks at the deadline.
         if deadline < self._wakes_at or self._watched_in != os.getpid():
@@ -4762,10 +4799,10 @@ class TimeLimit(Middleware):
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         self.after_process_message(broker, message)
 
-    def stuck_threads(self, clock: Clock, grace_s: float) -> list[int]:
-        """The threads that were interrupted `grace_s` seconds ago and still run their actor."""
+    def stuck_runners(self, clock: Clock, grace_s: float) -> list[int]:
+        """What was interrupted `grace_s` seconds ago and still runs its actor."""
         now = clock.monotonic()
-        return [thread for thread, at in list(self._passed.items()) if now >= at + grace_s]
+        return [runner for runner, at in list(self._passed.items()) if now >= at + grace_s]
 
     def deadline(self, runner: int) -> float | None:
         """When a running actor is to be ended, by the broker's monotonic clock."""
@@ -4792,9 +4829,8 @@ class TimeLimit(Middleware):
         """Raise the exception in each thread whose deadline passes, until there are none left."""
         while True:
             now = clock.monotonic()
-            late = [t for t, deadline in list(self._deadlines.items()) if deadline <= now]
-            for thread in late:
-                self._exceed(thread, now)
+            for runner in [r for r, deadline in list(self._deadlines.items()) if deadline <= now]:
+                self._exceed(runner, now)
             with self._lock:
                 self._watched_in = 0  # Before the look: who comes after it starts another thread.
                 if not self._deadlines:
@@ -4805,12 +4841,14 @@ class TimeLimit(Middleware):
                 self._wakes_at = min(max(earliest, now + _LATE_LOOK_S), now + self.interval_s)
                 self._lock.wait(max(0.0, self._wakes_at - clock.monotonic()))
 
-    def _exceed(self, thread: int, now: float) -> None:
-        if _interrupt(thread, TimeLimitExceeded):
-            self._deadlines.pop(thread, None)
-            self._passed[thread] = now
+    def _exceed(self, runner: int, now: float) -> None:
+        if _interrupt(
+            runner, TimeLimitExceeded, lambda: self._deadlines.get(runner, float("inf")) <= now
+        ):
+            self._deadlines.pop(runner, None)
+            self._passed[runner] = now
             self.logger.warning(
-                "Time limit exceeded. Raising exception in worker thread %r.", thread
+                "Time limit exceeded. Raising exception in worker thread %r.", runner
             )
 
 
@@ -4827,7 +4865,7 @@ class ShutdownNotifications(Middleware):
     def __init__(self, notify_shutdown: bool = False) -> None:
         self.logger = get_logger("dramalite.middleware.shutdown", type(self))
         self.notify_shutdown = notify_shutdown
-        self._notified: set[int] = set()  # Threads whose actor wants to know.
+        self._notified: set[int] = set()  # Runners whose actor wants to know.
 
     @property
     def actor_options(self) -> set[str]:
@@ -4842,11 +4880,10 @@ class ShutdownNotifications(Middleware):
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.logger.debug("Sending shutdown notification to worker threads...")
-        for thread in list(self._notified & worker.runners):
-            self._notified.discard(thread)
-            if _interrupt(thread, Shutdown):
+        for runner in self._notified & worker.runners:
+            if _interrupt(runner, Shutdown, functools.partial(self._notified.__contains__, runner)):
                 self.logger.info(
-                    "Worker shutdown notification. Raising exception in worker thread %r.", thread
+                    "Worker shutdown notification. Raising exception in worker thread %r.", runner
                 )
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
@@ -4899,7 +4936,7 @@ class Callbacks(Middleware):
         exception: BaseException | None = None,
     ) -> None:
         name = "on_success" if exception is None else "on_failure"
-        callback = message.options.get(name) or _option(message, name)
+        callback = _truthy_option(message, name)
         if not callback or (exception is None and message._exception is not None):
             return
         if exception is not None:
@@ -4963,7 +5000,7 @@ class Pipelines(Middleware):
             elif target:
                 successor = self._with_result(broker, Message(**target), result)
                 broker.enqueue(successor, delay=successor.options.get("delay") or None)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, QueueNotFound) as error:
             _fail_for_result(broker, message, error)
 
     def _with_result(self, broker: Broker, step: Any, result: Any) -> Any:
@@ -5202,7 +5239,7 @@ class Retries(Middleware):
 
     def _decide(self, broker: Broker, message: MessageProxy, exception: BaseException) -> None:
         """Retry the message, or fail it for good."""
-        throws = message.options.get("throws") or _option(message, "throws")
+        throws = _truthy_option(message, "throws")
         if throws and isinstance(exception, throws):
             self.logger.info("Aborting message %r.", message.message_id)
             message.fail()
@@ -5241,7 +5278,7 @@ class Retries(Middleware):
         self.logger.warning("Retries exceeded for message %r.", message.message_id)
         message.fail()
         name = "on_retry_exhausted"
-        callback = message.options.get(name) or _option(message, name)
+        callback = _truthy_option(message, name)
         if callback:
             retries = {"retries": attempt, "max_retries": max_retries}
             _send_callback(broker, callback, message, retries)
@@ -5353,26 +5390,27 @@ class Prometheus(Middleware):
         self._lock = threading.Lock()  # Guards the two below.
         self._counts: dict[tuple[str, str, str, float], float] = collections.defaultdict(float)
         self._started: dict[int, float] = {}  # By runner: monotonic seconds.
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._serving: tuple[threading.Thread, threading.Event] | None = None  # What stops it.
         self._workers: set[int] = set()  # By id(): those that run.
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
         self._workers.add(id(worker))
-        if self._thread is None:
-            self._stop.clear()
-            self._thread = threading.Thread(
-                target=self._serve, args=(broker,), name="dramalite-prometheus", daemon=True
+        if self._serving is None:
+            stop = threading.Event()
+            thread = threading.Thread(
+                target=self._serve, args=(broker, stop), name="dramalite-prometheus", daemon=True
             )
-            self._thread.start()
+            self._serving = thread, stop
+            thread.start()
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self._workers.discard(id(worker))
         if self._workers:
             return
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            self._stop.set()
+        serving, self._serving = self._serving, None
+        if serving is not None:
+            thread, stop = serving
+            stop.set()
             thread.join()
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
@@ -5451,7 +5489,7 @@ class Prometheus(Middleware):
             lines.append(f"{_DURATION}_sum{_labels(queue, actor_name)} {amount:.3f}")
         return "\n".join(lines) + "\n"
 
-    def _serve(self, broker: Broker) -> None:
+    def _serve(self, broker: Broker, stop: threading.Event) -> None:
         """Flush once a second; answer requests as soon as the port is free."""
         from http.server import ThreadingHTTPServer
 
@@ -5472,7 +5510,7 @@ class Prometheus(Middleware):
                     has_failed = True
                 else:
                     threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-            is_over = self._stop.wait(_METRICS_TICK_S)
+            is_over = stop.wait(_METRICS_TICK_S)
             try:
                 self.flush(broker)
             except BrokerError as error:
@@ -5509,8 +5547,11 @@ def _metrics_handler() -> Any:
             super().__init__(*args)
 
         def do_GET(self) -> None:  # noqa: N802  (http.server's name)
-            body = self.render().encode()
-            self.send_response(200)
+            try:
+                body, status = self.render().encode(), 200
+            except BrokerError as error:
+                body, status = f"{error}\n".encode(), 503
+            self.send_response(status)
             self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -5527,7 +5568,7 @@ def _metrics_handler() -> Any:
 #
 # Between rows of the engine and messages.
 # ------------------------------------------------------------------------------------------
-#: Bytes that retries may have added to a message that was within max_message_size.
+#: Bytes that a retry may add to a message of max_message_size, or a callback that carries it.
 _SIZE_SLACK = 1 << 18
 
 
@@ -5678,7 +5719,6 @@ class _QueueView:
 #: Bytes that an encoded message may have, where the broker is given no other limit.
 _MAX_MESSAGE_SIZE = 1 << 20
 
-
 #: Dead letters of a queue that a broker in memory remembers with their exceptions.
 _MAX_BURIED = 10_000
 
@@ -5808,7 +5848,7 @@ class _EngineBroker(Broker):
             body = _encoder.encode(message.asdict())
         except (TypeError, ValueError) as error:
             raise type(error)(f"Message for actor {message.actor_name!r}: {error}") from None
-        if len(body) > self.max_message_size:
+        if len(body) > self.max_message_size + (_SIZE_SLACK if self._collecting.outcome else 0):
             raise ValueError(
                 f"Message for actor {message.actor_name!r} has {len(body)} bytes; max_message_size is "
                 f"{self.max_message_size}. Send a path or a key instead, or raise the limit."
@@ -5823,7 +5863,13 @@ class _EngineBroker(Broker):
         priority = options.get("priority")
         if priority is None:
             priority = 0 if actor is None else actor.priority
-        crash_limit = options.get("max_crashes") or defaults.get("max_crashes") or self.max_crashes
+        else:
+            _check_priority(priority, f"Message for actor {message.actor_name!r}: priority")
+        crash_limit = options.get("max_crashes")
+        if crash_limit is None:
+            crash_limit = defaults.get("max_crashes") or self.max_crashes
+        else:
+            _check_crash_limit(crash_limit, f"Message for actor {message.actor_name!r}: max_crashes")
         if "fail" in (options.get("on_crash"), defaults.get("on_crash")):
             crash_limit = 1
         crashes = 0
@@ -5866,7 +5912,11 @@ class _EngineBroker(Broker):
             outcome.wakes.append((0, self._engine.bit(row[2], row[3])))
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
-        """Run one statement: now, or with the outcome of the message being processed."""
+        """Run one statement: now, or with the outcome of the message being processed.
+
+        Raises TypeError or ValueError for values that SQLite can't take.
+        """
+        _check_storable(values)
         if self._collecting.outcome is None:
             self._engine.store(statement, values)
         else:
@@ -6111,14 +6161,15 @@ class _Job:
 
     __slots__ = (
         "actor", "context", "exception", "is_concluding", "is_given_up", "key", "message", "outcome",
-        "plan", "result", "row",
+        "plan", "result", "row", "runner",
     )  # fmt: skip
 
     def __init__(self, row: _Row) -> None:
         self.row = row
         self.key = 0  # Among the running ones: its thread's index, or beyond those a coroutine's.
         self.actor: Actor[Any, Any] | None = None
-        self.context: contextvars.Context | None = None  # Where it runs as a coroutine.
+        self.context: contextvars.Context | None = None  # Where it runs as a coroutine,
+        self.runner = 0  # and what that is to the middleware.
         self.is_concluding = False  # Its thread is past the actor.
         self.is_given_up = False  # Its thread's outcome no longer counts.
         self.outcome = _Outcome(row)
@@ -6324,7 +6375,7 @@ class _Processor:
             )
 
     def _log_failure(self, message: MessageProxy, exception: BaseException) -> None:
-        throws = message.options.get("throws") or _option(message, "throws")
+        throws = _truthy_option(message, "throws")
         text = _error_text(exception)
         if isinstance(exception, RateLimitExceeded):
             self._logger.debug("Rate limit exceeded in message %s: %s.", message, text)
@@ -6362,11 +6413,18 @@ class _Processor:
 #
 # Which messages a worker claims: those for actors and in queues that it knows.
 # ------------------------------------------------------------------------------------------
+def _needs_no_thread(actor: Actor[Any, Any] | None) -> bool:
+    """Tell whether a worker runs an actor as a coroutine."""
+    is_async = getattr(actor, "coroutine_fn", None) is not None
+    return is_async and type(actor).__call__ is Actor.__call__
+
+
 class _Targets:
     """The (queue, actor) pairs that a worker claims for."""
 
     def __init__(self, broker: _EngineBroker, queues: frozenset[str]) -> None:
-        self.json = "{}"  # As _CLAIM wants them.
+        self.json = "{}"  # As _CLAIM wants them,
+        self.json_without_async = "{}"  # and those for actors that need a thread.
         self._broker = broker
         self._queues = queues
         self._logger = get_logger("dramalite.worker", "Worker")
@@ -6395,6 +6453,8 @@ class _Targets:
         if self._queues:
             pairs = {pair for pair in pairs if pair[0] in self._queues}
         self.json = _targets(sorted(pairs))
+        needing_threads = (p for p in pairs if not _needs_no_thread(broker.actors.get(p[1])))
+        self.json_without_async = _targets(sorted(needing_threads))
         bits = (broker._engine.bit(queue, name) for queue, name in pairs)
         slot.serve(functools.reduce(int.__or__, bits, 0))
 
@@ -6616,6 +6676,7 @@ class _Dispatcher:
             if not self._free_keys:
                 return False
             job.context = contextvars.copy_context()
+            job.runner = next(_coroutine_runners)
             del self.running[job.key]
             self._slot.run(job.key, 0)
             job.key = self._free_keys.pop()
@@ -6667,7 +6728,8 @@ class _Dispatcher:
                 return False
             self._targets.refresh(self._slot)
             self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
-            rows = self._trade(outcomes, limit, suspects)
+            targets = self._targets.json if self._free_keys else self._targets.json_without_async
+            rows = self._trade(outcomes, limit, suspects, targets)
             if not rows:
                 return False  # It stays said: this thread is about to wait.
             return self._take_in(rows, limit)
@@ -6675,9 +6737,8 @@ class _Dispatcher:
     def _limit(self) -> int:
         """How many messages to claim.  Call with _cond held."""
         coroutines = self.coroutines()
-        free = self._threads - len(self.running) + coroutines
-        limit = self._batch.limit(free)
-        return limit if not coroutines else min(limit, len(self._free_keys))
+        limit = self._batch.limit(self._threads - len(self.running) + coroutines)
+        return min(limit, len(self._free_keys) or limit) if coroutines else limit
 
     def _take_in(self, rows: list[_Row], limit: int) -> bool:
         """Take claimed rows in, unless the worker was stopped or paused meanwhile."""
@@ -6698,13 +6759,11 @@ class _Dispatcher:
             self._engine.wake(0, rows[-1].queue, rows[-1].actor)
         return True
 
-    def _trade(self, outcomes: list[_Outcome], limit: int, suspects: bool) -> list[_Row]:
+    def _trade(self, outcomes: list[_Outcome], limit: int, suspects: bool, targets: str) -> list[_Row]:
         """One transaction with the engine; if it fails, the outcomes are kept for the next."""
         self._traded = outcomes
         try:
-            rows, version = self._engine.exchange(
-                self._slot, outcomes, limit, self._targets.json, suspects
-            )
+            rows, version = self._engine.exchange(self._slot, outcomes, limit, targets, suspects)
         except BrokerError as error:
             with self._cond:
                 if not isinstance(error, ConnectionClosed):  # With the file, its rows are gone.
@@ -6720,7 +6779,7 @@ class _Dispatcher:
 
     def _write(self, outcomes: list[_Outcome]) -> None:
         if outcomes:
-            self._trade(outcomes, 0, False)
+            self._trade(outcomes, 0, False, "{}")
 
     def write(self) -> None:
         """Write what is finished, now."""
@@ -6729,13 +6788,14 @@ class _Dispatcher:
                 outcomes, self._finished = self._finished, []
             self._write(outcomes)
 
-    def complain(self, error: BrokerError | OSError) -> None:
-        """Log trouble with the database, the same trouble not more than once a minute."""
+    def complain(self, error: Exception) -> None:
+        """Log trouble with the database or the system, not more than once a minute until it is over."""
         self._seen_version = -1  # Look again in any case once it is over.
         now = _SYSTEM_CLOCK.monotonic()
         if self._trouble_at is None or now > self._trouble_at + _NEWS_S:
             self._trouble_at = now
-            self.logger.error("%s The worker goes on trying.", error)
+            is_clear = isinstance(error, (BrokerError, OSError))
+            self.logger.error("%s The worker goes on trying.", error, exc_info=not is_clear)
 
     def _release(self, rows: list[_Row]) -> None:
         """Give claimed rows back that were not started."""
@@ -6798,13 +6858,17 @@ class _Dispatcher:
 
     def pause(self) -> None:
         """Start no more messages; returns when those that run have ended."""
+        self.claim_no_more()
+        with self._cond:
+            self._settled.wait_for(lambda: not self.running)
+        self.write()
+
+    def claim_no_more(self) -> None:
+        """Start no more messages; what was claimed and not started goes back to its queue."""
         with self._cond:
             self._is_paused = True
             unstarted = self._batch.end()
         self._release(unstarted)
-        with self._cond:
-            self._settled.wait_for(lambda: not self.running)
-        self.write()
 
     def resume(self) -> None:
         with self._cond:
@@ -6819,13 +6883,12 @@ class _Dispatcher:
         self.write()
 
     def stop(self) -> None:
-        """Send the threads home; what they have not started goes back to its queue."""
+        """Send the threads home."""
+        self.claim_no_more()
         with self._cond:
             self.is_stopping = True
-            unstarted = self._batch.end()
             self._cond.notify_all()
         self._slot.bell.ring()
-        self._release(unstarted)
 
     def give_up_running(self) -> list[_Job]:
         """Hand back what still runs, and return it; from now on its outcomes don't count."""
@@ -6855,21 +6918,19 @@ class _Dispatcher:
         self.write()
         self._slot.release()
 
-    def give_up(self, index: int) -> _Job | None:
-        """Take the job of a thread that can't be stopped away from it, if it still has one."""
+    def give_up(self, job: _Job) -> bool:
+        """Take a job that can't be stopped away from its thread or coroutine, if it still runs."""
         with self._cond:
-            job = self.running.get(index)
-            if job is None or job.is_concluding or self.is_stopping:
-                return None
-            job.is_given_up = True
-            return job
+            is_over = self.running.get(job.key) is not job or job.is_concluding or job in self._ended
+            if may_be := not (is_over or self.is_stopping):
+                job.is_given_up = True
+            return may_be
 
-    def replace(self, index: int, outcome: _Outcome) -> None:
-        """Write the outcome of a job that was taken away from thread `index`."""
+    def replace(self, job: _Job) -> None:
+        """Write the outcome of a job that was given up, and go on without it."""
         with self._cond:
-            self.running.pop(index, None)
-            self._keep(outcome, _SYSTEM_CLOCK.monotonic())
-        self._slot.run(index, 0)
+            self._slot.run(job.key, 0)
+            self._finish(job, _SYSTEM_CLOCK.monotonic())
         self.write()
 
     # Looking after things.
@@ -7019,9 +7080,9 @@ class Worker:
         self._maintainer = threading.Thread(
             target=self._maintain, args=(dispatcher,), name="dramalite-maintenance", daemon=True
         )
-        self._maintainer.start()
         for index in range(self.worker_threads):
             self._start_thread(index, dispatcher)
+        self._maintainer.start()
         _live_workers.add(self)
         _register_exit_hook()
         self.broker.emit_after("worker_boot", self)
@@ -7035,15 +7096,16 @@ class Worker:
         if dispatcher is None or dispatcher.is_stopping:
             return
         deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
-        self.broker.emit_before("worker_shutdown", self)
         self.logger.debug("Stopping.")
+        dispatcher.claim_no_more()  # Before the hooks: what began after them would hear of nothing.
+        self.broker.emit_before("worker_shutdown", self)
         dispatcher.stop()
         for thread in list(self._threads.values()):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - _SYSTEM_CLOCK.monotonic()))
         cancelled = [job for job in dispatcher.give_up_running() if job.context is not None]
         for job in cancelled:
-            _interrupt(-job.row.id, Shutdown)
+            _interrupt(job.runner, Shutdown)
         dispatcher.await_ends(cancelled, _CANCEL_GRACE_S)
         self._tick.set()
         self._maintainer.join()
@@ -7085,10 +7147,10 @@ class Worker:
 
     @property
     def runners(self) -> set[int]:
-        """What runs messages: the idents of the worker threads, negative ids of coroutines."""
+        """What runs messages: the idents of the worker threads, negative numbers of coroutines."""
         threads = {thread.ident for thread in list(self._threads.values()) if thread.ident is not None}
         jobs = list(self._dispatcher.running.values()) if self._dispatcher is not None else []
-        return threads | {-job.row.id for job in jobs if job.context is not None}
+        return threads | {job.runner for job in jobs if job.context is not None}
 
     # Threads.
 
@@ -7096,8 +7158,8 @@ class Worker:
         thread = threading.Thread(
             target=self._work, args=(index, dispatcher), name=f"dramalite-worker-{index}", daemon=True
         )
-        self._threads[index] = thread
         thread.start()
+        self._threads[index] = thread
 
     def _work(self, index: int, dispatcher: _Dispatcher) -> None:
         """What worker thread `index` does until the worker stops, or the thread is given up."""
@@ -7124,7 +7186,7 @@ class Worker:
         """Run a message, or conclude it once its coroutine has ended; False if it counts no more
         or goes on as a coroutine."""
         if job.context is None:
-            if self._runs_as_coroutine(job) and dispatcher.detach(job):
+            if _needs_no_thread(self.broker.actors.get(job.row.actor)) and dispatcher.detach(job):
                 self._start_coroutine(job, dispatcher)
                 return False
             self._processor.run(job)
@@ -7135,20 +7197,13 @@ class Worker:
         if job.context is None:
             self._processor.conclude(job)
         else:
-            job.context.run(_runner.call_for, -job.row.id, self._processor.conclude, job)
+            job.context.run(_runner.call_for, job.runner, self._processor.conclude, job)
         return True
-
-    def _runs_as_coroutine(self, job: _Job) -> bool:
-        actor = self.broker.actors.get(job.row.actor)
-        if actor is None or getattr(actor, "coroutine_fn", None) is None:
-            return False
-        return type(actor).__call__ is Actor.__call__
 
     def _start_coroutine(self, job: _Job, dispatcher: _Dispatcher) -> None:
         """Call the before hooks here, the actor on the event loop, the rest in any thread."""
         context = cast(contextvars.Context, job.context)
-        runner = -job.row.id
-        if not context.run(_runner.call_for, runner, self._processor.begin, job):
+        if not context.run(_runner.call_for, job.runner, self._processor.begin, job):
             dispatcher.end(job)
             return
         message = cast(MessageProxy, job.message)
@@ -7160,7 +7215,7 @@ class Worker:
             dispatcher.end(job)
 
         call = functools.partial(cast("Callable[..., Any]", fn), *arguments, **message.kwargs)
-        _get_event_loop_thread().start(call, context, runner, end)
+        _get_event_loop_thread().start(call, context, job.runner, end)
 
     def _maintain(self, dispatcher: _Dispatcher) -> None:
         """What the maintenance thread does until the worker has stopped."""
@@ -7179,7 +7234,7 @@ class Worker:
                     house_kept_at = now
                     dispatcher.keep_house(self._processor, self.describe_death)
                     self._replace_stuck_threads(dispatcher)
-            except (BrokerError, OSError) as error:  # OSError: a job closed our descriptors.
+            except Exception as error:  # An OSError, say: a job closed our descriptors.
                 dispatcher.complain(error)
             self._tick.wait(_TICK_S if dispatcher.has_litter() else _IDLE_TICK_S)
             self._tick.clear()
@@ -7188,11 +7243,11 @@ class Worker:
     def _replace_stuck_threads(self, dispatcher: _Dispatcher) -> None:
         """Fail messages whose time limit can't end them, and start threads in place of theirs."""
         limits = [item for item in self.broker.middleware if isinstance(item, TimeLimit)]
-        stuck = {t for item in limits for t in item.stuck_threads(self.broker.clock, _STUCK_GRACE_S)}
+        stuck = {r for item in limits for r in item.stuck_runners(self.broker.clock, _STUCK_GRACE_S)}
         has_replaced = False
-        for index, thread in list(self._threads.items()):
-            job = dispatcher.give_up(index) if thread.ident in stuck else None
-            if job is None:
+        for job in list(dispatcher.running.values()) if stuck else ():
+            runner = job.runner or self._threads[job.key].ident
+            if runner not in stuck or not dispatcher.give_up(job):
                 continue
             self.logger.error(
                 "Message %s of %s runs on %d s after its time limit, in a call that can't be "
@@ -7200,9 +7255,12 @@ class Worker:
                 job.row.message_id, job.row.actor, _STUCK_GRACE_S,
             )  # fmt: skip
             job.exception = TimeLimitExceeded()
-            dispatcher.replace(index, self._processor.conclude_safely(job))
-            self._start_thread(index, dispatcher)
+            _runner.call_for(runner, self._processor.conclude_safely, job)
+            dispatcher.replace(job)
+            self._threads.pop(job.key, None)
             has_replaced = True
+        for index in set(range(self.worker_threads)) - self._threads.keys():
+            self._start_thread(index, dispatcher)
         if has_replaced:  # Told at the end: it stops the worker, which would wait for the others.
             self.on_stuck()
 
@@ -7784,19 +7842,26 @@ class Simulation(_World):
             broker._engine, broker._buried = self._engine, collections.defaultdict(list)
         broker._is_simulated = True
         self._outer, _virtual.world = _virtual.world, self
+        try:
+            self._start_workers()
+        except BaseException:  # The database can't be opened, say.
+            self._restore()
+            raise
+        return self
+
+    def _start_workers(self) -> None:
         logger = logging.getLogger(_SIMULATION_LOGGER)
         if logger.level == logging.NOTSET:  # What jobs die of is in the events.
             logger.setLevel(logging.CRITICAL)
         workers, threads = self._sizes
         for number in range(workers):
-            worker = _VirtualWorker(broker, number, logger)
+            worker = _VirtualWorker(self.broker, number, logger)
             self._workers.append(worker)
             for index in range(threads):
                 worker.threads.append(_VirtualThread(worker, index, workers * threads > 1))
-        return self
 
     def __exit__(self, *_error: object) -> None:
-        broker, engine = self.broker, self.broker._engine
+        engine = self.broker._engine
         for worker in self._workers:
             busy = [(thread, thread.job) for thread in worker.threads if thread.job is not None]
             done = [(thread, job) for thread, job in busy if not thread.is_running]
@@ -7811,8 +7876,13 @@ class Simulation(_World):
             for thread, job in done:
                 self._note_end(thread, job)
             worker.slot.release()
+        self._restore()
+
+    def _restore(self) -> None:
+        """Give the broker back as it was."""
         if self._engine is not None:
             self._engine.close()
+        broker = self.broker
         broker.clock, broker.random, broker._entropy, broker._engine, broker._buried = self._saved
         broker._is_simulated = False
         _virtual.world = self._outer
@@ -8186,7 +8256,8 @@ class _WorkerProcess(_ChildProcess):
     def _tell_forks(self, forks: list[str]) -> None:
         """Note the functions that middleware wants to run in processes of their own."""
         draft = self._note(f"{_FORKS_NOTE}-{self._namespace.child}")
-        with contextlib.suppress(FileNotFoundError):  # The supervisor and its folder are gone.
+        # The supervisor and its folder are gone; or, on Windows, it just reads what another one told.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
             with open(draft, "w", encoding="utf-8") as file:
                 file.write("\n".join(forks))
             os.replace(draft, self._note(_FORKS_NOTE))
@@ -8217,12 +8288,15 @@ class _WorkerProcess(_ChildProcess):
                 os._exit(_EXIT_KILLED)
 
     def _await_kill(self) -> None:
-        """While stopping: an order to end the process at once.
+        """While stopping: end the process on an order to do so at once, or soon without a supervisor.
 
         A service manager may signal us beside the supervisor: that is not a second order.
         """
-        while self._next_event() != "kill":
-            pass
+        event = ""
+        while event not in ("kill", "orphaned"):
+            event = self._next_event()
+        if event == "orphaned":
+            _SYSTEM_CLOCK.sleep(_ORPHAN_GRACE_MS / 1000)
         os._exit(_EXIT_KILLED)
 
     def _import(self) -> _EngineBroker:
@@ -8259,6 +8333,9 @@ class _ForkProcess(_ChildProcess):
             code = function()
         except SystemExit as error:
             code = error.code
+            if code is not None and not isinstance(code, int):  # A text means failure, as in Python.
+                self._logger.error("%s ended with: %s", self._namespace.child, code)
+                return _EXIT_KILLED
         except BaseException:  # Foreign code.
             self._logger.exception("%s failed.", self._namespace.child)
             return _EXIT_KILLED
@@ -8313,12 +8390,12 @@ def _import_module(name: str) -> types.ModuleType:
     module = importlib.import_module(name)
     ours = sys.modules[__name__]
     for other in list(sys.modules.values()):
-        path = getattr(other, "__file__", None)
-        is_main = other.__name__ in ("__main__", "__mp_main__")
-        if other is not ours and not is_main and path is not None and path == ours.__file__:
+        alias = getattr(other, "__name__", "")  # None is in the place of a module that is forbidden.
+        is_main = alias in ("__main__", "__mp_main__")
+        if other is not ours and not is_main and getattr(other, "__file__", None) == ours.__file__:
             raise ImportError(
-                f"Module {name!r} imports dramalite as {other.__name__!r}, but the command runs it as "
-                f"{__name__!r}; start it with `python -m {other.__name__} worker ...`."
+                f"Module {name!r} imports dramalite as {alias!r}, but the command runs it as "
+                f"{__name__!r}; start it with `python -m {alias} worker ...`."
             )
     return module
 
@@ -8576,9 +8653,8 @@ class _Supervisor:
                 if wait_s <= 0:
                     return "start", next_child
             if self._forks_due is not None:
-                note = os.path.join(self._notes, _FORKS_NOTE)
-                if os.path.exists(note) or now >= self._forks_due:
-                    return "forks", note
+                if self._has_booted() or now >= self._forks_due:
+                    return "forks", os.path.join(self._notes, _FORKS_NOTE)
                 wait_s = min(wait_s, _FORKS_POLL_S)
             if _WINDOWS:  # A wait without end there can't be interrupted by Ctrl+C.
                 wait_s = min(0.5, wait_s)
@@ -8650,7 +8726,8 @@ class _Supervisor:
             with open(os.path.join(self._notes, _DEATHS_NOTE), "a", encoding="utf-8") as file:
                 file.write(f"{process.pid} {_describe_exit(code)}\n")
         now = _SYSTEM_CLOCK.monotonic()
-        if code in (_BOOT_FAILURE + _EXIT_IMPORT, _BOOT_FAILURE + _EXIT_CONNECTION):
+        has_no_chance = code in (_BOOT_FAILURE + _EXIT_IMPORT, _BOOT_FAILURE + _EXIT_CONNECTION)
+        if has_no_chance and (child.is_fork or not self._has_booted()):
             if self._reloads and self._namespace.watch is not None and not self._stops:
                 child.restart_at = now if child.after_stop == "restart" else float("inf")
                 self._logger.info("%s waits for the next change.", child)
@@ -8679,6 +8756,10 @@ class _Supervisor:
                 child, process.pid, _describe_exit(code), delay_s,
             )  # fmt: skip
         child.restart_at = now + delay_s
+
+    def _has_booted(self) -> bool:
+        """Tell whether a worker process has started to work, since the last reload if there was one."""
+        return os.path.exists(os.path.join(self._notes, _FORKS_NOTE))
 
     def _reload(self, reason: str) -> None:
         """Have the children stop, and others with the code as it is now take their places."""
@@ -8929,7 +9010,9 @@ def _child_command(args: list[str] | argparse.Namespace | None) -> list[str]:
     """The command that starts this very program again, to which --child is added."""
     if args is None:
         return [sys.executable, *sys.orig_argv[1:]]
-    command = [sys.executable, "-m", __name__]
+    # With the path that this program has, whatever it was made of.
+    program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; sys.exit(main())"
+    command = [sys.executable, "-c", program]
     if isinstance(args, list):
         return [*command, *args]
     values = {k: v for k, v in vars(args).items() if k not in ("child", "notes", "namespace")}
