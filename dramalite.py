@@ -2518,7 +2518,9 @@ class _Slots:
 
     def seize(self, owner: int) -> _Remains | None:
         """Take what a worker left behind if it is dead; None while it lives."""
-        index = owner & 0xFF
+        index = owner & 0xFF if isinstance(owner, int) else 0
+        if not 0 < index < _SLOTS:  # Another program wrote it; there was no such worker.
+            return _Remains(self, 0, None, False, 0)
         base = index * _SLOT_WORDS
         with self.lock:
             current = self.words[base + _OWNER] == owner
@@ -2905,7 +2907,13 @@ _PROMOTE = """
        SET state = 0, id = max(?, (SELECT max(id) + 1 FROM dramalite_messages))
      WHERE id = ?"""
 
-_NEXT_DUE = "SELECT min(eta) FROM dramalite_messages WHERE state = 1"
+# Texts, which only another program can have put there, are more than any number.
+_NEXT_DUE = f"""
+    SELECT CAST(min(eta) AS INTEGER) FROM dramalite_messages WHERE state = 1 AND eta < {_FOREVER}"""
+
+# The columns of a _Row, fit to be read whatever another program has written there.
+_ROW = """CAST(priority AS INTEGER), id, queue, actor, CAST(crashes AS INTEGER),
+              CAST(crash_limit AS INTEGER), CAST(message_id AS BLOB), body"""
 
 # Targets are a JSON object of queue: actor pairs (a queue may come twice).  SQLite reads at
 # most :limit rows of each pair before it goes on to the next.  A suspect, that is a message
@@ -2924,7 +2932,7 @@ _CLAIM = """
                                 WHERE u.key = s.queue AND u.value = s.actor)
                  ORDER BY s.priority, s.id LIMIT 1))
          ORDER BY m.priority, m.id LIMIT :limit)
-    RETURNING priority, id, queue, actor, crashes, crash_limit, message_id, body"""
+    RETURNING """ + _ROW
 
 # For one at a time: with a list of ids and RETURNING, one takes four times as long, and a
 # hundred at once hardly less.
@@ -2951,7 +2959,7 @@ _COUNT_CRASH = """
 _TAKE_OVER_CRASHED = """
     UPDATE dramalite_messages SET owner = :owner
      WHERE state = 2 AND owner = :dead AND crashes >= crash_limit
-    RETURNING priority, id, queue, actor, crashes, crash_limit, message_id, body"""
+    RETURNING """ + _ROW
 
 _TAKE_BACK = """
     UPDATE dramalite_messages SET state = 0, owner = NULL WHERE state = 2 AND owner = :dead"""
@@ -3047,6 +3055,13 @@ class _Row(NamedTuple):
     crash_limit: int
     message_id: str
     body: bytes
+
+    @classmethod
+    def read(cls, columns: tuple[Any, ...]) -> _Row:
+        """A row of the columns _ROW."""
+        priority, row_id, queue, actor, crashes, crash_limit, message_id, body = columns
+        text = message_id.decode("utf-8", "replace")
+        return cls(priority, row_id, queue, actor, crashes, crash_limit, text, body)
 
 
 def _check_storable(values: tuple[Any, ...]) -> None:
@@ -3854,7 +3869,7 @@ class _Engine(_WatchedDatabase):
         if outcomes:
             self._announce()
         rows.sort()
-        return [_Row._make(row) for row in rows], version
+        return [_Row.read(row) for row in rows], version
 
     def _apply(
         self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]
@@ -3921,7 +3936,7 @@ class _Engine(_WatchedDatabase):
                         raise
                     break  # Those are this worker's by now; the next recover() meets the trouble.
                 remains.release()
-                crashed += [(_Row._make(row), remains.pid) for row in over]
+                crashed += [(_Row.read(row), remains.pid) for row in over]
                 is_news = True
                 get_logger("dramalite.worker").warning(
                     "A worker died; %d of its messages go back to their queues, %d of them were "

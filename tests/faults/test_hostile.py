@@ -7,12 +7,15 @@ import json
 import random
 import re
 import signal
+import sqlite3
 import threading
 import time
 from collections import Counter
 
 import dramalite
 import pytest
+
+from helpers import wait_until
 
 JOBS = """
     @dramalite.actor(max_retries=0)
@@ -513,6 +516,28 @@ def test_control_characters_of_a_stored_message_do_not_reach_the_log_raw(place):
 
     assert "\x1b" not in tree.output()
     assert re.findall(r"^\[FAKE\].*", tree.output(), re.MULTILINE) == []
+
+
+@pytest.mark.parametrize("column", ["priority", "crashes", "crash_limit", "message_id", "body", "eta", "owner"])
+def test_values_that_a_foreign_program_stored_stop_no_other_message(make_file_broker, worker, tmp_path, column):
+    evil = ["x", b"\xff", 1.5, 1e300, -1, 256, 1 << 62]
+    state = {"eta": 1, "owner": 2}.get(column, 0)
+    broker = make_file_broker()
+    done = []
+    work = dramalite.actor(done.append, actor_name="work", max_retries=0)
+    messages = [work.message(number) for number in range(40 * len(evil))]
+    broker.enqueue_many(messages)
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
+        connection.executemany(
+            f"UPDATE dramalite_messages SET state = {state}, {column} = ? WHERE message_id = ?",
+            [(value, message.message_id) for value, message in zip(evil, messages[20::40], strict=True)],
+        )
+    worker(broker)
+    wait_until(lambda: {number for number in range(len(messages)) if number % 40 != 20} <= set(done))
+    work.send("last")
+    wait_until(lambda: "last" in done)
+
+    assert len(done) == len(set(done))
 
 
 @pytest.mark.torture
