@@ -123,14 +123,13 @@ MUTANTS = [
     ),
     Mutant(
         "time-limit-doubled", "jobs have twice their time", "deadlines",
-        "deadline = broker.clock.monotonic() + limit / 1000\n",
-        "deadline = broker.clock.monotonic() + limit / 500\n",
+        "self._deadlines[runner] = broker.clock.monotonic() + limit / 1000\n",
+        "self._deadlines[runner] = broker.clock.monotonic() + limit / 500\n",
     ),
     Mutant(
         "time-limit-of-the-actor-ignored", "only the middleware's limit holds", "deadlines",
-        '        limit = message.options.get("time_limit") or _option(\n'
-        '            message, "time_limit", self.time_limit\n        )',
-        '        limit = message.options.get("time_limit") or self.time_limit',
+        'limit = _truthy_option(message, "time_limit", self.time_limit)',
+        'limit = message.options.get("time_limit") or self.time_limit',
     ),
     # Nothing is lost or done twice
     Mutant(
@@ -214,8 +213,8 @@ MUTANTS = [
     ),
     Mutant(
         "crash-limit-of-the-message-ignored", "its own max_crashes does not count", "dead_letters",
-        'options.get("max_crashes") or defaults.get("max_crashes") or self.max_crashes',
-        'defaults.get("max_crashes") or self.max_crashes',
+        '        crash_limit = options.get("max_crashes")\n',
+        '        crash_limit = None\n',
     ),
     Mutant(
         "on-crash-ignored", 'on_crash="fail" does nothing', "dead_letters",
