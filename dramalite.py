@@ -226,11 +226,11 @@ def _process_is_alive(pid: int) -> bool:
     if _WINDOWS:
         import ctypes
 
-        kernel32 = ctypes.WinDLL("kernel32")  # type: ignore[attr-defined,unused-ignore]
+        kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined,unused-ignore]
         handle = kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
         if handle:
             kernel32.CloseHandle(handle)
-        return bool(handle)
+        return bool(handle) or ctypes.get_last_error() == 5  # type: ignore[attr-defined,unused-ignore]
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):  # The latter for what is no id of any process.
@@ -372,6 +372,11 @@ def _error_text(exception: BaseException) -> str:
     except Exception as error:  # Foreign code; what it raises is told in its place.
         text = f"<str() of this {type(exception).__name__} failed with {type(error).__name__}>"
     return _storable(_cut(text, _MAX_ERROR_CHARS))
+
+
+def _as_refusal(error: Exception, text: str) -> Exception:
+    """A TypeError with a text where the error is one, else a ValueError."""
+    return TypeError(text) if isinstance(error, TypeError) else ValueError(text)
 
 
 def _storable(text: str) -> str:
@@ -641,7 +646,10 @@ class PickleEncoder(Encoder):
         """Return the pickled data."""
         import pickle
 
-        return pickle.dumps(data)
+        try:
+            return pickle.dumps(data)
+        except (pickle.PicklingError, AttributeError) as error:
+            raise TypeError(str(error)) from error
 
     def decode(self, data: bytes) -> Any:
         """Return the unpickled data; raise DecodeError if pickle can't."""
@@ -1153,9 +1161,10 @@ class Interrupt(BaseException):
 _CURRENT_PLATFORM = sys.implementation.name.replace("cpython", "CPython")
 _SUPPORTED_PLATFORMS = frozenset({"CPython"})
 
-_interrupt_lock = threading.Lock()  # Guards the two sets below.
+_interrupt_lock = threading.Lock()  # Guards all below.
 _interruptible: set[int] = set()  # Threads inside an actor's body.
 _interrupted: set[int] = set()  # Those of them in which an interrupt was set.
+_shielded: dict[int, type[Interrupt] | None] = {}  # Those that can't be now, and what is for later.
 
 
 def raise_thread_exception(thread_id: int, exception: type[BaseException]) -> None:
@@ -1237,6 +1246,9 @@ def _interrupt(
         if runner in _stoppers:
             _stoppers[runner](exception)
             return True
+        if runner in _shielded:
+            _shielded[runner] = exception
+            return True
         if runner not in _interruptible:
             return False
         _interrupted.add(runner)
@@ -1251,21 +1263,46 @@ def _call_interruptibly(fn: Callable[..., Any], args: Iterable[Any], kwargs: dic
         _interruptible.add(thread_id)
         return fn(*args, **kwargs)
     finally:
-        while not _leave_interruptible(thread_id):
-            pass
+        while True:
+            try:
+                _leave_interruptible(thread_id)
+                break
+            except Interrupt:  # The body has ended by itself; an interrupt that comes now is too late.
+                pass
 
 
-def _leave_interruptible(thread_id: int) -> bool:
-    """Close the thread to interrupts and drop a pending one; False if one arrived meanwhile."""
-    try:
-        with _interrupt_lock:
-            _interruptible.discard(thread_id)
+def _leave_interruptible(thread_id: int) -> None:
+    """Close the thread to interrupts and drop a pending one."""
+    with _interrupt_lock:
+        _interruptible.discard(thread_id)
+        if thread_id in _interrupted:
+            _interrupted.discard(thread_id)
+            _set_async_exception(thread_id, None)
+
+
+def _uninterrupted(fn: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Make a function that keeps interrupts away from this thread while it runs; they come later."""
+
+    @functools.wraps(fn)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        thread_id = threading.get_ident()
+        if thread_id not in _interruptible or thread_id in _shielded:
+            return fn(*args, **kwargs)
+        try:
+            with _interrupt_lock:
+                _shielded[thread_id] = None
             if thread_id in _interrupted:
-                _interrupted.discard(thread_id)
-                _set_async_exception(thread_id, None)
-    except Interrupt:  # The body has ended by itself; an interrupt that comes now is too late.
-        return False
-    return True
+                for _ in range(10):  # One that is pending is raised here.
+                    pass
+            return fn(*args, **kwargs)
+        finally:
+            with _interrupt_lock:
+                exception = _shielded.pop(thread_id, None)
+                if exception is not None:
+                    _interrupted.add(thread_id)
+                    raise_thread_exception(thread_id, exception)
+
+    return call
 
 
 # ------------------------------------------------------------------------------------------
@@ -1635,7 +1672,7 @@ class _EventLoopThread:
                 _stoppers.pop(runner, None)
             if not task.cancelled():
                 error = task.exception()
-                on_end(*((None, error) if error else task.result()))
+                on_end(*(task.result() if error is None else (None, error)))
             elif interrupts:
                 on_end(None, interrupts[0]())
             else:
@@ -2244,6 +2281,7 @@ class group:  # noqa: N801  (Dramatiq's name)
         callbacks = list(self.completion_callbacks)
         children = self.children
         if successor is not None:
+            self._chains()  # What can't be waited for is refused before anything is sent.
             children = [_storing_results(child) for child in children]
             callbacks.append(_after_group(successor, children).asdict())
         uuid = _new_message_id(self.broker.clock.time_ms(), self.broker._entropy())
@@ -2259,20 +2297,24 @@ class group:  # noqa: N801  (Dramatiq's name)
                 self.broker.enqueue(Message(**data))
         return children
 
-    def describe(self) -> dict[str, Any]:
-        """This group as data for the step before it; see restore()."""
-        chains: list[list[dict[str, Any]]] = []
+    def _chains(self) -> list[list[Message[Any]]]:
+        """The messages of each child of a step; TypeError where it is more than a pipeline of them."""
+        chains: list[list[Any]] = []
         for child in self.children:
-            steps: list[Any] = child.messages if isinstance(child, pipeline) else [child]
-            if not steps or not all(isinstance(step, Message) for step in steps):
+            chains.append(child.messages if isinstance(child, pipeline) else [child])
+            if not chains[-1] or not all(isinstance(step, Message) for step in chains[-1]):
                 raise TypeError(
                     f"{child} can't be in a group that is a step of a pipeline; give messages, or "
                     f"pipelines of messages."
                 )
-            chains.append([step.asdict() for step in steps])
+        return chains
+
+    def describe(self) -> dict[str, Any]:
+        """This group as data for the step before it; see restore()."""
+        chains = self._chains()
         successor = self.successor
         return {
-            "chains": chains,
+            "chains": [[step.asdict() for step in chain] for chain in chains],
             "completion_callbacks": self.completion_callbacks,
             "end_callbacks": self.end_callbacks,
             "successor": None if successor is None else successor.asdict(),
@@ -2395,7 +2437,7 @@ def _results_in_order(
 # Lost-wake-up rule: a worker says that it sleeps before its last look at the queue.
 # ------------------------------------------------------------------------------------------
 _SLOTS = 128  # Slot 0 is the header: word 0 is the highest slot ever used.
-_SLOT_WORDS = 256
+_SLOT_WORDS = 1024
 _OWNER, _PORT, _WAKE_AT, _SERVES, _PID, _RUNNING = range(6)  # Words of a slot; the rest: running.
 _MAX_TRACKED = _SLOT_WORDS - _RUNNING
 
@@ -2424,9 +2466,10 @@ class _Bell:
 
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for a ring; tell whether there was one."""
-        rung = self._event.wait(timeout)
+        if not self._event.wait(timeout):
+            return False  # Not to clear a ring that came since.
         self._event.clear()
-        return rung
+        return True
 
     def close(self) -> None:
         """Let go of what the bell holds."""
@@ -2539,7 +2582,7 @@ class _Slots:
     def wake(self, due_ms: int, bit: int) -> None:
         """Ring one worker that serves `bit` and sleeps beyond `due_ms`, if there is one."""
         words = self.words
-        for base in range(_SLOT_WORDS, (words[0] + 1) * _SLOT_WORDS, _SLOT_WORDS):
+        for base in self._used():
             if words[base + _WAKE_AT] > due_ms and words[base + _SERVES] & bit:
                 words[base + _WAKE_AT] = 0
                 self._ring(base)
@@ -2548,10 +2591,15 @@ class _Slots:
     def wake_watchers(self) -> None:
         """Ring all that wait for outcomes."""
         words = self.words
-        for base in range(_SLOT_WORDS, (words[0] + 1) * _SLOT_WORDS, _SLOT_WORDS):
+        for base in self._used():
             if words[base + _SERVES] == _WATCHING and words[base + _WAKE_AT]:
                 words[base + _WAKE_AT] = 0
                 self._ring(base)
+
+    def _used(self) -> range:
+        """Where the slots begin that were ever used."""
+        highest = min(self.words[0], _SLOTS - 1)  # More, if the file holds something else.
+        return range(_SLOT_WORDS, (highest + 1) * _SLOT_WORDS, _SLOT_WORDS)
 
     def _ring(self, base: int) -> None:
         bell = self.bells.get(base // _SLOT_WORDS)
@@ -2674,19 +2722,19 @@ class _SideFile(_Slots):
             "_dramalite_side_files", types.ModuleType("_dramalite_side_files")
         ).__dict__
         self.lock = shared.setdefault("lock", threading.RLock())
-        self._files: dict[str, tuple[int, Any, set[int], tuple[int, int]]] = shared.setdefault(
-            "files", {}
-        )
+        self._files: dict[Any, types.SimpleNamespace] = shared.setdefault("files", {})  # By identity.
+        self._is_closed = False
         with self.lock:
-            entry = self._files.get(self.path)
-            if entry is None or entry[3] != _file_identity(self.path):
-                entry = self._files[self.path] = self._open(create)
-            self._descriptor, self.words, self.held, self._identity = entry
+            file = self._files.get(_file_identity(self.path))
+            self._file: types.SimpleNamespace = self._open(create) if file is None else file
+            self._file.users += 1
+        self._descriptor, self._identity = self._file.descriptor, self._file.identity
+        self.words, self.held = self._file.words, self._file.held
         self._sender = _make_sender()
         if self._sender is not None:
             weakref.finalize(self, self._sender.close)
 
-    def _open(self, create: bool) -> tuple[int, Any, set[int], tuple[int, int]]:
+    def _open(self, create: bool) -> types.SimpleNamespace:
         import mmap
 
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
@@ -2694,11 +2742,18 @@ class _SideFile(_Slots):
         try:
             _fill_up(descriptor, _SIDE_FILE_SIZE)
             status = os.fstat(descriptor)
-            words = memoryview(mmap.mmap(descriptor, _SIDE_FILE_SIZE)).cast("q")
+            mapping = mmap.mmap(descriptor, _SIDE_FILE_SIZE)
         except OSError:
             os.close(descriptor)  # Nothing of this process is locked through it yet.
             raise
-        return descriptor, words, set(), (status.st_dev, status.st_ino)
+        identity = status.st_dev, status.st_ino
+        return self._files.setdefault(
+            identity,
+            types.SimpleNamespace(
+                descriptor=descriptor, mapping=mapping, words=memoryview(mapping).cast("q"),
+                identity=identity, held=set(), users=0,
+            ),
+        )  # fmt: skip
 
     def make_bell(self) -> _Bell:
         try:
@@ -2734,10 +2789,25 @@ class _SideFile(_Slots):
     def _give_back(self, index: int) -> None:
         with contextlib.suppress(OSError):  # A job that closed the descriptor gave it back.
             _unlock_byte(self._descriptor, index)
+        self._close_if_unused()
 
     def close(self) -> None:
         if self._sender is not None:
             self._sender.close()
+        with self.lock:
+            self._file.users -= not self._is_closed
+            self._is_closed = True
+            self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        """Close the file once nobody uses it: any sooner, and the locks that we hold would go with it."""
+        file = self._file
+        if not file.users and not file.held and self._files.get(file.identity) is file:
+            del self._files[file.identity]
+            file.words.release()
+            file.mapping.close()
+            if self.is_held():  # Or a job has closed the descriptor, and the number may be another's.
+                os.close(file.descriptor)
 
     @staticmethod
     def forget_all() -> None:
@@ -3004,7 +3074,7 @@ _OLD = (
     (
         "dramalite_groups",
         "uuid",
-        """uuid < :first_uuid AND (failed_at < :long_ago
+        """uuid < :first_uuid AND (unended = 0 AND failed_at < :long_ago
             OR NOT EXISTS (SELECT 1 FROM dramalite_messages))""",
     ),
 )
@@ -3215,8 +3285,9 @@ class _Database:
             connection.execute("PRAGMA wal_autocheckpoint = 0")
             full = role == "send" and self._durability == "full"
             connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
-            if sys.platform == "darwin" and full:
-                connection.execute("PRAGMA fullfsync = 1")
+            if sys.platform == "darwin" and self._durability == "full":
+                connection.execute(f"PRAGMA fullfsync = {int(full)}")
+                connection.execute("PRAGMA checkpoint_fullfsync = 1")  # The log starts anew after it.
             connection.execute("PRAGMA mmap_size = 0")
         connection.execute("PRAGMA cache_size = -2048")
         connection.execute("PRAGMA temp_store = MEMORY")
@@ -3271,6 +3342,27 @@ class _Database:
         for connection in self._connections.values():
             with contextlib.suppress(self._errors):
                 connection.close()  # From 3.13 on, Python warns of those that are just dropped.
+        if self._slots is not None:
+            self._slots.close()
+
+    @_uninterrupted
+    def slots(self) -> _Slots:
+        """The slots of this database's workers; makes the side file if need be."""
+        with self._lock:
+            if self._slots is None or not self._slots.is_current():
+                if self.path is None:
+                    self._slots = _Slots()
+                else:
+                    self._connect("work")
+                    if self._slots is not None:
+                        self._slots.close()
+                    try:
+                        self._slots = _SideFile(self._beside("-lock"), create=True)
+                    except OSError as error:
+                        raise ConnectionFailed(
+                            f"The side file {self.path + '-lock'!r} can't be used: {error}."
+                        ) from error
+            return self._slots
 
     def forget(self) -> None:
         """In a forked child: what was inherited is the parent's; keep it, never touch it."""
@@ -3308,8 +3400,9 @@ class _Database:
     @contextlib.contextmanager
     def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
         """One write transaction: all of it, or after any exception nothing."""
-        self._patiently(connection.execute, "BEGIN IMMEDIATE")
+        self._end_leftover(connection)
         try:
+            self._patiently(connection.execute, "BEGIN IMMEDIATE")
             yield
             self._patiently(connection.execute, "COMMIT")
         except BaseException:
@@ -3318,9 +3411,15 @@ class _Database:
                     connection.execute("ROLLBACK")
             raise
 
+    def _end_leftover(self, connection: sqlite3.Connection) -> None:
+        """Roll back what a signal handler's exception kept from being ended.  Call with _lock held."""
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Hold the lock for a write; SQLite's errors become BrokerErrors."""
+        before = self.changes() if self._watchers else -1
         with self._lock:
             self._is_writing = True
             try:
@@ -3330,8 +3429,13 @@ class _Database:
             finally:
                 self._is_writing = False
                 self._finish_write()
-        if self._watchers:
+        if self._watchers and self.changes() != before:
             self.notify()
+
+    def changes(self) -> int:
+        """A number that changes when this process has changed the database."""
+        with self._lock:
+            return sum(connection.total_changes for connection in self._connections.values())
 
     def _finish_write(self) -> None:
         """Called after each write, with the lock held."""
@@ -3339,6 +3443,7 @@ class _Database:
     def notify(self) -> None:
         """Called after each write, while somebody watches."""
 
+    @_uninterrupted
     def _read(
         self, sql: str, values: Any = (), role: str = "read"
     ) -> list[tuple[Any, ...]]:
@@ -3374,11 +3479,11 @@ class _Database:
             self._checkpoint("TRUNCATE")
 
     def _checkpoint(self, mode: str) -> None:
-        slots = self._slots
-        if slots is not None and not slots.begin_checkpoint():
-            return  # Another one is at it.
-        try:
-            with contextlib.suppress(self._errors):  # Not now then; the next will.
+        with contextlib.suppress(self._errors, BrokerError):  # Not now then; the next will.
+            slots = self.slots()
+            if not slots.begin_checkpoint():
+                return  # Another one is at it.
+            try:
                 with self._checkpoint_lock:
                     with self._lock:
                         connection = self._connect("checkpoint")
@@ -3390,8 +3495,7 @@ class _Database:
                 if mode == "TRUNCATE" or moved[1] > 2 * _LONG_LOG // _PAGE_SIZE:
                     with self._lock:
                         connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
-        finally:
-            if slots is not None:
+            finally:
                 slots.end_checkpoint()
 
     def _beside(self, suffix: str) -> str:
@@ -3538,22 +3642,6 @@ class _WatchedDatabase(_Database):
 
     # Waking workers.
 
-    def slots(self) -> _Slots:
-        """The slots of this database's workers; makes the side file if need be."""
-        with self._lock:
-            if self._slots is None or not self._slots.is_current():
-                if self.path is None:
-                    self._slots = _Slots()
-                else:
-                    self._connect("work")
-                    try:
-                        self._slots = _SideFile(self._beside("-lock"), create=True)
-                    except OSError as error:
-                        raise ConnectionFailed(
-                            f"The side file {self.path + '-lock'!r} can't be used: {error}."
-                        ) from error
-            return self._slots
-
     def bit(self, queue: str, actor: str) -> int:
         """The bit that stands for a queue and actor in a worker's word of what it serves."""
         bit = self._bits.get((queue, actor))
@@ -3586,7 +3674,8 @@ class _WatchedDatabase(_Database):
                 slots = self._slots = _SideFile(self._beside("-lock"), create=False)
             except OSError:  # None runs, or it can't be seen from here: it polls.
                 return
-        slots.wake(due_ms, bit)
+        with contextlib.suppress(ValueError):  # Closed by another thread just now.
+            slots.wake(due_ms, bit)
 
     # Watching.
 
@@ -3597,12 +3686,15 @@ class _WatchedDatabase(_Database):
             self.changed.notify_all()
             callbacks, self._callbacks = self._callbacks, []
         for callback in callbacks:
-            callback()
+            with contextlib.suppress(RuntimeError):  # Its event loop was closed.
+                callback()
 
     def _announce(self) -> None:
         """Ring for those that wait elsewhere for outcomes."""
-        if self.path is not None and self._slots is not None:
-            self._slots.wake_watchers()
+        slots = self._slots
+        if self.path is not None and slots is not None:
+            with contextlib.suppress(ValueError):  # Closed by another thread just now.
+                slots.wake_watchers()
 
     def watch(
         self, is_done: Callable[[], bool], timeout_s: float | None, is_announced: bool = True
@@ -3717,6 +3809,9 @@ class _Ticket:
         self.error: Exception | None = None
 
 
+_INTERRUPTED_SEND = "The send was interrupted; it may not be stored."
+
+
 def _import_for_sending() -> None:
     """Import what a send uses, before the first one, which may be in a signal handler.
 
@@ -3762,6 +3857,7 @@ class _Engine(_WatchedDatabase):
             message.message_id, body,
         )  # fmt: skip
 
+    @_uninterrupted
     def insert(self, rows: list[tuple[Any, ...]]) -> None:
         """Store rows; they are on disk (by the durability chosen) when this returns.
 
@@ -3776,6 +3872,8 @@ class _Engine(_WatchedDatabase):
                 return
             if not ticket.done:
                 self._store_all()
+        if not ticket.done:  # Taken by a thread that an exception from outside ended just then.
+            raise BrokerError(_INTERRUPTED_SEND)
         if ticket.error is not None:
             raise ticket.error
         for row in rows if len(rows) == 1 else _one_row_a_target(rows):
@@ -3788,19 +3886,18 @@ class _Engine(_WatchedDatabase):
 
     def _store_waiting(self) -> None:
         """Store the rows of all senders that wait, in one commit.  Call with _lock held."""
-        if not self._waiting:
-            return  # A signal handler's send, just now, took all with it.
-        tickets = [self._waiting.popleft()]
-        rows = tickets[0].rows
-        while self._waiting:
-            tickets.append(self._waiting.popleft())
-            rows = rows + tickets[-1].rows
+        tickets: list[_Ticket] = []
+        rows: list[tuple[Any, ...]] = []
         is_stored = False
         error: Exception | None = None
         try:
+            while self._waiting:  # Nothing waits where a signal handler's send, just now, took all.
+                tickets.append(self._waiting.popleft())
+                rows = rows + tickets[-1].rows if rows else tickets[-1].rows
             connection = self._connect("send")
             if len(rows) == 1:
                 # One statement, hence atomic by itself, also for a signal handler between two.
+                self._end_leftover(connection)
                 self._patiently(connection.execute, _INSERT, rows[0])
             elif rows:
                 with self._transaction(connection):
@@ -3813,7 +3910,7 @@ class _Engine(_WatchedDatabase):
             error = cause
         finally:
             if not is_stored and error is None:
-                error = BrokerError("The send was interrupted; it may not be stored.")
+                error = BrokerError(_INTERRUPTED_SEND)
             for ticket in tickets:
                 ticket.error = error
                 ticket.done = True
@@ -3838,6 +3935,7 @@ class _Engine(_WatchedDatabase):
 
     # Working.
 
+    @_uninterrupted
     def exchange(
         self, slot: _Slot, outcomes: list[_Outcome], limit: int, targets: str, suspects: bool
     ) -> tuple[list[_Row], int]:
@@ -3855,12 +3953,22 @@ class _Engine(_WatchedDatabase):
                     self._apply(connection, slot.owner, outcomes)
                 if limit:
                     version = connection.execute("PRAGMA data_version").fetchone()[0]
+                    version += connection.total_changes
                     self._promote(connection)
                     if connection.execute(_IS_READY).fetchone()[0]:  # A tenth of a claim's time.
                         rows = connection.execute(
                             _CLAIM,
                             {"owner": slot.owner, "targets": targets, "limit": limit, "suspects": suspects},
                         ).fetchall()
+        try:
+            self._tell_of(outcomes)
+        except Exception:  # What is committed holds, whatever happens to those who hear of it.
+            get_logger("dramalite.worker").critical("Not all heard of a commit.", exc_info=True)
+        rows.sort()
+        return [_Row.read(row) for row in rows], version
+
+    def _tell_of(self, outcomes: list[_Outcome]) -> None:
+        """Have done what follows the commit of outcomes, and wake those who wait for it."""
         for outcome in outcomes:
             if outcome.after_commit is not None:
                 outcome.after_commit()
@@ -3868,8 +3976,6 @@ class _Engine(_WatchedDatabase):
                 self._wake(due_ms, bit)
         if outcomes:
             self._announce()
-        rows.sort()
-        return [_Row.read(row) for row in rows], version
 
     def _apply(
         self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]
@@ -3897,6 +4003,7 @@ class _Engine(_WatchedDatabase):
         if due:
             connection.executemany(_PROMOTE, [(now * 1000, row_id) for (row_id,) in due])
 
+    @_uninterrupted
     def hand_back(self, slot: _Slot, rows: list[_Row]) -> None:
         """Give claimed rows back in their old place, as if they had never been claimed."""
         with self._writing():
@@ -3953,14 +4060,12 @@ class _Engine(_WatchedDatabase):
 
     # Looking.
 
+    @_uninterrupted
     def data_version(self) -> int:
-        """A number that changes when another connection than the worker's has changed the database."""
-        return cast(int, self._read("PRAGMA data_version", role="work")[0][0])
-
-    def changes(self) -> int:
-        """A number that changes when this process has changed the database."""
+        """A number that changes when the database has changed."""
         with self._lock:
-            return sum(connection.total_changes for connection in self._connections.values())
+            (row,) = self._read("PRAGMA data_version", role="work")
+            return cast(int, row[0]) + self._connect("work").total_changes
 
     def next_due(self) -> int | None:
         """When the next delayed message is due, milliseconds since 1970; None if there is none."""
@@ -4017,6 +4122,7 @@ class _Engine(_WatchedDatabase):
 
     # Results.
 
+    @_uninterrupted
     def store(self, statement: str, values: tuple[Any, ...]) -> None:
         """Run one write statement as a transaction of its own."""
         with self._writing():
@@ -4029,6 +4135,7 @@ class _Engine(_WatchedDatabase):
         rows = self._read(_RESULT, (message_id, key, self._clock().time_ms()))
         return rows[0][0] if rows else None
 
+    @_uninterrupted
     def take(self, queue: str) -> list[bytes]:
         """Remove the first ready message of a queue; its body, if there was one."""
         with self._writing():
@@ -4043,6 +4150,7 @@ class _Engine(_WatchedDatabase):
         rows = [self._read(_LIMIT, (key, now), role="work") for key in keys]
         return [row[0][0] if row else None for row in rows]
 
+    @_uninterrupted
     def change_limit(
         self, key: str, change: Callable[[int | None], int | None], ttl: int
     ) -> bool:
@@ -4081,6 +4189,7 @@ class _Engine(_WatchedDatabase):
 
     # House-keeping.
 
+    @_uninterrupted
     def flush(self, queue: str | None) -> None:
         """Drop what waits or is delayed in a queue; with None in all, and the dead letters."""
         with self._writing():
@@ -4122,7 +4231,16 @@ def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
 _engines: weakref.WeakSet[_Engine] = weakref.WeakSet()
 _inherited: list[Any] = []
 _fork_hooks_are_registered = False
-_locked_for_fork: list[Any] = []
+
+
+class _LockedForFork(threading.local):
+    """What this thread has locked until it has forked."""
+
+    def __init__(self) -> None:
+        self.locks: list[Any] = []
+
+
+_locked_for_fork = _LockedForFork()
 
 
 def _register_fork_hooks() -> None:
@@ -4138,20 +4256,21 @@ def _before_fork() -> None:
     for engine in list(_engines):
         for lock in (engine._checkpoint_lock, engine._lock):
             lock.acquire()
-            _locked_for_fork.append(lock)
+            _locked_for_fork.locks.append(lock)
 
 
 def _after_fork_in_parent() -> None:
-    while _locked_for_fork:
-        _locked_for_fork.pop().release()
+    while _locked_for_fork.locks:
+        _locked_for_fork.locks.pop().release()
 
 
 def _after_fork_in_child() -> None:
     global _interrupt_lock, _broker_lock, _event_loop_lock
-    _locked_for_fork.clear()
+    _locked_for_fork.locks.clear()
     _SideFile.forget_all()
     _interrupt_lock, _event_loop_lock, _broker_lock = threading.Lock(), threading.Lock(), threading.RLock()
     _interruptible.clear()
+    _shielded.clear()
     for engine in list(_engines):
         engine.forget()
 
@@ -4351,6 +4470,8 @@ class SQLiteResultBackend(ResultBackend):
 
     def _why_never(self, message: Any) -> str | None:
         broker = self.broker
+        if getattr(message, "_broker", None) not in (None, broker):
+            return None  # It is elsewhere; only its result is to come here.
         actor = broker.actors.get(message.actor_name)
         if actor is not None:
             stores = any(
@@ -4453,7 +4574,9 @@ class Results(Middleware):
 
     def after_nack(self, broker: Broker, message: MessageProxy) -> None:
         if self._stores(broker, message) and message.failed:
-            exception = message._exception or RuntimeError("The message failed.")
+            exception = message._exception
+            if exception is None:
+                exception = RuntimeError("The message failed.")
             self.backend.store_exception(message, exception, self._ttl(message))
 
 
@@ -4478,7 +4601,7 @@ def _hands_result_on(message: MessageProxy) -> bool:
 
 def _fail_for_result(broker: Broker, message: MessageProxy, error: Exception) -> None:
     """The actor has run, but what it returned can't be kept or passed on: fail and say why."""
-    refusal = type(error)(f"The result of actor {message.actor_name!r} can't be kept: {error}")
+    refusal = _as_refusal(error, f"The result of actor {message.actor_name!r} can't be kept: {error}")
     broker.logger.error("Message %s failed: %s", message.message_id, refusal)
     message.fail()
     message.stuff_exception(refusal)
@@ -4958,7 +5081,7 @@ class Callbacks(Middleware):
             result = {"type": type(exception).__name__, "message": _error_text(exception)}
         try:
             _send_callback(broker, callback, message, result)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # Also of a hook that refuses it.
             if exception is None:
                 _fail_for_result(broker, message, error)
             else:
@@ -5015,7 +5138,7 @@ class Pipelines(Middleware):
             elif target:
                 successor = self._with_result(broker, Message(**target), result)
                 broker.enqueue(successor, delay=successor.options.get("delay") or None)
-        except (TypeError, ValueError, QueueNotFound) as error:
+        except Exception as error:  # Also of a hook that refuses the next step.
             _fail_for_result(broker, message, error)
 
     def _with_result(self, broker: Broker, step: Any, result: Any) -> Any:
@@ -5862,7 +5985,7 @@ class _EngineBroker(Broker):
         try:
             body = _encoder.encode(message.asdict())
         except (TypeError, ValueError) as error:
-            raise type(error)(f"Message for actor {message.actor_name!r}: {error}") from None
+            raise _as_refusal(error, f"Message for actor {message.actor_name!r}: {error}") from None
         if len(body) > self.max_message_size + (_SIZE_SLACK if self._collecting.outcome else 0):
             raise ValueError(
                 f"Message for actor {message.actor_name!r} has {len(body)} bytes; max_message_size is "
@@ -5965,7 +6088,9 @@ class _EngineBroker(Broker):
             )
         if self.fail_fast_default if fail_fast is None else fail_fast:
             for letter in self.dead_letters_by_queue.get(queue_name, [])[:1]:
-                raise letter._exception or ResultFailure(f"{letter} failed: {letter.reason}")
+                if letter._exception is not None:
+                    raise letter._exception
+                raise ResultFailure(f"{letter} failed: {letter.reason}")
 
     def pending(self) -> list[Message[Any]]:
         """The messages that wait or run, in their order, then those that are delayed.
@@ -6597,11 +6722,10 @@ class _Dispatcher:
         self._engine = broker._engine
         self._threads = threads
         self._coroutines = coroutines  # How many may run at once.
-        self._is_tracked = threads + coroutines <= _MAX_TRACKED
         self._longest_poll_s = poll_s
         self._poll_s = min(_POLL_S, poll_s)
         slots = self._engine.slots()
-        self._slot = slots.acquire(slots.make_bell(), 0, self._is_tracked)
+        self._slot = slots.acquire(slots.make_bell(), 0, tracked=True)
         self._exchange_lock = threading.Lock()
         lock = threading.Lock()  # Guards all below, and those above.
         self._cond = threading.Condition(lock)  # What idle threads wait on,
@@ -6660,13 +6784,11 @@ class _Dispatcher:
         job = self.running[index] = _Job(row)
         job.key = index
         self._slot.run(index, row.id)
-        if self._idle and (self._batch.wants_help() if self._batch.rows else self._wants_waiter()):
+        # The bell may go without a waiter where this thread is soon back.
+        wants_waiter = not (self._is_waited_for or (self._batch.is_for_one and self._finished))
+        if self._idle and (self._batch.wants_help() if self._batch.rows else wants_waiter):
             self._cond.notify()
         return job
-
-    def _wants_waiter(self) -> bool:
-        """Tell whether another thread is to wait at the bell now, not only if this one takes long."""
-        return not (self._is_waited_for or (self._batch.is_for_one and self._finished))
 
     def _finish(self, job: _Job, now: float) -> None:
         """Keep a job's outcome for the next exchange.  Call with _cond held."""
@@ -6718,7 +6840,6 @@ class _Dispatcher:
             return not job.is_given_up
 
     def _keep(self, outcome: _Outcome, now: float) -> None:
-        """Keep an outcome for the next exchange.  Call with _cond held."""
         if not self._finished:
             self._finished_at = now
         self._finished.append(outcome)
@@ -6739,7 +6860,7 @@ class _Dispatcher:
                 suspects = self._suspects == 0
                 outcomes, self._finished = self._finished, []
             if not limit:
-                self._write(outcomes)
+                self._trade(outcomes)
                 return False
             self._targets.refresh(self._slot)
             self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
@@ -6774,34 +6895,39 @@ class _Dispatcher:
             self._engine.wake(0, rows[-1].queue, rows[-1].actor)
         return True
 
-    def _trade(self, outcomes: list[_Outcome], limit: int, suspects: bool, targets: str) -> list[_Row]:
+    def _trade(
+        self, outcomes: list[_Outcome], limit: int = 0, suspects: bool = False, targets: str = "{}"
+    ) -> list[_Row]:
         """One transaction with the engine; if it fails, the outcomes are kept for the next."""
+        if not outcomes and not limit:
+            return []
         self._traded = outcomes
         try:
             rows, version = self._engine.exchange(self._slot, outcomes, limit, targets, suspects)
         except BrokerError as error:
             with self._cond:
-                if not isinstance(error, ConnectionClosed):  # With the file, its rows are gone.
-                    self._finished = outcomes + self._finished
-            self._traded = []
+                self._finished = outcomes + self._finished
             self.complain(error)
             return []
-        self._traded = []
+        finally:
+            self._traded = []
         self._trouble_at = None
         if limit:
             self._seen_version = version
         return rows
 
-    def _write(self, outcomes: list[_Outcome]) -> None:
-        if outcomes:
-            self._trade(outcomes, 0, False, "{}")
+    def write_at_once(self, job: _Job) -> None:
+        """Write a job's outcome while the slot still tells that it runs; nothing is left of it then."""
+        with self._exchange_lock:
+            self._trade([job.outcome])
+        job.outcome = _Outcome(job.row)
 
     def write(self) -> None:
         """Write what is finished, now."""
         with self._exchange_lock:
             with self._cond:
                 outcomes, self._finished = self._finished, []
-            self._write(outcomes)
+            self._trade(outcomes)
 
     def complain(self, error: Exception) -> None:
         """Log trouble with the database or the system, not more than once a minute until it is over."""
@@ -6814,12 +6940,11 @@ class _Dispatcher:
 
     def _release(self, rows: list[_Row]) -> None:
         """Give claimed rows back that were not started."""
-        if not rows:
-            return
         with self._cond:
             self._suspects -= sum(row.crashes > 0 for row in rows)
         try:
-            self._engine.hand_back(self._slot, rows)
+            if rows:
+                self._engine.hand_back(self._slot, rows)
         except BrokerError as error:
             self.complain(error)
             with self._cond:
@@ -6862,6 +6987,7 @@ class _Dispatcher:
                 wait_s = min(wait_s, (due - clock.time_ms()) / 1000)
             if wait_s > 0 and self._slot.bell.wait(wait_s):
                 self._poll_s = min(_POLL_S, self._longest_poll_s)
+                self._was_polled = False
                 return
             if self._finished or (due is not None and due <= clock.time_ms()):
                 return
@@ -7006,13 +7132,10 @@ class _Dispatcher:
         """If the side file was deleted or replaced, get a slot in the one that others see."""
         if self._slot.is_current():
             return
-        self.logger.error(
-            "The side file of %r was deleted or replaced; making a new one.", self._broker
-        )
+        self.logger.error("The side file of %r was deleted or replaced; making a new one.", self._broker)
         with self._exchange_lock:
             old = self._slot
-            slots = self._engine.slots()
-            self._slot = slots.acquire(old.bell, 0, self._is_tracked)
+            self._slot = self._engine.slots().acquire(old.bell, 0, tracked=True)
             self._engine.adopt(self._slot, old.owner)
             self._targets.forget()
             self._targets.refresh(self._slot)
@@ -7061,6 +7184,11 @@ class Worker:
         self.broker = broker
         if async_concurrency < 1:
             raise ValueError(f"async_concurrency is {async_concurrency!r}; give 1 or more.")
+        if worker_threads + async_concurrency > _MAX_TRACKED:
+            raise ValueError(
+                f"worker_threads and async_concurrency are {worker_threads} and {async_concurrency}; "
+                f"give {_MAX_TRACKED} at most together, and start more processes instead."
+            )
         self.worker_threads = worker_threads
         self.async_concurrency = async_concurrency
         self.worker_timeout = worker_timeout
@@ -7213,6 +7341,8 @@ class Worker:
             self._processor.conclude(job)
         else:
             job.context.run(_runner.call_for, job.runner, self._processor.conclude, job)
+        if job.row.crash_limit == 1:  # It may not run again if the process dies now.
+            dispatcher.write_at_once(job)
         return True
 
     def _start_coroutine(self, job: _Job, dispatcher: _Dispatcher) -> None:
