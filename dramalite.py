@@ -1161,7 +1161,7 @@ class Interrupt(BaseException):
 _CURRENT_PLATFORM = sys.implementation.name.replace("cpython", "CPython")
 _SUPPORTED_PLATFORMS = frozenset({"CPython"})
 
-_interrupt_lock = threading.Lock()  # Guards all below.
+_interrupt_lock = threading.RLock()  # Guards all below; a signal handler may come in between.
 _interruptible: set[int] = set()  # Threads inside an actor's body.
 _interrupted: set[int] = set()  # Those of them in which an interrupt was set.
 _shielded: dict[int, type[Interrupt] | None] = {}  # Those that can't be now, and what is for later.
@@ -3421,6 +3421,11 @@ class _Database:
         """Hold the lock for a write; SQLite's errors become BrokerErrors."""
         before = self.changes() if self._watchers else -1
         with self._lock:
+            if self._is_writing:
+                raise BrokerError(
+                    f"A signal handler or finalizer interrupted this very thread while it wrote to "
+                    f"{self.path!r}; there it can send messages, and nothing else."
+                )
             self._is_writing = True
             try:
                 yield
@@ -3479,7 +3484,7 @@ class _Database:
             self._checkpoint("TRUNCATE")
 
     def _checkpoint(self, mode: str) -> None:
-        with contextlib.suppress(self._errors, BrokerError):  # Not now then; the next will.
+        with contextlib.suppress(self._errors, BrokerError, OSError):  # Not now then; the next will.
             slots = self.slots()
             if not slots.begin_checkpoint():
                 return  # Another one is at it.
@@ -4268,7 +4273,7 @@ def _after_fork_in_child() -> None:
     global _interrupt_lock, _broker_lock, _event_loop_lock
     _locked_for_fork.locks.clear()
     _SideFile.forget_all()
-    _interrupt_lock, _event_loop_lock, _broker_lock = threading.Lock(), threading.Lock(), threading.RLock()
+    _interrupt_lock, _event_loop_lock, _broker_lock = threading.RLock(), threading.Lock(), threading.RLock()
     _interruptible.clear()
     _shielded.clear()
     for engine in list(_engines):
