@@ -3449,9 +3449,7 @@ class _Database:
         """Called after each write, while somebody watches."""
 
     @_uninterrupted
-    def _read(
-        self, sql: str, values: Any = (), role: str = "read"
-    ) -> list[tuple[Any, ...]]:
+    def _read(self, sql: str, values: Any = (), role: str = "read") -> list[tuple[Any, ...]]:
         """Run a query, on the connection that reads if no other is asked for."""
         with self._lock:
             try:
