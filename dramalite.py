@@ -9147,7 +9147,13 @@ def main(args: list[str] | argparse.Namespace | None = None) -> int:
     """Run the command line, or what make_argument_parser() made of one; return the exit code."""
     import argparse
 
-    namespace = args if isinstance(args, argparse.Namespace) else _parser().parse_args(args)
+    parser = _parser()
+    namespace = args if isinstance(args, argparse.Namespace) else parser.parse_args(args)
+    if namespace.threads + namespace.async_concurrency > _MAX_TRACKED:
+        parser.error(
+            f"--threads {namespace.threads} and --async-concurrency {namespace.async_concurrency} are more "
+            f"than {_MAX_TRACKED} together; use more --processes instead."
+        )
     if namespace.child is None:
         return _Supervisor(namespace, _child_command(args)).run()
     vars(namespace).update(json.loads(namespace.namespace or "{}"))
