@@ -3963,6 +3963,9 @@ class _Engine(_WatchedDatabase):
                             _CLAIM,
                             {"owner": slot.owner, "targets": targets, "limit": limit, "suspects": suspects},
                         ).fetchall()
+            for outcome in outcomes:
+                if outcome.after_commit is not None:
+                    outcome.after_commit()
         try:
             self._tell_of(outcomes)
         except Exception:  # What is committed holds, whatever happens to those who hear of it.
@@ -3971,10 +3974,8 @@ class _Engine(_WatchedDatabase):
         return [_Row.read(row) for row in rows], version
 
     def _tell_of(self, outcomes: list[_Outcome]) -> None:
-        """Have done what follows the commit of outcomes, and wake those who wait for it."""
+        """Wake those who wait for what came of messages."""
         for outcome in outcomes:
-            if outcome.after_commit is not None:
-                outcome.after_commit()
             for due_ms, bit in outcome.wakes:
                 self._wake(due_ms, bit)
         if outcomes:
@@ -5388,7 +5389,7 @@ class Retries(Middleware):
         if isinstance(exception, Shutdown):  # Not the message's fault: no retry is counted.
             broker.enqueue(cast(Any, message))
             return
-        attempt = message.options.get("retries", 0)
+        attempt = max(0, message.options.get("retries", 0))
         message.options["retries"] = attempt + 1
         message.options["traceback"] = _traceback_text(exception)
         message.options["requeue_timestamp"] = broker.clock.time_ms()
@@ -5531,24 +5532,27 @@ class Prometheus(Middleware):
         self._lock = threading.Lock()  # Guards the two below.
         self._counts: dict[tuple[str, str, str, float], float] = collections.defaultdict(float)
         self._started: dict[int, float] = {}  # By runner: monotonic seconds.
-        self._serving: tuple[threading.Thread, threading.Event] | None = None  # What stops it.
+        self._serving_lock = threading.Lock()  # Guards the two below.
+        self._serving: tuple[threading.Thread, threading.Event] | None = None  # And what stops it.
         self._workers: set[int] = set()  # By id(): those that run.
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
-        self._workers.add(id(worker))
-        if self._serving is None:
-            stop = threading.Event()
-            thread = threading.Thread(
-                target=self._serve, args=(broker, stop), name="dramalite-prometheus", daemon=True
-            )
-            self._serving = thread, stop
-            thread.start()
+        with self._serving_lock:
+            self._workers.add(id(worker))
+            if self._serving is None:
+                stop = threading.Event()
+                thread = threading.Thread(
+                    target=self._serve, args=(broker, stop), name="dramalite-prometheus", daemon=True
+                )
+                thread.start()
+                self._serving = thread, stop
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
-        self._workers.discard(id(worker))
-        if self._workers:
-            return
-        serving, self._serving = self._serving, None
+        with self._serving_lock:
+            self._workers.discard(id(worker))
+            if self._workers:
+                return
+            serving, self._serving = self._serving, None
         if serving is not None:
             thread, stop = serving
             stop.set()
@@ -5998,6 +6002,10 @@ class _EngineBroker(Broker):
 
     def _row(self, message: Message[Any], body: bytes) -> tuple[Any, ...]:
         """The row of a message; its own options go before its actor's."""
+        if not isinstance(message.message_id, str):
+            raise TypeError(
+                f"Message for actor {message.actor_name!r}: message_id is {message.message_id!r}; give a str."
+            )
         options = message.options
         actor = self.actors.get(message.actor_name)
         defaults = {} if actor is None else actor.options
@@ -6568,6 +6576,7 @@ class _Targets:
     def __init__(self, broker: _EngineBroker, queues: frozenset[str]) -> None:
         self.json = "{}"  # As _CLAIM wants them,
         self.json_without_async = "{}"  # and those for actors that need a thread.
+        self.has_async = False
         self._broker = broker
         self._queues = queues
         self._logger = get_logger("dramalite.worker", "Worker")
@@ -6596,8 +6605,9 @@ class _Targets:
         if self._queues:
             pairs = {pair for pair in pairs if pair[0] in self._queues}
         self.json = _targets(sorted(pairs))
-        needing_threads = (p for p in pairs if not _needs_no_thread(broker.actors.get(p[1])))
+        needing_threads = {pair for pair in pairs if not _needs_no_thread(broker.actors.get(pair[1]))}
         self.json_without_async = _targets(sorted(needing_threads))
+        self.has_async = pairs != needing_threads
         bits = (broker._engine.bit(queue, name) for queue, name in pairs)
         slot.serve(functools.reduce(int.__or__, bits, 0))
 
@@ -6877,7 +6887,7 @@ class _Dispatcher:
         """How many messages to claim.  Call with _cond held."""
         coroutines = self.coroutines()
         limit = self._batch.limit(self._threads - len(self.running) + coroutines)
-        return min(limit, len(self._free_keys) or limit) if coroutines else limit
+        return min(limit, len(self._free_keys) or limit) if self._targets.has_async else limit
 
     def _take_in(self, rows: list[_Row], limit: int) -> bool:
         """Take claimed rows in, unless the worker was stopped or paused meanwhile."""
@@ -7407,10 +7417,12 @@ class Worker:
             dispatcher.replace(job)
             self._threads.pop(job.key, None)
             has_replaced = True
-        for index in set(range(self.worker_threads)) - self._threads.keys():
-            self._start_thread(index, dispatcher)
-        if has_replaced:  # Told at the end: it stops the worker, which would wait for the others.
-            self.on_stuck()
+        try:
+            for index in set(range(self.worker_threads)) - self._threads.keys():
+                self._start_thread(index, dispatcher)
+        finally:
+            if has_replaced:  # Told at the end: it stops the worker, which would wait for the others.
+                self.on_stuck()
 
 
 _live_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
@@ -8277,8 +8289,9 @@ _WATCH_S = 1.0
 #: Seconds within which the supervisor has noticed how a process died.
 _DEATH_NOTE_S = 2.0
 
-#: Files in the supervisor's folder of notes: how children died, which functions to fork.
-_DEATHS_NOTE, _FORKS_NOTE = "deaths", "forks"
+#: Files in the supervisor's folder of notes: how children died, which functions to fork, and the
+#: ids of processes that could not start.
+_DEATHS_NOTE, _FORKS_NOTE, _FAILURES_NOTE = "deaths", "forks", "failures"
 
 
 class _SafeFormatter(logging.Formatter):
@@ -8316,6 +8329,9 @@ class _ChildProcess(abc.ABC):
         for path in self._namespace.path or ():
             sys.path.insert(0, os.path.abspath(path))
         code = self._work()
+        if code > _BOOT_FAILURE:  # A job may end its process with any code; it does not write this.
+            with contextlib.suppress(OSError), open(self._note(_FAILURES_NOTE), "a") as file:
+                file.write(f"{os.getpid()}\n")
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # Closed by a job.
@@ -8874,8 +8890,7 @@ class _Supervisor:
             with open(os.path.join(self._notes, _DEATHS_NOTE), "a", encoding="utf-8") as file:
                 file.write(f"{process.pid} {_describe_exit(code)}\n")
         now = _SYSTEM_CLOCK.monotonic()
-        has_no_chance = code in (_BOOT_FAILURE + _EXIT_IMPORT, _BOOT_FAILURE + _EXIT_CONNECTION)
-        if has_no_chance and (child.is_fork or not self._has_booted()):
+        if self._could_not_start(process) and (child.is_fork or not self._has_booted()):
             if self._reloads and self._namespace.watch is not None and not self._stops:
                 child.restart_at = now if child.after_stop == "restart" else float("inf")
                 self._logger.info("%s waits for the next change.", child)
@@ -8904,6 +8919,13 @@ class _Supervisor:
                 child, process.pid, _describe_exit(code), delay_s,
             )  # fmt: skip
         child.restart_at = now + delay_s
+
+    def _could_not_start(self, process: subprocess.Popen[bytes]) -> bool:
+        try:
+            with open(os.path.join(self._notes, _FAILURES_NOTE)) as file:
+                return str(process.pid) in file.read().split()
+        except OSError:
+            return False
 
     def _has_booted(self) -> bool:
         """Tell whether a worker process has started to work, since the last reload if there was one."""
@@ -9165,7 +9187,8 @@ def _child_command(args: list[str] | argparse.Namespace | None) -> list[str]:
     if args is None:
         return [sys.executable, *sys.orig_argv[1:]]
     # With the path that this program has, whatever it was made of.
-    program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; sys.exit(main())"
+    path = [entry for entry in sys.path if isinstance(entry, str)]
+    program = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; sys.exit(main())"
     command = [sys.executable, "-c", program]
     if isinstance(args, list):
         return [*command, *args]

@@ -89,6 +89,15 @@ def test_a_messages_limit_overrides_that_of_its_actor(broker, worker, done):
     assert done == ["ran"]
 
 
+def test_a_messages_limit_of_0_leaves_it_to_its_actor(broker, worker, done):
+    actor = dramalite.actor(lambda: done.append("ran"), actor_name="work", max_age=MINUTE)
+    send_aged(broker, actor, 2 * MINUTE, max_age=0)
+    work_off(broker, worker)
+
+    assert done == []
+    assert len(broker.dead_letters) == 1
+
+
 @pytest.mark.parametrize("minutes, expected", [(1, []), (5, ["ran"])])
 def test_a_limit_may_be_a_timedelta(broker, worker, done, minutes, expected):
     limit = datetime.timedelta(minutes=minutes)

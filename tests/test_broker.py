@@ -376,6 +376,32 @@ def test_a_message_that_cannot_be_encoded_is_not_enqueued(make_broker, worker):
     assert [message.args for hook, message, _ in hooks.calls if hook == "after"] == [("good",)]
 
 
+@pytest.mark.parametrize("is_copy", [False, True], ids=["made", "copied"])
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("priority", [1]),
+        ("priority", "high"),
+        ("priority", 10**20),
+        ("max_crashes", 0),
+        ("max_crashes", "x"),
+        ("max_crashes", 10**20),
+    ],
+    ids=repr,
+)
+def test_a_messages_own_option_that_cannot_be_stored_is_refused_by_name_and_not_sent(
+    broker, option, value, is_copy
+):
+    work = dramalite.actor(print, actor_name="work")
+    message = Message("default", "work", (), {}, {option: value})
+    if is_copy:
+        message = work.message().copy(options={option: value})
+
+    with pytest.raises((TypeError, ValueError), match=f"'work'.*{option}"):
+        broker.enqueue(message)
+    assert broker.pending() == []
+
+
 def test_a_stub_broker_refuses_a_queue_that_nobody_declared(make_stub_broker):
     hooks = Enqueued()
     broker = make_stub_broker(middleware=[hooks])

@@ -207,6 +207,19 @@ def test_the_messages_callback_overrides_its_actors(broker, worker, calls):
     assert calls == []
 
 
+@pytest.mark.parametrize("kind", ["success", "failure"])
+def test_a_message_without_a_callback_leaves_it_to_its_actor(broker, worker, calls, kind):
+    def work(kind):
+        if kind == "failure":
+            raise ValueError("no")
+
+    actor = dramalite.actor(work, max_retries=0, on_success="log_success", on_failure="handle_failure")
+    actor.send_with_options(args=(kind,), on_success=None, on_failure=None)
+    work_off(broker, worker)
+
+    assert [call[0] for call in calls] == [kind]
+
+
 def test_a_callback_that_does_not_exist_does_not_harm_the_message(stub_broker, worker):
     done = []
     work = dramalite.actor(lambda: done.append(1), actor_name="work", on_success="nobody")
@@ -225,6 +238,21 @@ def test_a_result_that_the_callback_cannot_be_sent_is_a_failure_and_not_lost(bro
     assert calls == []
     assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
     assert "TypeError" in broker.dead_letters[0].reason
+
+
+def test_on_failure_comes_for_a_message_of_nearly_the_allowed_size(make_broker, worker):
+    broker = make_broker(max_message_size=1000)
+    told = []
+
+    def fail(text):
+        raise ValueError("no")
+
+    dramalite.actor(lambda message_data, exception_data: told.append(message_data.message_id), actor_name="tell")
+    work = dramalite.actor(fail, max_retries=0, on_failure="tell")
+    sent = work.send("x" * (995 - len(work.message("").encode())))
+    work_off(broker, worker)
+
+    assert told == [sent.message_id]
 
 
 def test_no_callback_comes_for_a_message_that_was_skipped_or_too_old(broker, worker, calls):

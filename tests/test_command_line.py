@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -118,6 +119,7 @@ def test_help_names_every_option(place):
         ["worker", "jobs", "--processes", "-1"],
         ["worker", "jobs", "--threads", "0"],
         ["worker", "jobs", "--threads", "-4"],
+        ["worker", "jobs", "--threads", "1000"],
         ["worker", "jobs", "--worker-shutdown-timeout", "soon"],
         ["worker", "jobs", "--worker-shutdown-timeout", "-5"],
     ],
@@ -259,6 +261,26 @@ def test_a_program_may_run_the_command_itself(place):
     assert tree.wait(10) == 0, tree.tail()
 
 
+def test_the_processes_of_a_program_find_what_it_finds_beside_itself(place):
+    program = place.folder / "program"
+    program.mkdir()
+    shutil.copy(harness.MODULE, program)
+    (place.folder / "jobs.py").rename(program / "jobs.py")
+    (program / "run.py").write_text("import dramalite\ndramalite.main(['worker', 'jobs', '-p', '1', '-t', '1'])\n")
+    place.start([sys.executable, str(program / "run.py")], PYTHONPATH="")
+    place.send("ping", 1)
+
+    place.wait_until(lambda: place.notes("ping", 1), "its worker process runs a job")
+
+
+def test_a_module_may_forbid_the_import_of_others(place):
+    place.jobs("sys.modules['forbidden'] = None")
+    tree = place.worker()
+    place.wait_until(lambda: "ready for action" in tree.output() or not tree.alive(), "the module is imported")
+
+    assert tree.alive(), tree.tail()
+
+
 def test_the_broker_is_told_of_its_process_before_further_modules_are_imported(place):
     place.jobs(
         """
@@ -371,6 +393,15 @@ def test_a_pid_file_of_a_dead_process_is_taken_over(place):
     tree = place.ready_worker("--pid-file", str(pid_file))
 
     assert int(pid_file.read_text()) == tree.pid
+
+
+def test_a_pid_file_with_a_number_that_no_process_can_have_is_taken_over(place):
+    pid_file = place.folder / "worker.pid"
+    pid_file.write_text("99999999999999999999")
+    tree = place.worker("--pid-file", str(pid_file))
+    place.wait_until(lambda: pid_file.read_text() == str(tree.pid) or not tree.alive(), "the file is taken over")
+
+    assert tree.alive(), tree.tail()
 
 
 def test_a_pid_file_of_another_users_process_is_not_taken_over(place):
@@ -556,6 +587,25 @@ def test_a_dead_child_is_replaced_and_the_others_are_not_disturbed(place):
     assert re.search(r"SIGKILL|signal 9|-9|killed", tree.output())
 
 
+@pytest.mark.parametrize("code", [102, 103])
+def test_a_job_that_ends_its_process_does_not_end_the_service_whatever_the_exit_code(place, code):
+    place.jobs("""
+        @dramalite.actor(max_retries=0)
+        def leave(code):
+            note("leave")
+            if noted("leave") == 1:
+                os._exit(code)
+    """)
+    tree = place.worker(processes=2)
+    place.wait_until(lambda: tree.output().count("ready for action") == 2, "both processes are ready")
+    place.send("leave", code)
+    place.wait_until(lambda: tree.output().count("ready for action") == 3 or not tree.alive(), "another one is ready")
+
+    assert f"died with exit code {code}" in tree.output()
+    assert tree.alive(), tree.tail()
+    place.drained()
+
+
 @pytest.mark.parametrize("busy", [False, True], ids=["idle", "busy"])
 def test_children_leave_within_two_seconds_when_their_parent_is_killed(place, busy):
     tree = place.ready_worker(processes=2)
@@ -566,6 +616,17 @@ def test_children_leave_within_two_seconds_when_their_parent_is_killed(place, bu
     kill(tree.pid)
 
     place.wait_until(lambda: not tree.pids(), "the orphans leave", 2.0)
+
+
+def test_a_child_that_stops_leaves_soon_when_its_parent_is_killed(place):
+    tree = place.worker()
+    place.send("held", 1)
+    started(place, 1)
+    tree.signal(signal.SIGTERM)
+    place.wait_until(lambda: "Stopping worker process" in tree.output(), "the child stops")
+    kill(tree.pid)
+
+    place.wait_until(lambda: not tree.pids(), "the orphan leaves", 3.0)
 
 
 def test_the_parent_stops_its_children_when_one_cannot_start_again(place):

@@ -143,6 +143,59 @@ def test_threads_stay_free_for_other_work_while_coroutines_wait(broker, worker, 
     assert gate.inside == 5
 
 
+def test_threads_stay_free_for_other_work_while_all_places_for_coroutines_are_taken(broker, worker, gate, log):
+    wait = dramalite.actor(gate.__call__, actor_name="wait")
+    note = dramalite.actor(log.append, actor_name="note")
+    for _ in range(3):
+        wait.send()
+    worker(broker, worker_threads=1, async_concurrency=2)
+    wait_until(lambda: gate.inside == 2)
+    note.send("done meanwhile")
+    wait_until(lambda: log, timeout=2)
+
+    assert gate.inside == 2
+
+
+def test_no_more_run_at_once_than_the_worker_is_told_after_many_short_ones(broker, worker, gate, log):
+    async def note(number):
+        log.append(number)
+
+    note = dramalite.actor(note)
+    wait = dramalite.actor(gate.__call__, actor_name="wait")
+    after = dramalite.actor(lambda: log.append("after"), actor_name="after")
+    worker(broker, worker_threads=4, async_concurrency=2)
+    broker.enqueue_many([note.message(number) for number in range(1000)])  # So that much is claimed at a time.
+    wait_until(lambda: len(log) == 1000)
+    broker.enqueue_many([wait.message() for _ in range(12)])
+    wait_until(lambda: gate.inside >= 2)
+    after.send()
+    wait_until(lambda: log[-1] == "after", timeout=0.5)
+    gate.is_open = True
+    broker.join("default", timeout=PATIENCE)
+
+    assert gate.most == 2
+
+
+def test_a_coroutine_begins_as_soon_as_another_makes_room(broker, worker, log):
+    may_end = set()
+
+    async def wait(number):
+        log.append(number)
+        while number not in may_end:
+            await asyncio.sleep(0.002)
+
+    wait = dramalite.actor(wait)
+    for number in range(3):
+        wait.send(number)
+    worker(broker, worker_threads=1, async_concurrency=2)
+    wait_until(lambda: len(log) == 2)
+    may_end.add(0)
+    wait_until(lambda: len(log) == 3)
+    may_end.update((1, 2))
+
+    assert log == [0, 1, 2]
+
+
 def test_what_a_coroutine_does_not_await_waits_for_its_turn_in_priority(broker, worker, log):
     async def note(name):
         log.append(name)
@@ -632,6 +685,23 @@ def test_a_time_limit_ends_no_other_coroutine(limited, worker, gate):
     assert limited.ends == [(None, TimeLimitExceeded), (None, type(None))]
 
 
+def test_a_time_limit_ends_no_coroutine_of_another_database(make_file_broker, clock, worker, gate):
+    brokers = []
+    for name, limit in (("one.db", PATIENCE), ("two.db", 2 * PATIENCE)):
+        broker = make_file_broker(name, clock=clock, middleware=[TimeLimit(interval=10), Outcomes()])
+        dramalite.actor(gate.__call__, actor_name="wait", time_limit=limit).send()  # Both at the same time.
+        brokers.append(broker)
+        worker(broker)
+    wait_until(lambda: gate.inside == 2)
+    clock.advance(PATIENCE)
+    wait_until(lambda: any(broker.middleware[-1].ends for broker in brokers))
+    gate.is_open = True
+    for broker in brokers:
+        broker.join("default", timeout=PATIENCE)
+
+    assert [broker.middleware[-1].ends for broker in brokers] == [[(None, TimeLimitExceeded)], [(None, type(None))]]
+
+
 def test_a_coroutine_within_its_time_limit_is_left_alone(limited, worker, log):
     async def work():
         await asyncio.sleep(0.02)
@@ -641,6 +711,50 @@ def test_a_coroutine_within_its_time_limit_is_left_alone(limited, worker, log):
     work_off(limited, worker)
 
     assert log == ["done"]
+
+
+@pytest.fixture
+def stuck(make_stub_broker, worker, clock, gate, log):
+    """The worker of a coroutine that goes on, until the gate is opened, when its time has long been over."""
+    broker = make_stub_broker([TimeLimit(interval=10), Retries(max_retries=0)], clock=clock, fail_fast_default=False)
+
+    async def work():
+        while not gate.is_open:
+            try:
+                await gate()
+            except asyncio.CancelledError:
+                log.append("cancelled")
+
+    dramalite.actor(work, time_limit=60_000).send()
+    started = worker(broker)
+    started.on_stuck = lambda: log.append("told that it is stuck")
+    wait_until(lambda: gate.inside)
+    clock.advance(60_000)
+    wait_until(lambda: log == ["cancelled"])
+    clock.advance(60_000)
+    return started
+
+
+def test_a_coroutine_that_does_not_end_at_its_time_limit_is_failed(stuck):
+    stuck.broker.join("default", timeout=3000)
+
+    assert [letter.reason.partition(":")[0] for letter in stuck.broker.dead_letters] == ["TimeLimitExceeded"]
+
+
+def test_the_worker_tells_of_a_coroutine_that_does_not_end_at_its_time_limit(stuck, log):
+    wait_until(lambda: len(log) > 1, timeout=3)
+
+    assert log == ["cancelled", "told that it is stuck"]
+
+
+def test_what_becomes_of_a_coroutine_after_it_was_failed_counts_no_more(stuck, gate, log):
+    wait_until(lambda: stuck.broker.dead_letters, timeout=3)
+    gate.is_open = True
+    dramalite.actor(log.append, actor_name="note").send("after")
+    stuck.broker.join("default", timeout=PATIENCE)
+
+    assert log[-1] == "after"
+    assert len(stuck.broker.dead_letters) == 1
 
 
 def test_a_time_limit_reaches_what_a_thread_runs_on_the_loop(limited, worker, log):

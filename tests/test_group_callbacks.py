@@ -470,6 +470,20 @@ def test_a_count_that_nothing_is_left_for_leaves_the_file_after_a_week(
     wait_until(lambda: counts() == 0)
 
 
+@pytest.mark.parametrize("uuid", [[1], {}, 10**20], ids=str)
+def test_a_member_whose_group_cannot_be_counted_keeps_no_other_message_from_being_done(make_broker, worker, told, uuid):
+    broker = make_broker()
+    member = dramalite.actor(lambda: 1, actor_name="member", store_results=True)
+    tell = dramalite.actor(told.append, actor_name="tell")
+    tell.send("before")
+    broker.enqueue(member.message().copy(options={"group_completion_uuid": uuid, "group_completion_callbacks": []}))
+    tell.send("after")
+    worker(broker)
+    broker.join("default", timeout=2000)
+
+    assert told == ["before", "after"]
+
+
 # The middleware
 
 

@@ -241,6 +241,42 @@ def test_a_result_that_cannot_be_stored_ends_the_chain_visibly(broker, worker, s
     assert [letter.actor_name for letter in broker.dead_letters] == ["strange"]
 
 
+def test_in_memory_a_step_for_a_queue_that_nobody_declared_ends_the_chain_visibly(clean_state, worker):
+    broker = dramalite.MemoryBroker()
+    clean_state.callback(broker.close)
+    dramalite.set_broker(broker)
+    first = dramalite.actor(lambda: 1, actor_name="first")
+    (first.message() | dramalite.Message("nowhere", "second", (), {}, {})).run()
+    work_off(broker, worker)
+
+    assert [letter.actor_name for letter in broker.dead_letters] == ["first"]
+    assert "nowhere" in broker.dead_letters[0].reason
+
+
+@pytest.mark.parametrize(
+    "options", [{"priority": [1]}, {"priority": 10**20}, {"max_crashes": "x"}, {"max_crashes": 10**20}], ids=str
+)
+def test_a_step_that_cannot_be_sent_on_ends_the_chain_visibly(broker, worker, step, log, options):
+    (step.message("a") | step.message("b").copy(options=options)).run()
+    step.send("rest")
+    worker(broker)
+    broker.join("default", timeout=2000)
+
+    assert log == [("a",), ("rest",)]
+    assert [letter.args for letter in broker.dead_letters] == [("a",)]
+
+
+@pytest.mark.parametrize("message_id", [[1], 10**20], ids=str)
+def test_a_step_whose_id_cannot_be_stored_ends_the_chain_visibly(broker, worker, step, log, message_id):
+    dramalite.pipeline([step.message("a"), step.message("b")._replace(message_id=message_id)]).run()
+    step.send("rest")
+    worker(broker)
+    broker.join("default", timeout=1000)
+
+    assert log == [("a",), ("rest",)]
+    assert [letter.args for letter in broker.dead_letters] == [("a",)]
+
+
 def test_a_pipeline_can_be_run_again(broker, worker, step, log):
     pipe = step.message("a") | step.message("b")
     pipe.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import http.client
+import http.server
 import logging
 import os
 import re
@@ -379,6 +380,22 @@ def test_any_get_is_answered_with_the_metrics_as_they_are(served, worker, port):
     assert [parse(text).value("dramatiq_messages_total") for _status, _headers, text in answers] == [1] * 3
 
 
+def test_while_the_database_cannot_be_read_a_get_is_answered_with_503_and_the_cause(
+    make_file_broker, metrics_of, worker, port, tmp_path
+):
+    broker = make_file_broker()
+    metrics_of(broker)
+    worker(broker)
+    wait_until(lambda: ask(port))
+    with sqlite3.connect(tmp_path / "queue.db") as connection:
+        connection.execute("ALTER TABLE dramalite_metrics RENAME TO dramalite_lost")
+    connection.close()
+    status, _headers, text = ask(port)
+
+    assert status == 503
+    assert "no such table: dramalite_metrics" in text
+
+
 def test_the_endpoint_is_dramatiqs_but_for_this_machine_only():
     prometheus = Prometheus()
 
@@ -451,6 +468,19 @@ def test_the_endpoint_stays_until_the_last_worker_of_a_broker_has_stopped(served
 
     assert meanwhile is not None
     assert ask(port) is None
+
+
+def test_a_worker_stops_though_another_one_starts_meanwhile(served, worker, monkeypatch):
+    go_on, server = threading.Event(), http.server.ThreadingHTTPServer
+    monkeypatch.setattr("http.server.ThreadingHTTPServer", lambda *args: go_on.wait(DEADLINE) and server(*args))
+    stopping = threading.Thread(target=worker(served).stop, daemon=True)
+    stopping.start()
+    stopping.join(0.03)
+    worker(served)
+    go_on.set()
+    stopping.join(DEADLINE)
+
+    assert stopping.is_alive() is False
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")

@@ -299,6 +299,17 @@ def test_message_then_actor_then_middleware_decide_how_long_a_result_is_kept(
         sent.get_result()
 
 
+def test_a_result_whose_time_cannot_be_stored_keeps_no_other_message_from_being_done(broker, worker):
+    work = dramalite.actor(lambda value: value, actor_name="work", store_results=True)
+    before = work.send("before")
+    broker.enqueue(work.message("strange").copy(options={"result_ttl": 10**30}))
+    after = work.send("after")
+    worker(broker)
+    broker.join("default", timeout=2000)
+
+    assert (before.get_result(), after.get_result()) == ("before", "after")
+
+
 # No result will come
 
 

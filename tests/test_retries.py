@@ -326,6 +326,16 @@ def test_on_retry_exhausted_may_be_an_actor_in_either_place(broker, worker, plac
     assert len(told) == 1
 
 
+def test_on_retry_exhausted_of_none_in_a_message_leaves_it_to_its_actor(broker, worker):
+    told = []
+    exhausted = dramalite.actor(lambda *args: told.append(args), actor_name="exhausted")
+    actor = dramalite.actor(Failing(), actor_name="work", max_retries=0, on_retry_exhausted=exhausted)
+    actor.send_with_options(on_retry_exhausted=None)
+    work_off(broker, worker)
+
+    assert len(told) == 1
+
+
 # When
 
 
@@ -514,6 +524,17 @@ def test_a_retry_that_a_middleware_refuses_ends_in_a_dead_letter(broker, worker)
 
     assert job.calls == 1
     assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
+
+
+def test_a_message_of_nearly_the_allowed_size_is_retried(make_broker, worker):
+    broker = make_broker(max_message_size=1000)
+    job = Failing(times=2)
+    work = dramalite.actor(job, actor_name="work", min_backoff=0)
+    work.send("x" * (995 - len(work.message("").encode())))
+    work_off(broker, worker)
+
+    assert job.calls == 3
+    assert list(broker.dead_letters) == []
 
 
 # Who is told in the end

@@ -196,6 +196,22 @@ def test_only_those_who_want_it_are_notified(broker, worker):
     assert indifferent.outcomes == ["finished"]
 
 
+def test_no_job_begins_in_the_place_of_one_that_was_notified(make_broker, worker, job):
+    begun = threading.Event()
+
+    class Waits(dramalite.Middleware):
+        def before_worker_shutdown(self, broker, worker):
+            begun.wait(0.1)
+
+    broker = make_broker(middleware=[ShutdownNotifications(), Waits()])
+    dramalite.actor(job, actor_name="work", notify_shutdown=True).send()
+    dramalite.actor(begun.set, actor_name="next").send()
+    stop_while_running(worker(broker), job)
+
+    assert job.outcomes == ["notified"]
+    assert begun.is_set() is False
+
+
 def test_an_async_job_is_notified_by_cancellation(broker, worker):
     running, log = threading.Event(), []
 

@@ -635,6 +635,28 @@ def test_a_simulation_puts_the_brokers_clock_and_randomness_back(broker, work):
     assert abs(work.message(0).message_timestamp - clock.time_ms()) < 60_000
 
 
+def test_a_simulation_that_cannot_open_the_database_leaves_the_broker_as_it_was(make_file_broker):
+    broker = make_file_broker("missing/queue.db")
+    clock, random = broker.clock, broker.random
+    with pytest.raises(dramalite.BrokerError, match="missing"), dramalite.simulate(broker):
+        pass
+
+    assert (broker.clock, broker.random) == (clock, random)
+
+
+def test_a_broker_can_be_simulated_once_its_database_can_be_opened(make_file_broker, tmp_path):
+    broker = make_file_broker("missing/queue.db")
+    work = dramalite.actor(lambda: None, actor_name="work")
+    with pytest.raises(dramalite.BrokerError, match="missing"), dramalite.simulate(broker):
+        pass
+    (tmp_path / "missing").mkdir()
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["done"]
+
+
 def test_jobs_under_way_go_back_when_the_simulation_ends(broker, work):
     with dramalite.simulate(broker, threads=2) as sim:
         work.send(1000)

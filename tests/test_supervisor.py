@@ -121,7 +121,7 @@ def test_a_reload_finishes_running_work_and_runs_new_code(place):
             note("renewed", number)
     """)
     tree.signal(signal.SIGHUP)
-    place.wait_until(lambda: "SIGHUP" in tree.output(), "the supervisor says so")
+    place.wait_until(lambda: "Stopping worker process" in tree.output(), "the worker process knows")
     (place.folder / "release").touch()
     place.wait_until(lambda: place.notes("renewed", 2), "the new code runs what waited")
 
@@ -263,6 +263,15 @@ def test_a_fork_function_that_returns_another_number_is_started_again(place):
 
     place.wait_until(lambda: len(pids(place, "failing")) >= 2, "it is called again")
     assert "died with exit code 7" in tree.output()
+
+
+def test_a_fork_function_that_exits_with_a_text_has_failed_for_that_reason(place):
+    place.jobs("def leaving():\n    sys.exit('tired of this')\n")
+    tree = place.worker("-f", "jobs:leaving")
+    place.wait_until(lambda: re.search("jobs:leaving.*(died|has ended)", tree.output()), "its end is reported")
+
+    assert "tired of this" in tree.output()
+    assert "died with exit code 1" in tree.output()
 
 
 def test_a_fork_function_that_cannot_be_found_ends_the_worker_with_2(place):

@@ -2,6 +2,7 @@
 
 import asyncio
 import datetime
+import logging
 import threading
 
 import pytest
@@ -12,6 +13,7 @@ from dramalite import Retries, TimeLimit, TimeLimitExceeded
 from helpers import DEADLINE, wait_until
 
 PATIENCE = DEADLINE * 1000
+MINUTE = 60_000
 
 
 @pytest.fixture
@@ -204,6 +206,21 @@ def test_a_messages_limit_overrides_that_of_its_actor(limited, worker, outcomes)
     assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
 
 
+def test_a_messages_limit_of_0_leaves_it_to_its_actor(limited, worker, log, outcomes):
+    waiting = threading.Event()
+
+    def work():
+        for _ in range(8):
+            waiting.wait(0.005)
+        log.append("done")
+
+    dramalite.actor(work, time_limit=60_000).send_with_options(time_limit=0)
+    work_off(limited, worker)
+
+    assert log == ["done"]
+    assert outcomes.exceptions == [None]
+
+
 def test_a_limit_may_be_a_timedelta(limited, worker, outcomes):
     dramalite.actor(busy, time_limit=datetime.timedelta(milliseconds=30)).send()
     work_off(limited, worker)
@@ -264,6 +281,95 @@ def test_limits_of_several_jobs_at_a_time_are_their_own(limited, worker, log):
     limited.join("default", timeout=PATIENCE)
 
     assert log == ["interrupted", "interrupted", "undisturbed"]
+
+
+class Holding(logging.Handler):
+    """Holds the thread that logs first until it is let go."""
+
+    def __init__(self):
+        super().__init__()
+        self.holds, self.go_on = threading.Event(), threading.Event()
+
+    def emit(self, record):
+        if not self.holds.is_set():
+            self.holds.set()
+            self.go_on.wait(DEADLINE)
+
+
+@pytest.fixture
+def watched(make_broker, clock):
+    """A broker whose clock is moved by hand, with a Holding for what is logged of its time limits as `holding`."""
+    limits = TimeLimit(interval=10)
+    broker = make_broker(clock=clock, middleware=[limits, Retries(max_retries=0)])
+    broker.holding = Holding()
+    limits.logger.addHandler(broker.holding)
+    yield broker
+    broker.holding.go_on.set()
+    limits.logger.removeHandler(broker.holding)
+
+
+def test_a_limit_does_not_strike_the_next_job_of_its_thread(watched, worker, clock, log):
+    over, ends, begun, may_end = (threading.Event() for _ in range(4))
+
+    def late(name):
+        log.append(name)
+        try:
+            busy()
+        except TimeLimitExceeded:
+            log.append(f"{name} interrupted")
+            over.wait(DEADLINE)
+
+    def ends_by_itself():
+        log.append("edge")
+        ends.wait(DEADLINE)
+
+    def innocent():
+        begun.set()
+        for _ in range(int(DEADLINE * 200)):
+            if may_end.wait(0.005):
+                break
+        log.append("innocent ended")
+
+    late = dramalite.actor(late, time_limit=MINUTE)
+    edge = dramalite.actor(ends_by_itself, actor_name="edge", time_limit=MINUTE)
+    innocent = dramalite.actor(innocent, time_limit=100 * MINUTE)
+    worker(watched, worker_threads=3)
+    for message, name in ((late.message("first"), "first"), (edge.message(), "edge"), (late.message("last"), "last")):
+        watched.enqueue(message)
+        wait_until(lambda: name in log)
+    clock.advance(2 * MINUTE)  # All three are late at the same look, which is held after the first.
+    watched.holding.holds.wait(DEADLINE)
+    ends.set()
+    innocent.send()
+    begun.wait(DEADLINE)  # In the only thread that is free.
+    watched.holding.go_on.set()
+    wait_until(lambda: "last interrupted" in log)  # The look is over.
+    may_end.set()
+    over.set()
+    watched.join("default", timeout=PATIENCE)
+
+    assert "innocent ended" in log
+
+
+def test_a_limit_that_a_hook_kept_from_ending_does_not_strike_a_job_without_limit(make_broker, worker, clock, log):
+    class Cuts(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            if message.actor_name == "first":
+                raise SystemExit("No further hook is called.")
+
+    def unlimited():
+        clock.advance(2 * MINUTE)
+        waiting = threading.Event()
+        for _ in range(10):
+            waiting.wait(0.005)
+        log.append("done")
+
+    broker = make_broker(clock=clock, middleware=[TimeLimit(interval=10), Cuts()])
+    dramalite.actor(lambda: log.append("first"), actor_name="first", time_limit=MINUTE).send()
+    dramalite.actor(unlimited, time_limit=float("inf")).send()
+    work_off(broker, worker)
+
+    assert log == ["first", "done"]
 
 
 def test_an_interrupt_is_announced_in_the_log(limited, worker, caplog):

@@ -16,6 +16,7 @@ from dramalite import Message, QueueJoinTimeout
 from helpers import DEADLINE, wait_until
 
 PATIENCE = DEADLINE * 1000
+HOUR = 3_600_000
 
 
 class Job:
@@ -44,6 +45,14 @@ def in_thread(function, *args, **keywords):
     thread = threading.Thread(target=function, args=args, kwargs=keywords, daemon=True)
     thread.start()
     return thread
+
+
+def get_stuck(job, clock, caplog):
+    """Have a job of the default time limit outlast it for so long that the worker's next look gives its thread up."""
+    job.running.wait(DEADLINE)
+    clock.advance(HOUR)
+    wait_until(lambda: "Time limit exceeded" in caplog.text)
+    clock.advance(HOUR)
 
 
 # Starting and stopping
@@ -248,6 +257,22 @@ def test_stop_returns_when_its_timeout_is_over(broker, job):
     assert job.finished == []
 
 
+def test_nothing_begins_once_the_stop_is_announced(broker, worker):
+    begun = threading.Event()
+    late = dramalite.actor(begun.set, actor_name="late")
+
+    class SendsLate(dramalite.Middleware):
+        def before_worker_shutdown(self, broker, worker):
+            late.send()
+            begun.wait(0.1)
+
+    broker.add_middleware(SendsLate())
+    worker(broker, worker_threads=2).stop()
+
+    assert begun.is_set() is False
+    assert len(broker.pending()) == 1
+
+
 def test_stopping_before_starting_and_twice_is_harmless(broker):
     worker = dramalite.Worker(broker, worker_threads=1)
     worker.stop()
@@ -387,6 +412,19 @@ def test_pausing_waits_for_the_job_in_hand(broker, worker, job):
     assert job.finished == ["in hand"]
 
 
+def test_pausing_does_not_wait_for_a_job_that_was_given_up(make_broker, clock, worker, job, caplog):
+    broker = make_broker(clock=clock, middleware=[dramalite.TimeLimit(interval=10)])
+    dramalite.actor(job, actor_name="work").send()
+    started = worker(broker)
+    job.running.wait(DEADLINE)
+    pausing = in_thread(started.pause)
+    pausing.join(0.03)
+    get_stuck(job, clock, caplog)
+    pausing.join(DEADLINE)
+
+    assert pausing.is_alive() is False
+
+
 def test_a_paused_worker_can_be_stopped(broker, worker):
     started = worker(broker)
     started.pause()
@@ -458,6 +496,30 @@ def test_jobs_that_wait_for_each_other_meet_after_short_ones(broker, worker):
     wait_until(lambda: len(done) == 1000 + threads)
 
     assert sorted(done[-threads:]) == list(range(threads))
+
+
+def test_a_stuck_thread_is_replaced_once_another_one_can_be_started(
+    make_broker, clock, worker, job, caplog, monkeypatch
+):
+    broker = make_broker(clock=clock, middleware=[dramalite.TimeLimit(interval=10)])
+    done, refused, start = [], [], threading.Thread.start
+
+    def start_or_refuse(thread):
+        if not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    dramalite.actor(job, actor_name="stuck").send()
+    dramalite.actor(done.append, actor_name="next").send("next")
+    worker(broker)
+    job.running.wait(DEADLINE)
+    monkeypatch.setattr("threading.Thread.start", start_or_refuse)
+    get_stuck(job, clock, caplog)
+    wait_until(lambda: done)
+
+    assert len(refused) == 1
+    assert "can't start new thread" in caplog.text
 
 
 # What a job may do

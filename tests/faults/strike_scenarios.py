@@ -531,6 +531,17 @@ def die(world: World) -> None:
     signal.pause()
 
 
+def take_over(world: World) -> None:
+    """Take up what the dead worker held; this process can do so itself after a step that failed."""
+    world.patiently(lambda: drain(world))
+    world.strike.disarm()  # Space has returned, say.
+    drain(world)
+    try:
+        world.join(500)
+    except dramalite.QueueJoinTimeout as error:
+        world.journal.note("harm", f"the struck process can't take over what a dead one held: {error}")
+
+
 def put_all_sorts(world: World) -> None:
     put("job a", "keeps k", "flaky_later l", "fails f", "pleases p", "job b")(world)
     world.send(world.message("job", "later1"), delay=20)
@@ -596,7 +607,7 @@ SCENARIOS = {
         got={"m1": "s1", "m2": "s1", "s3": ["m1", "m2"]},
     ),
     "recovery": Scenario(
-        drain, die, warm_up=nothing, is_killed_first=True, follows={"p.failure": ("p",)}, dead=frozenset({"p"}),
+        take_over, die, warm_up=nothing, is_killed_first=True, follows={"p.failure": ("p",)}, dead=frozenset({"p"}),
         may_die=frozenset({"a", "b", "c"}),
     ),
     "worker": Scenario(

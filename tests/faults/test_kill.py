@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import signal
+import sqlite3
+import threading
 import time
 from pathlib import Path
 
@@ -134,6 +136,52 @@ def test_what_was_claimed_when_all_were_killed_is_taken_up_by_the_next_worker_wi
     assert len(reruns) == len(lost)
     assert max(reruns) - first_of_the_next < 2.0
     assert place.runs("end").keys() == {str(number) for number in range(30)}
+
+
+class FullDiskWhenTakingOver(dramalite.Middleware):
+    """Has one of the transactions that a worker's maintenance begins fail, as on a full disk."""
+
+    def __init__(self, monkeypatch, transaction):
+        self._left, self._maintenance = transaction, None
+        connect, middleware = sqlite3.connect, self
+
+        class Connection(sqlite3.Connection):
+            def execute(self, statement, *values):
+                middleware.step(statement)
+                return super().execute(statement, *values)
+
+        monkeypatch.setattr(sqlite3, "connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+
+    def after_consumer_thread_boot(self, broker, thread):
+        self._maintenance = thread
+
+    def step(self, statement):
+        if threading.current_thread() is self._maintenance and statement.startswith("BEGIN"):
+            self._left -= 1
+            if self._left == 0:
+                raise sqlite3.OperationalError("database or disk is full")
+
+
+@pytest.mark.parametrize("transaction", [1, 2], ids=["first", "second"])
+def test_a_worker_that_fails_once_to_take_over_from_two_dead_ones_does_so_all_the_same(
+    make_file_broker, worker, monkeypatch, transaction
+):
+    broker = make_file_broker()
+    broker.add_middleware(FullDiskWhenTakingOver(monkeypatch, transaction))
+
+    @dramalite.actor(on_crash="fail")
+    def deadly():
+        dramalite.simulated_work(1000)
+
+    sent = [deadly.send(), deadly.send()]
+    with dramalite.simulate(broker, workers=2) as sim:
+        sim.advance(500)
+        sim.crash(0)
+        sim.crash(1)
+    worker(broker)
+    broker.join("default", timeout=4000)
+
+    assert {letter.message_id for letter in broker.dead_letters} == {message.message_id for message in sent}
 
 
 def test_a_kill_of_one_worker_process_leaves_the_others_work_alone(place):
