@@ -30,6 +30,7 @@ Contents
     Composition
     Liveness and wake-ups
     SQL
+    Database files
     SQLite connections
     Waking and watching
     SQLite engine
@@ -3167,6 +3168,74 @@ def _handed_back(row: _Row) -> _Outcome:
 
 
 # ------------------------------------------------------------------------------------------
+# Database files
+#
+# Making a database's file, with what is wrong with its path or place told in time.
+# ------------------------------------------------------------------------------------------
+#: Bytes of a database of one page of the smallest size.
+_SMALLEST_DATABASE = 512
+
+
+def _prepare_file(path: str) -> None:
+    """Create the database file for its owner only; say what is wrong with the path if it is."""
+    folder = os.path.dirname(path)
+    try:
+        status, link_status = os.stat(path), os.lstat(path)
+    except FileNotFoundError:
+        if not os.path.isdir(folder):
+            raise ConnectionFailed(
+                f"The folder {folder!r} of the database {path!r} does not exist; create it first."
+            ) from None
+        try:
+            # Exclusive, so that no connection of this process can have the file open yet.
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        except FileExistsError:
+            if os.path.islink(path):
+                raise ConnectionFailed(
+                    f"The database {path!r} is a link to nowhere; remove it or mend its target."
+                ) from None
+        except OSError as error:
+            raise ConnectionFailed(f"The database {path!r} can't be created: {error}.") from error
+    except OSError as error:
+        raise ConnectionFailed(f"The database {path!r} can't be used: {error}.") from error
+    else:
+        if not stat.S_ISREG(status.st_mode):
+            raise ConnectionFailed(f"The database {path!r} is not a regular file; use another path.")
+        if 0 < status.st_size < _SMALLEST_DATABASE:  # SQLite would take it for empty.
+            raise ConnectionFailed(
+                f"The database {path!r} is no SQLite database; it was left untouched. Use another path."
+            )
+        if _is_open_to_all(folder) and (_is_strangers(status) or _is_strangers(link_status)):
+            raise ConnectionFailed(
+                f"The database {path!r} belongs to another user, in a folder where every user may "
+                f"write; it was left untouched. Use a folder of your own."
+            )
+
+
+#: File systems that other machines, or the host of a virtual one, may write to.
+_SHARED_FILE_SYSTEMS = frozenset(
+    "9p afs beegfs ceph cifs fuse.glusterfs fuse.s3fs fuse.sshfs gfs2 gpfs lustre ncpfs nfs nfs4 "
+    "ocfs2 smb3 smbfs vboxsf virtiofs".split()
+)
+
+
+def _warn_of_place(path: str) -> None:
+    """Log what makes the place of a database unfit."""
+    logger = get_logger("dramalite.broker", "SQLiteBroker")
+    file_system = _file_system(path)
+    if file_system in _SHARED_FILE_SYSTEMS:
+        logger.warning(
+            "The database %r is on a file system of type %s, where SQLite's locks and shared memory "
+            "may not hold: move it to a disk of this machine.", path, file_system,
+        )  # fmt: skip
+    if _is_open_to_all(os.path.dirname(path)):
+        logger.warning(
+            "The database %r is in a folder where every user of this machine may write, and so "
+            "replace it: move it to a folder of your own.", path,
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------
 # SQLite connections
 #
 # One database, in a file or in memory, and this process's connections to it: one that sends,
@@ -3364,6 +3433,17 @@ class _Database:
                         ) from error
             return self._slots
 
+    def take_slot(self, serves: int, *, tracked: bool, bell: _Bell | None = None) -> _Slot:
+        """Take a slot, with a bell of its own if none is given; BrokerError if there is none."""
+        with self._lock:  # Or close() could come in between.
+            slots = self.slots()
+            bell = bell or slots.make_bell()
+            try:
+                return slots.acquire(bell, serves, tracked)
+            except BaseException:
+                bell.close()
+                raise
+
     def forget(self) -> None:
         """In a forked child: what was inherited is the parent's; keep it, never touch it."""
         _inherited.append((self._connections, self._slots))
@@ -3552,69 +3632,6 @@ def _is_busy(error: Exception) -> bool:
     return "locked" in str(error)
 
 
-#: Bytes of a database of one page of the smallest size.
-_SMALLEST_DATABASE = 512
-
-
-def _prepare_file(path: str) -> None:
-    """Create the database file for its owner only; say what is wrong with the path if it is."""
-    folder = os.path.dirname(path)
-    try:
-        status, link_status = os.stat(path), os.lstat(path)
-    except FileNotFoundError:
-        if not os.path.isdir(folder):
-            raise ConnectionFailed(
-                f"The folder {folder!r} of the database {path!r} does not exist; create it first."
-            ) from None
-        try:
-            # Exclusive, so that no connection of this process can have the file open yet.
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-        except FileExistsError:
-            if os.path.islink(path):
-                raise ConnectionFailed(
-                    f"The database {path!r} is a link to nowhere; remove it or mend its target."
-                ) from None
-        except OSError as error:
-            raise ConnectionFailed(f"The database {path!r} can't be created: {error}.") from error
-    except OSError as error:
-        raise ConnectionFailed(f"The database {path!r} can't be used: {error}.") from error
-    else:
-        if not stat.S_ISREG(status.st_mode):
-            raise ConnectionFailed(f"The database {path!r} is not a regular file; use another path.")
-        if 0 < status.st_size < _SMALLEST_DATABASE:  # SQLite would take it for empty.
-            raise ConnectionFailed(
-                f"The database {path!r} is no SQLite database; it was left untouched. Use another path."
-            )
-        if _is_open_to_all(folder) and (_is_strangers(status) or _is_strangers(link_status)):
-            raise ConnectionFailed(
-                f"The database {path!r} belongs to another user, in a folder where every user may "
-                f"write; it was left untouched. Use a folder of your own."
-            )
-
-
-#: File systems that other machines, or the host of a virtual one, may write to.
-_SHARED_FILE_SYSTEMS = frozenset(
-    "9p afs beegfs ceph cifs fuse.glusterfs fuse.s3fs fuse.sshfs gfs2 gpfs lustre ncpfs nfs nfs4 "
-    "ocfs2 smb3 smbfs vboxsf virtiofs".split()
-)
-
-
-def _warn_of_place(path: str) -> None:
-    """Log what makes the place of a database unfit."""
-    logger = get_logger("dramalite.broker", "SQLiteBroker")
-    file_system = _file_system(path)
-    if file_system in _SHARED_FILE_SYSTEMS:
-        logger.warning(
-            "The database %r is on a file system of type %s, where SQLite's locks and shared memory "
-            "may not hold: move it to a disk of this machine.", path, file_system,
-        )  # fmt: skip
-    if _is_open_to_all(os.path.dirname(path)):
-        logger.warning(
-            "The database %r is in a folder where every user of this machine may write, and so "
-            "replace it: move it to a folder of your own.", path,
-        )  # fmt: skip
-
-
 # ------------------------------------------------------------------------------------------
 # Waking and watching
 #
@@ -3761,19 +3778,26 @@ class _WatchedDatabase(_Database):
             if must_listen:
                 self._is_listening = True
         if must_listen:
-            threading.Thread(target=self._listen, name="dramalite-listener", daemon=True).start()
+            self._start_listening()
         try:
             yield
         finally:
             with self.changed:
                 self._watchers -= 1
 
-    def _listen(self) -> None:
-        """Pass on, while somebody watches, the rings of workers in other processes."""
-        slot = None
+    def _start_listening(self) -> None:
         try:
-            slots = self.slots()
-            slot = slots.acquire(slots.make_bell(), _WATCHING, False)
+            slot = self.take_slot(_WATCHING, tracked=False)
+        except (BrokerError, OSError):  # No slot free, no side file: those that watch look themselves.
+            self._is_listening = False
+            return
+        threading.Thread(
+            target=self._listen, args=(slot,), name="dramalite-listener", daemon=True
+        ).start()
+
+    def _listen(self, slot: _Slot) -> None:
+        """Pass on, while somebody watches, the rings of workers in other processes."""
+        try:
             while slot.is_held() and slot.is_current():
                 slot.sleep_until(_FOREVER)  # Said before the look that notify() causes.
                 self.notify()
@@ -3782,12 +3806,9 @@ class _WatchedDatabase(_Database):
                         if not self._watchers:
                             self._is_listening = False
                             break
-        except (BrokerError, OSError):
-            pass  # No slot free, or no side file: those that watch look for themselves.
         finally:
             self._is_listening = False
-            if slot is not None:
-                slot.release()
+            slot.release()
 
 
 # ------------------------------------------------------------------------------------------
@@ -4070,6 +4091,13 @@ class _Engine(_WatchedDatabase):
         with self._lock:
             (row,) = self._read("PRAGMA data_version", role="work")
             return cast(int, row[0]) + self._connect("work").total_changes
+
+    def has_ready(self) -> bool:
+        """Tell, without waiting for whoever writes, whether anything is ready or due."""
+        if self._read(_IS_READY)[0][0]:
+            return True
+        due = self.next_due()
+        return due is not None and due <= self._clock().time_ms()
 
     def next_due(self) -> int | None:
         """When the next delayed message is due, milliseconds since 1970; None if there is none."""
@@ -5762,8 +5790,7 @@ class _EngineConsumer(Consumer):
         self._queue = _q_name(queue_name)
         self._prefetch = prefetch
         self._timeout_s = timeout / 1000
-        slots = broker._engine.slots()
-        self._slot = slots.acquire(slots.make_bell(), 0, tracked=False)
+        self._slot = broker._engine.take_slot(0, tracked=False)
         self._claimed: dict[int, tuple[MessageProxy, _Row]] = {}  # By id() of the proxy.
 
     def __next__(self) -> MessageProxy | None:
@@ -5772,7 +5799,7 @@ class _EngineConsumer(Consumer):
         return next(reversed(self._claimed.values()))[0]
 
     def _claim(self) -> bool:
-        if len(self._claimed) >= self._prefetch:
+        if len(self._claimed) >= self._prefetch or not self._broker._engine.has_ready():
             return False
         pairs = [(self._queue, name) for name in (*self._broker.actors, "")]
         rows, _version = self._broker._engine.exchange(self._slot, [], 1, _targets(pairs), True)
@@ -5835,7 +5862,8 @@ class _QueueView:
         taken: list[bytes] = []
 
         def take() -> bool:
-            taken.extend(self._broker._engine.take(self._name))
+            if self._broker._engine.has_ready():
+                taken.extend(self._broker._engine.take(self._name))
             return bool(taken)
 
         if not self._broker._engine.watch(take, timeout if block else 0.0, is_announced=False):
@@ -6737,8 +6765,7 @@ class _Dispatcher:
         self._coroutines = coroutines  # How many may run at once.
         self._longest_poll_s = poll_s
         self._poll_s = min(_POLL_S, poll_s)
-        slots = self._engine.slots()
-        self._slot = slots.acquire(slots.make_bell(), 0, tracked=True)
+        self._slot = self._engine.take_slot(0, tracked=True)
         self._exchange_lock = threading.Lock()
         lock = threading.Lock()  # Guards all below, and those above.
         self._cond = threading.Condition(lock)  # What idle threads wait on,
@@ -7148,7 +7175,7 @@ class _Dispatcher:
         self.logger.error("The side file of %r was deleted or replaced; making a new one.", self._broker)
         with self._exchange_lock:
             old = self._slot
-            self._slot = self._engine.slots().acquire(old.bell, 0, tracked=True)
+            self._slot = self._engine.take_slot(0, tracked=True, bell=old.bell)
             self._engine.adopt(self._slot, old.owner)
             self._targets.forget()
             self._targets.refresh(self._slot)
@@ -7576,7 +7603,7 @@ class _VirtualWorker:
 
     def boot(self) -> None:
         """Take a slot and begin, as a new process would."""
-        self.slot = self._broker._engine.slots().acquire(_Bell(), 0, tracked=True)
+        self.slot = self._broker._engine.take_slot(0, tracked=True, bell=_Bell())
         self._targets = _Targets(self._broker, frozenset())
         self.must_recover = True
         self.seen: int | None = None  # The engine's changes() at the last look for work, in vain.

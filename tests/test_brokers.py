@@ -694,6 +694,33 @@ def test_a_stub_broker_raises_the_jobs_own_error_from_join(stub_broker, worker):
     assert raised.value is error
 
 
+def test_a_stub_broker_raises_an_error_that_is_false_too(stub_broker, worker):
+    class Falsy(Exception):
+        def __len__(self):
+            return 0
+
+    dramalite.actor(fail_with(Falsy("no")), max_retries=0).send()
+    worker(stub_broker)
+
+    with pytest.raises(Falsy):
+        stub_broker.join("default", timeout=PATIENCE, fail_fast=True)
+
+
+def test_a_stub_broker_raises_the_error_of_each_of_many_jobs(stub_broker, worker):
+    work = dramalite.actor(fail_with(ValueError("no")), max_retries=0)
+    raised = 0
+    worker(stub_broker)
+    for _ in range(150):
+        work.send()
+        try:
+            stub_broker.join("default", timeout=PATIENCE)
+        except ValueError:
+            raised += 1
+        stub_broker.flush_all()
+
+    assert raised == 150
+
+
 def test_a_stub_broker_can_be_told_not_to_raise(stub_broker, worker):
     dramalite.actor(fail_with(ValueError("no")), max_retries=0).send()
     worker(stub_broker)
@@ -967,6 +994,28 @@ def test_what_a_closed_consumer_held_goes_back_to_its_place(broker):
     another.close()
 
     assert order == [(0,), (1,), (2,)]
+
+
+def test_a_consumer_of_an_empty_queue_looks_a_few_times_only(make_broker, monkeypatch):
+    connect, begun = sqlite3.connect, []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if statement.startswith("BEGIN"):
+                begun.append(statement)
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    broker = make_broker()
+    dramalite.actor(print, actor_name="work")
+    consumer = broker.consume("default", timeout=100)
+    begun.clear()
+    nothing = next(consumer)
+    looks = len(begun)
+    consumer.close()
+
+    assert nothing is None
+    assert looks < 20
 
 
 def test_consuming_a_queue_that_nobody_declared_is_an_error_on_the_stub_broker(stub_broker):

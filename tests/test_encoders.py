@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 from pathlib import Path
 
 import pytest
@@ -186,6 +187,12 @@ def test_pickle_is_an_encoder_that_keeps_python_values():
     assert encoder.decode(encoder.encode(value)) == value
 
 
+@pytest.mark.parametrize("value", [lambda: 1, threading.Lock(), type("Nowhere", (), {})()], ids=["lambda", "lock", "nameless"])
+def test_what_pickle_cannot_hold_is_a_type_error(value):
+    with pytest.raises(TypeError):
+        dramalite.PickleEncoder().encode({"a": value})
+
+
 def test_messages_are_encoded_by_the_global_encoder():
     class Reversed(dramalite.JSONEncoder):
         def encode(self, data):
@@ -214,6 +221,31 @@ def test_a_message_travels_pickled_when_pickle_was_chosen(broker, worker, pickle
     broker.join("default", timeout=DEADLINE * 1000)
 
     assert received == [(1, {2}, b"x")]
+
+
+def test_a_result_that_pickle_cannot_hold_ends_a_chain_visibly(broker, worker, pickled):
+    first = dramalite.actor(lambda: lambda: 1, actor_name="first", max_retries=0)
+    last = dramalite.actor(print, actor_name="last")
+    (first.message() | last.message()).run()
+    worker(broker)
+    broker.join("default", timeout=DEADLINE * 1000)
+
+    assert [letter.actor_name for letter in broker.dead_letters] == ["first"]
+
+
+
+def test_an_encoders_own_kind_of_value_error_is_a_value_error_that_names_the_actor(broker):
+    class ASCIIOnly(dramalite.JSONEncoder):
+        def encode(self, data):
+            "".join(data["args"]).encode("ascii")
+            return super().encode(data)
+
+    dramalite.set_encoder(ASCIIOnly())
+    work = dramalite.actor(print, actor_name="work")
+    with pytest.raises(ValueError, match="actor 'work': .*ascii"):
+        work.send("é")
+
+    assert broker.pending() == []
 
 
 def test_a_pickled_message_is_not_unpickled_unless_pickle_was_chosen(broker, worker):

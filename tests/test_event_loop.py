@@ -8,6 +8,7 @@ import contextvars
 import functools
 import gc
 import os
+import textwrap
 import threading
 import time
 import traceback
@@ -128,6 +129,15 @@ def test_no_more_run_at_once_than_the_worker_is_told(broker, worker, gate):
 def test_a_worker_runs_one_coroutine_or_more(broker):
     with pytest.raises(ValueError, match="async_concurrency"):
         dramalite.Worker(broker, async_concurrency=0)
+
+
+def test_a_worker_that_would_run_more_at_once_than_it_can_keep_track_of_is_refused_with_both_numbers(broker):
+    with pytest.raises(ValueError, match=r"\b8\b.*\b2000\b"):
+        dramalite.Worker(broker, worker_threads=8, async_concurrency=2000)
+
+
+def test_a_worker_may_run_five_hundred_coroutines(broker, worker):
+    assert worker(broker, async_concurrency=500).async_concurrency == 500
 
 
 def test_threads_stay_free_for_other_work_while_coroutines_wait(broker, worker, gate, log):
@@ -608,6 +618,21 @@ def test_the_loop_survives_coroutines_that_want_to_end_the_program(run_python):
     assert result.stdout == "2 True\n", result.stderr
 
 
+def test_an_exception_that_is_false_ends_a_coroutine_too(broker, worker, outcomes):
+    class Falsy(Exception):
+        def __len__(self):
+            return 0
+
+    async def fail():
+        raise Falsy("no")
+
+    dramalite.actor(fail, max_retries=0).send()
+    worker(broker)
+    broker.join("default", timeout=2000)
+
+    assert outcomes == [(None, Falsy)]
+
+
 # Time limits
 
 
@@ -1024,6 +1049,45 @@ def test_an_async_actor_may_await_the_result_of_another(broker, worker):
     worker(broker)
 
     assert sent.get_result(block=True, timeout=PATIENCE) == 42
+
+
+#: A program that awaited a result on a loop that is closed by now, while one message is due and one is not.
+CLOSED_LOOP = """
+    import asyncio, os, threading
+    import dramalite
+
+    ran = threading.Event()
+    broker = dramalite.MemoryBroker()
+    work = dramalite.actor(ran.set, actor_name="work", store_results=True, broker=broker)
+    work.send()
+    later = work.send_with_options(delay=3_600_000)
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(later.get_result_async(timeout=600_000))
+    loop.run_until_complete(asyncio.sleep(0.1))
+    loop.close()
+"""
+
+
+def test_a_send_is_no_error_though_a_loop_was_closed_that_awaited_a_result(run_python):
+    sends = """
+    work.send()
+    print(len(broker.pending()), flush=True)
+    os._exit(0)
+    """
+    done = run_python(textwrap.dedent(CLOSED_LOOP + sends))
+
+    assert done.stdout == "3\n", done.stderr
+
+
+def test_a_worker_works_though_a_loop_was_closed_that_awaited_a_result(run_python):
+    works = """
+    dramalite.Worker(broker, worker_threads=1).start()
+    print(ran.wait(3), flush=True)
+    os._exit(0)
+    """
+    done = run_python(textwrap.dedent(CLOSED_LOOP + works))
+
+    assert done.stdout == "True\n", done.stderr
 
 
 # Coroutines from plain code

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import sqlite3
 import threading
 
@@ -257,6 +258,34 @@ def test_a_callback_for_whatever_comes_once_all_members_have_ended(broker, membe
     assert told == ["ended"]
 
 
+def test_a_callback_for_whatever_comes_though_a_member_failed_more_than_a_week_before_the_last_ended(
+    make_file_broker, clock, worker, told
+):
+    broker = make_file_broker(clock=clock)
+
+    @dramalite.actor(max_retries=0)
+    def fail():
+        raise ValueError("no")
+
+    late = dramalite.actor(lambda: None, actor_name="late")
+    tell = dramalite.actor(told.append, actor_name="tell")
+    members = group([fail.message(), late.message_with_options(delay=9 * 24 * HOUR)])
+    members.add_completion_callback(tell.message("over"), whatever=True)
+    members.run()
+    first = worker(broker)
+    wait_until(lambda: broker.dead_letters)
+    first.stop()
+    clock.advance(8 * 24 * HOUR)
+    second = worker(broker)
+    wait_until(lambda: not broker.dead_letters)  # What is a week old has left the file.
+    second.stop()
+    clock.advance(24 * HOUR)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert told == ["over"]
+
+
 def test_both_kinds_of_callbacks_come_after_success(broker, member, tell, told):
     members = group_of(member, 1, 2)
     members.add_completion_callback(tell.message("done"))
@@ -504,6 +533,17 @@ def test_without_the_middleware_a_group_without_callbacks_runs(stub_broker):
     assert len(stub_broker.pending()) == 2
 
 
+def test_without_the_middleware_a_step_that_is_a_group_ends_the_chain_visibly(stub_broker, worker):
+    step = dramalite.actor(lambda *args: 1, actor_name="step")
+    pipe = step.message("first") | group([step.message("member")]) | step.message("last")
+    pipe.run()
+    worker(stub_broker)
+    stub_broker.join("default", timeout=PATIENCE, fail_fast=False)
+
+    assert [letter.args for letter in stub_broker.dead_letters] == [("first",)]
+    assert "GroupCallbacks" in stub_broker.dead_letters[0].reason
+
+
 @pytest.mark.parametrize("options", [{}, {"barrier_ttl": 1000}])
 def test_the_middleware_can_be_added_as_in_dramatiq(make_stub_broker, worker, caplog, options):
     broker = make_stub_broker()
@@ -700,6 +740,20 @@ def test_a_group_right_after_a_group_is_refused(broker, step):
 def test_a_group_in_a_group_that_is_a_step_is_refused(broker, step):
     with pytest.raises(TypeError, match="group"):
         step.message(0) | group([group([step.message(1)])])
+
+
+@pytest.mark.parametrize("child", ["group", "empty pipeline", "pipeline that ends in a group"])
+def test_a_first_step_that_cannot_be_waited_for_is_refused_by_name_and_nothing_is_sent(broker, step, child):
+    inner = {
+        "group": group([step.message(1)]),
+        "empty pipeline": pipeline([]),
+        "pipeline that ends in a group": step.message(0) | group([step.message(1)]),
+    }[child]
+    pipe = group([step.message(2), inner]) | step.message("end")
+    with pytest.raises(TypeError, match=re.escape(str(inner))):
+        pipe.run()
+
+    assert broker.pending() == []
 
 
 def test_other_things_are_no_steps(broker, step):

@@ -277,6 +277,20 @@ def test_a_step_whose_id_cannot_be_stored_ends_the_chain_visibly(broker, worker,
     assert [letter.args for letter in broker.dead_letters] == [("a",)]
 
 
+def test_a_step_that_a_middleware_refuses_ends_the_chain_visibly(broker, worker, step, log):
+    class Refuses(dramalite.Middleware):
+        def before_enqueue(self, broker, message, delay):
+            if message.args[:1] == ("b",):
+                raise dramalite.MiddlewareError("the quota is used up")
+
+    broker.add_middleware(Refuses())
+    (step.message("a") | step.message("b")).run()
+    work_off(broker, worker)
+
+    assert [letter.args for letter in broker.dead_letters] == [("a",)]
+    assert "the quota is used up" in broker.dead_letters[0].reason
+
+
 def test_a_pipeline_can_be_run_again(broker, worker, step, log):
     pipe = step.message("a") | step.message("b")
     pipe.run()

@@ -172,6 +172,22 @@ def test_a_final_failure_is_stored_with_its_type_and_text(broker, worker):
     assert raised.value.orig_exc_msg == "no such thing"
 
 
+def test_a_failure_whose_exception_is_false_is_stored_with_its_type_and_text(broker, worker):
+    class Falsy(Exception):
+        def __bool__(self):
+            return False
+
+    def fail_falsely():
+        raise Falsy("no such thing")
+
+    sent = storing(fail_falsely, max_retries=0).send()
+    worker(broker)
+    with pytest.raises(dramalite.ResultFailure) as raised:
+        result_of(sent)
+
+    assert (raised.value.orig_exc_type, raised.value.orig_exc_msg) == ("Falsy", "no such thing")
+
+
 def test_while_retries_are_pending_the_result_is_missing(make_broker, clock, worker):
     broker = make_broker(clock=clock)
     attempts = []
@@ -522,6 +538,35 @@ def test_a_stub_broker_keeps_results_when_it_is_told_to_as_in_dramatiq(make_stub
     worker(stub_broker)
 
     assert sent.get_result(block=True, timeout=PATIENCE) == 42
+
+
+@pytest.fixture
+def elsewhere(make_file_broker, make_broker):
+    """A broker that keeps its results in the database of another one."""
+    backend = dramalite.SQLiteResultBackend(make_file_broker("results.db", middleware=[]))
+    broker = make_broker()
+    broker.add_middleware(Results(backend=backend))
+    return broker
+
+
+def test_waiting_for_a_result_that_another_database_keeps_ends_when_it_comes(elsewhere, worker):
+    sent = storing(lambda: 42).send()
+    received = []
+    waiting = threading.Thread(target=lambda: received.append(result_of(sent)), daemon=True)
+    waiting.start()
+    waiting.join(0.03)
+    worker(elsewhere)
+    waiting.join(DEADLINE)
+
+    assert received == [42]
+
+
+def test_waiting_for_a_result_that_another_database_keeps_times_out(elsewhere):
+    sent = storing(lambda: 42).send()
+    with pytest.raises(dramalite.ResultTimeout) as raised:
+        sent.get_result(block=True, timeout=30)
+
+    assert type(raised.value) is dramalite.ResultTimeout
 
 
 def test_results_without_a_backend_take_that_of_the_broker(stub_broker, worker):

@@ -1,9 +1,12 @@
 """TimeLimit: jobs that take too long are interrupted."""
 
 import asyncio
+import contextlib
 import datetime
 import logging
+import sqlite3
 import threading
+import time
 
 import pytest
 
@@ -370,6 +373,78 @@ def test_a_limit_that_a_hook_kept_from_ending_does_not_strike_a_job_without_limi
     work_off(broker, worker)
 
     assert log == ["first", "done"]
+
+
+def have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplog, outcomes):
+    """Have the time limit of a job strike just when SQLite has begun a transaction for it; the broker."""
+    connect, jobs = sqlite3.connect, []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            result = super().execute(statement, *values)
+            if statement.startswith("BEGIN") and threading.get_ident() in jobs:
+                jobs.clear()
+                wait_until(lambda: "Time limit exceeded" in caplog.text, timeout=3)
+            return result
+
+    def work():
+        jobs.append(threading.get_ident())
+        backend.add("key", 1, MINUTE)
+        busy()
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    broker = make_broker(middleware=[TimeLimit(interval=10), Retries(max_retries=0), outcomes])
+    backend = dramalite.SQLiteRateLimiterBackend(broker)
+    dramalite.actor(work, time_limit=30).send()
+    worker(broker)
+    wait_until(lambda: outcomes.exceptions)
+    return broker
+
+
+def test_a_limit_that_strikes_in_a_transaction_ends_the_job(make_broker, worker, monkeypatch, caplog, outcomes):
+    have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplog, outcomes)
+
+    assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
+
+
+def test_a_limit_that_strikes_in_a_transaction_leaves_the_worker_at_work(
+    make_broker, worker, monkeypatch, caplog, outcomes, log
+):
+    broker = have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplog, outcomes)
+    after = dramalite.actor(log.append, actor_name="after")
+    threading.Thread(target=after.send, args=("after",), daemon=True).start()
+    wait_until(lambda: log, timeout=2)
+
+    assert log == ["after"]
+
+
+def test_a_limit_that_strikes_in_a_transaction_locks_nobody_out(
+    make_file_broker, worker, monkeypatch, caplog, outcomes
+):
+    broker = have_a_limit_strike_in_a_transaction(make_file_broker, worker, monkeypatch, caplog, outcomes)
+    with contextlib.closing(sqlite3.connect(broker.path, timeout=1, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        begun = connection.in_transaction
+        connection.execute("ROLLBACK")
+
+    assert begun is True
+
+
+@pytest.mark.parametrize("does", ["counts", "sends"])
+def test_a_job_that_is_nearly_always_in_the_engine_is_interrupted_too(limited, worker, outcomes, does):
+    other = dramalite.actor(print, actor_name="other", queue_name="unserved")
+    backend = dramalite.SQLiteRateLimiterBackend(limited)
+
+    def work():
+        end = time.monotonic() + 3
+        while time.monotonic() < end:
+            other.send() if does == "sends" else backend.add("key", 1, MINUTE)
+
+    dramalite.actor(work, time_limit=30).send()
+    worker(limited, queues={"default"})
+    limited.join("default", timeout=PATIENCE)
+
+    assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
 
 
 def test_an_interrupt_is_announced_in_the_log(limited, worker, caplog):

@@ -464,6 +464,73 @@ def test_joining_an_idle_worker_returns(broker, worker):
     assert joining.is_alive() is False
 
 
+def test_what_is_sent_while_one_worker_is_paused_is_run_by_another(broker, worker):
+    done = []
+    meeting = threading.Barrier(2)
+    meet = dramalite.actor(lambda: meeting.wait(DEADLINE) and None, actor_name="meet", max_retries=0)
+    work = dramalite.actor(done.append, actor_name="work")
+    first, _ = worker(broker), worker(broker)
+    meet.send()
+    meet.send()
+    broker.join("default", timeout=PATIENCE)
+    threading.Event().wait(0.05)  # Both sleep now, and the first is the one to be woken.
+    first.pause()
+    work.send(1)
+    wait_until(lambda: done, timeout=2)
+
+    assert done == [1]
+
+
+def test_what_is_sent_while_one_worker_is_being_stopped_is_run_by_another(broker, worker):
+    done = []
+    meeting = threading.Barrier(2)
+    ran = threading.Event()
+    meet = dramalite.actor(lambda: meeting.wait(DEADLINE) and None, actor_name="meet", max_retries=0)
+    work = dramalite.actor(ran.set, actor_name="work")
+
+    class SendsLate(dramalite.Middleware):
+        def before_worker_shutdown(self, broker, stopping):
+            if stopping is first:
+                work.send()
+                done.append(ran.wait(2))
+
+    broker.add_middleware(SendsLate())
+    first, _ = worker(broker), worker(broker)
+    meet.send()
+    meet.send()
+    broker.join("default", timeout=PATIENCE)
+    threading.Event().wait(0.05)  # Both sleep now, and the first is the one to be woken.
+    first.stop()
+
+    assert done == [True]
+
+
+def test_in_memory_a_message_that_is_sent_just_as_a_worker_stops_waiting_is_not_overlooked(
+    clean_state, worker, monkeypatch
+):
+    threads, sent, done, wait = [], [], [], threading.Event.wait
+
+    class Threads(dramalite.Middleware):
+        def after_worker_thread_boot(self, broker, thread):
+            threads.append(thread)
+
+    def wait_and_send(event, timeout=None):
+        was_set = wait(event, timeout)
+        if not was_set and not sent and threading.current_thread() in threads:
+            sent.append(work.send(1))
+        return was_set
+
+    broker = dramalite.MemoryBroker(middleware=[Threads()])
+    clean_state.callback(broker.close)
+    work = dramalite.actor(done.append, actor_name="work", broker=broker)
+    monkeypatch.setattr("threading.Event.wait", wait_and_send)
+    worker(broker, worker_timeout=20)
+    wait_until(lambda: sent)
+    wait_until(lambda: done, timeout=2)
+
+    assert done == [1]
+
+
 # One thread alone, or several
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
+import sqlite3
 
+import dramalite
 import pytest
 
 JOBS = """
@@ -165,6 +168,39 @@ def test_a_send_in_a_signal_handler_that_interrupts_a_send_is_stored(place):
     assert_noted_is_stored(place, 151)
 
 
+def test_a_send_in_a_signal_handler_that_interrupts_a_checkpoint_is_stored(place):
+    place.durability = "full"
+    place.script(
+        """
+        import os, signal, sqlite3
+
+        connect, armed, from_handler = sqlite3.connect, [True], []
+
+        class Connection(sqlite3.Connection):
+            def execute(self, statement, *values):
+                if armed and "wal_checkpoint" in statement:
+                    armed.clear()
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                return super().execute(statement, *values)
+
+        sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)
+        import jobs
+
+        def handler(*_):
+            for _ in range(3):  # Enough for a checkpoint of its own.
+                from_handler.append(jobs.job.send("x" * 1_000_000))
+
+        signal.signal(signal.SIGUSR1, handler)
+        while not from_handler:
+            jobs.note("sent")
+            jobs.job.send("x" * 1_000_000)
+        """,
+        seconds=5,
+    )
+
+    assert place.waiting() == len(place.notes("sent")) + 3
+
+
 @pytest.mark.parametrize("interruptions", [150, pytest.param(3000, marks=pytest.mark.torture)])
 def test_an_exception_from_a_signal_handler_in_the_middle_of_a_send_breaks_nothing(place, interruptions):
     # What Ctrl+C does to a script that goes on: a later send is stored, and not only said to be.
@@ -205,6 +241,99 @@ def test_an_exception_from_a_signal_handler_in_the_middle_of_a_send_breaks_nothi
     )
 
     assert place.sound()
+
+
+def test_sends_are_stored_after_an_exception_from_a_signal_handler_as_a_transaction_began(
+    make_file_broker, monkeypatch
+):
+    # Ctrl+C that arrives while SQLite begins a transaction is raised as soon as it has begun.
+    connect, armed = sqlite3.connect, []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            result = super().execute(statement, *values)
+            if armed and statement.startswith("BEGIN"):
+                raise armed.pop()
+            return result
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    broker = make_file_broker()
+    job = dramalite.actor(print, actor_name="job")
+    job.send("before")
+    armed.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        broker.enqueue_many([job.message("interrupted"), job.message("too")])
+    job.send("afterwards")
+    with contextlib.closing(connect(broker.path)) as connection:
+        (stored,) = connection.execute("SELECT count(*) FROM dramalite_messages").fetchone()
+
+    assert stored == 2
+
+
+def test_an_exception_anywhere_in_a_send_leaves_another_threads_send_stored_or_refused(place):
+    # CPython raises such exceptions at calls.  The other send begins at the first one at which it has to wait.
+    place.script(
+        """
+        import contextlib, itertools, os, sqlite3, sys, threading
+        import dramalite
+        import jobs
+
+        class Alarm(Exception):
+            pass
+
+        class Sends(threading.Thread):
+            refusal = None
+
+            def run(self):
+                try:
+                    jobs.ping.send(1)
+                except dramalite.BrokerError as error:
+                    self.refusal = error
+
+        def pings():
+            with contextlib.closing(sqlite3.connect(os.environ["JOBS_DB"])) as connection:
+                return connection.execute("SELECT count(*) FROM dramalite_messages WHERE actor = 'ping'").fetchone()[0]
+
+        def send_beside(first, last):
+            # Send, beside another send that begins at call `first`, and with an exception at call `last`.
+            # Tells whether the other one had to wait, and whether there were so many calls.
+            calls, has_waited = 0, False
+
+            def profile(frame, event, argument):
+                nonlocal calls, has_waited
+                if event in ("call", "c_return") and frame.f_code.co_filename == dramalite.__file__:
+                    calls += 1
+                    if calls == first:
+                        other.start()
+                        other.join(0.02)
+                        has_waited = other.is_alive()
+                    elif calls == last:
+                        sys.setprofile(None)
+                        send_beside.place = f"{frame.f_code.co_name}, line {frame.f_lineno}"
+                        raise Alarm
+
+            other, before = Sends(), pings()
+            sys.setprofile(profile)
+            try:
+                jobs.job.send(1)
+            except Alarm:
+                pass
+            finally:
+                sys.setprofile(None)
+            if calls >= first:
+                other.join(5)
+                assert not other.is_alive(), f"{send_beside.place}: the other send hangs."
+                assert other.refusal or pings() > before, f"{send_beside.place}: neither stored nor refused."
+            return has_waited, calls >= last
+
+        jobs.job.send(0)
+        jobs.ping.send(0)
+        first = next(number for number in range(1, 200) if send_beside(number, 10_000)[0])
+        last = next(number for number in itertools.count(first + 1) if not send_beside(first, number)[1])
+        assert last > first + 5
+        """,
+        seconds=20,
+    )
 
 
 #: Runs something at the n-th line of dramalite that a send passes, for each n; as a signal handler would.

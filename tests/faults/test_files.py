@@ -10,9 +10,12 @@ import re
 import sqlite3
 import stat
 import tempfile
+import threading
 from pathlib import Path
 
+import dramalite
 import pytest
+from harness import wait_until
 
 JOBS = """
     from pathlib import Path
@@ -276,6 +279,35 @@ def test_rubbish_left_in_the_side_files_by_a_crash_does_not_matter(place):
     assert place.sound()
 
 
+@pytest.mark.parametrize("content", [b"12345\n", b"\x7f" * 5000], ids=["text", "large numbers"])
+def test_a_send_is_no_error_where_the_side_file_holds_something_else(make_file_broker, tmp_path, content):
+    make_file_broker()
+    (tmp_path / "queue.db-lock").write_bytes(content)
+    job = dramalite.actor(print, actor_name="job")
+    sent = [job.send(1), job.send(2)]
+
+    assert [message.args for message in sent] == [(1,), (2,)]
+
+
+@pytest.mark.parametrize("content", [b"12345\n", b"\x7f" * 5000], ids=["text", "large numbers"])
+def test_a_worker_works_where_the_side_file_holds_something_else(make_file_broker, worker, tmp_path, content):
+    broker = make_file_broker()
+    (tmp_path / "queue.db-lock").write_bytes(content)
+    ran = []
+
+    def fail_at_first():
+        ran.append("failed")
+        if len(ran) == 1:
+            raise ValueError("not yet")
+
+    job = dramalite.actor(ran.append, actor_name="job")
+    broker.enqueue_many([dramalite.actor(fail_at_first, min_backoff=0).message(), job.message(1), job.message(2)])
+    worker(broker)
+    wait_until(lambda: len(ran) == 4, "the worker works", 2)
+
+    assert sorted(map(str, ran)) == ["1", "2", "failed", "failed"]
+
+
 # Deleted and replaced while in use
 
 
@@ -424,6 +456,33 @@ def test_a_worker_in_the_middle_of_a_job_outlives_whatever_happens_to_its_file(p
     assert tree.output().count("\n") < 200
 
 
+def test_a_job_whose_folder_was_away_as_it_ended_is_not_run_again(make_file_broker, worker, tmp_path, caplog):
+    home, away = tmp_path / "home", tmp_path / "away"
+    home.mkdir()
+    broker = make_file_broker("home/queue.db")
+    running, go_on, ran = threading.Event(), threading.Event(), []
+
+    @dramalite.actor
+    def job(number):
+        ran.append(number)
+        running.set()
+        go_on.wait(10)
+
+    job.send(1)
+    first = worker(broker)
+    running.wait(10)
+    home.rename(away)
+    go_on.set()
+    wait_until(lambda: "goes on trying" in caplog.text, "the worker can't write down how the job ended")
+    away.rename(home)
+    first.stop()
+    job.send(2)
+    worker(broker)
+    wait_until(lambda: 2 in ran, "the next worker works")
+
+    assert ran == [1, 2]
+
+
 def test_a_file_cut_short_under_a_broker_is_an_error_or_harmless_but_not_silent(place):
     make_queue(place, 100)
     broker = place.broker()
@@ -542,6 +601,46 @@ def test_a_broker_whose_side_log_was_deleted_never_loses_in_silence(place):
     broker.close()
 
     assert set(stored) <= numbers_in_the_file(place)
+
+
+def descriptors(folder):
+    """Which files below `folder` this process has open."""
+    paths = []
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            paths.append(os.readlink(f"/proc/self/fd/{name}"))
+    return [path for path in paths if path.startswith(str(folder))]
+
+
+def test_brokers_on_many_files_leave_no_descriptor_open_when_they_are_closed(make_file_broker, worker, tmp_path):
+    ran, at_work = [], []
+    for number in range(3):
+        broker = make_file_broker(f"{number}.db")
+        dramalite.actor(ran.append, actor_name="job", broker=broker).send(number)
+        started = worker(broker)
+        wait_until(lambda: number in ran, "the worker works")
+        at_work += descriptors(tmp_path)
+        started.stop()
+        broker.close()
+
+    assert {f"{number}.db-lock" for number in range(3)} <= {os.path.basename(path) for path in at_work}
+    assert descriptors(tmp_path) == []
+
+
+def test_a_closed_broker_is_not_opened_again_by_a_wait_for_a_result_that_is_over(make_file_broker, tmp_path, monkeypatch):
+    broker = make_file_broker()
+    sent = dramalite.actor(lambda: 42, actor_name="job", store_results=True).send()
+    late, start = [], threading.Thread.start
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", lambda thread: late.append(thread))
+        with pytest.raises(dramalite.ResultTimeout):
+            sent.get_result(block=True, timeout=1)
+    broker.close()
+    for thread in late:
+        start(thread)
+        thread.join(10)
+
+    assert descriptors(tmp_path) == []
 
 
 # Names

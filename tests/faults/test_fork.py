@@ -108,6 +108,49 @@ def test_parent_and_children_go_on_when_a_process_with_sending_threads_forks(pla
     assert place.sound()
 
 
+def test_two_threads_that_fork_at_the_same_time_leave_sends_possible(place):
+    # One of them naps between any two lines of what a fork calls here, so that the other one gets in between.
+    tree = place.script(
+        """
+        import os, sys, threading, time
+        import dramalite
+        import jobs
+
+        def nap(frame, event, argument):
+            if frame.f_code.co_filename == dramalite.__file__:
+                time.sleep(0.0001)
+                return nap
+
+        def fork(trace, times):
+            sys.settrace(trace)
+            for _ in range(times):
+                child = os.fork()
+                if child == 0:
+                    os._exit(0)
+                os.waitpid(child, 0)
+
+        def keep_sending():
+            while any(thread.is_alive() for thread in forking):
+                jobs.job.send("meanwhile")
+
+        jobs.job.send("before")
+        sys.setswitchinterval(1e-5)
+        forking = [threading.Thread(target=fork, args=args, daemon=True) for args in ((nap, 10), (None, 50))]
+        sending = threading.Thread(target=keep_sending, daemon=True)
+        for thread in (*forking, sending):
+            thread.start()
+        for thread in (*forking, sending):
+            thread.join(3)
+            assert not thread.is_alive(), "A thread hangs."
+        jobs.ping.send("afterwards")
+        """,
+        seconds=15,
+    )
+
+    assert "Exception ignored" not in tree.output()
+    assert place.query("SELECT count(*) FROM dramalite_messages WHERE actor = 'ping'") == [(1,)]
+
+
 def test_children_and_grandchildren_of_a_used_broker_can_send_and_end_normally(place):
     tree = place.script(
         """

@@ -36,6 +36,13 @@ JOBS = """
         note("never_twice", kind)
         DEATHS[kind]()
 
+    @dramalite.actor(max_retries=0, on_crash="fail")
+    def once(number, kills):
+        note("once", number)
+        if kills:
+            kill_itself()
+
+
     @dramalite.actor(max_retries=0, max_crashes=1)
     def one_more_chance(kind):
         note("one_more_chance", kind)
@@ -141,6 +148,37 @@ def test_an_actor_that_must_never_run_twice_is_parked_at_its_first_crash(place):
     assert place.runs("never_twice") == {"kill": 1}
     assert [letter.actor_name for letter in place.dead_letters()] == ["never_twice"]
     assert place.runs("end").keys() == {"1"}
+
+
+ONE_THREAD = LONE_WORKER.replace("worker_threads=2", "worker_threads=1")
+
+
+def test_a_message_that_must_never_run_twice_does_not_if_its_worker_dies_right_after_it(place):
+    place.script(
+        """
+        import jobs
+        jobs.broker.enqueue_many([jobs.once.message(number, number == 40) for number in range(60)])
+        """
+    )
+    place.start_script(ONE_THREAD).wait()
+    place.start_script(ONE_THREAD)
+    place.drained()
+
+    assert place.runs("once") == {str(number): 1 for number in range(60)}
+
+
+def test_a_worker_of_many_coroutines_that_died_is_blamed_for_nothing_that_it_had_not_begun(place):
+    place.script(
+        """
+        import jobs
+        jobs.broker.enqueue_many([jobs.once.message(number, number == 40) for number in range(200)])
+        """
+    )
+    place.start_script(ONE_THREAD.replace("worker_threads=1", "worker_threads=1, async_concurrency=400")).wait()
+    place.start_script(ONE_THREAD)
+    place.drained()
+
+    assert [letter.args for letter in place.dead_letters()] == [(40, True)]
 
 
 def test_innocents_claimed_together_with_poison_are_not_blamed(place):
