@@ -48,6 +48,7 @@ Contents
     Prometheus
     Stored messages
     Consumers
+    Sending and looking
     Brokers
     Message processing
     Targets
@@ -220,6 +221,20 @@ def _is_open_to_all(folder: str) -> bool:
 def _is_strangers(status: os.stat_result) -> bool:
     """Tell whether a file belongs to another user than this process's one or root."""
     return not _WINDOWS and status.st_uid not in (0, os.geteuid())
+
+
+def _import_for_sending() -> None:
+    """Import what a send uses, before the first one, which may be in a signal handler.
+
+    In CPython 3.10 and 3.11 an import there fails if it interrupts one of the same module.
+    """
+    import array
+    import mmap
+    import socket
+    import sqlite3
+    import zlib
+
+    del array, mmap, socket, sqlite3, zlib
 
 
 def _process_is_alive(pid: int) -> bool:
@@ -1234,16 +1249,12 @@ _runner = _Runner()
 _coroutine_runners = itertools.count(-1, -1)
 
 
-def _interrupt(
-    runner: int, exception: type[Interrupt], is_meant: Callable[[], bool] = lambda: True
-) -> bool:
+def _interrupt(runner: int, exception: type[Interrupt]) -> bool:
     """Raise `exception` in an actor's body, in a coroutine as a cancellation; tell whether it ran.
 
-    is_meant() is asked when the body can't be left any more: it may be another message's by now.
+    Whose body it is may be asked with _interrupt_lock held, without which it can't be left.
     """
     with _interrupt_lock:
-        if not is_meant():
-            return False
         if runner in _stoppers:
             _stoppers[runner](exception)
             return True
@@ -2651,6 +2662,7 @@ class _Slot:
         self._base = index * _SLOT_WORDS
         self._words = slots.words
         self._tracked = tracked
+        self._is_ours = True  # Until it was left; a late thread must not write to it then.
         self.bell = bell
         self.owner = int.from_bytes(os.urandom(6), "big") << 8 | index
 
@@ -2665,15 +2677,17 @@ class _Slot:
 
     def serve(self, serves: int) -> None:
         """Say which work to ring for: see _Engine.bit()."""
-        self._words[self._base + _SERVES] = serves
+        if self._is_ours:
+            self._words[self._base + _SERVES] = serves
 
     def sleep_until(self, time_ms: int) -> None:
         """Ask to be rung for work due before `time_ms`; 0 asks for no ring at all."""
-        self._words[self._base + _WAKE_AT] = time_ms
+        if self._is_ours:
+            self._words[self._base + _WAKE_AT] = time_ms
 
     def run(self, thread: int, row_id: int) -> None:
         """Say which row a thread is running; 0 for none."""
-        if self._tracked:
+        if self._tracked and self._is_ours:
             self._words[self._base + _RUNNING + thread] = row_id
 
     def is_current(self) -> bool:
@@ -2682,15 +2696,27 @@ class _Slot:
     def is_held(self) -> bool:
         return self._slots.is_held()
 
+    def renew(self) -> None:
+        """Take the lock back if a job has dropped it, by opening and closing the side file."""
+        with contextlib.suppress(OSError):  # Or has closed our own descriptor.
+            self._slots._take(self._index)
+
     def abandon(self) -> None:
         """Die: the others find what this worker leaves behind."""
+        self._is_ours = False
         self._slots.abandon(self._index)
         self.bell.close()
 
     def release(self) -> None:
         """Leave: from now on this worker is dead to the others."""
-        self._slots.free(self._index)
+        self.give_up()
         self.bell.close()
+
+    def give_up(self) -> None:
+        """Leave, but keep the bell, which another slot has."""
+        if self._is_ours:
+            self._is_ours = False
+            self._slots.free(self._index)
 
 
 class _Remains(NamedTuple):
@@ -2984,7 +3010,7 @@ _NEXT_DUE = f"""
 
 # The columns of a _Row, fit to be read whatever another program has written there.
 _ROW = """CAST(priority AS INTEGER), id, queue, actor, CAST(crashes AS INTEGER),
-              CAST(crash_limit AS INTEGER), CAST(message_id AS BLOB), body"""
+              CAST(crash_limit AS INTEGER), CAST(message_id AS TEXT), body"""
 
 # Targets are a JSON object of queue: actor pairs (a queue may come twice).  SQLite reads at
 # most :limit rows of each pair before it goes on to the next.  A suspect, that is a message
@@ -3024,18 +3050,18 @@ _OWNERS = "SELECT DISTINCT owner FROM dramalite_messages WHERE state = 2"
 
 _COUNT_CRASH = """
     UPDATE dramalite_messages SET crashes = crashes + 1
-     WHERE state = 2 AND owner = :dead
+     WHERE state = 2 AND owner IS :dead
        AND (:running IS NULL OR id IN (SELECT value FROM json_each(:running)))"""
 
 _TAKE_OVER_CRASHED = """
     UPDATE dramalite_messages SET owner = :owner
-     WHERE state = 2 AND owner = :dead AND crashes >= crash_limit
+     WHERE state = 2 AND owner IS :dead AND crashes >= crash_limit
     RETURNING """ + _ROW
 
 _TAKE_BACK = """
-    UPDATE dramalite_messages SET state = 0, owner = NULL WHERE state = 2 AND owner = :dead"""
+    UPDATE dramalite_messages SET state = 0, owner = NULL WHERE state = 2 AND owner IS :dead"""
 
-_ADOPT = "UPDATE dramalite_messages SET owner = :owner WHERE state = 2 AND owner = :dead"
+_ADOPT = "UPDATE dramalite_messages SET owner = :owner WHERE state = 2 AND owner IS :dead"
 
 # The distinct queue and actor pairs of what is ready, by index seeks only.  Comparing pairs as
 # row values would seek the queue but scan its actors.
@@ -3126,13 +3152,6 @@ class _Row(NamedTuple):
     crash_limit: int
     message_id: str
     body: bytes
-
-    @classmethod
-    def read(cls, columns: tuple[Any, ...]) -> _Row:
-        """A row of the columns _ROW."""
-        priority, row_id, queue, actor, crashes, crash_limit, message_id, body = columns
-        text = message_id.decode("utf-8", "replace")
-        return cls(priority, row_id, queue, actor, crashes, crash_limit, text, body)
 
 
 def _check_storable(values: tuple[Any, ...]) -> None:
@@ -3327,6 +3346,8 @@ class _Database:
                 check_same_thread=False,
                 cached_statements=256,
             )
+            # What another program wrote may be no UTF-8; it must not stop the reading of the rest.
+            connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
             self._configure(connection, role)
         except (self._errors, BrokerError) as error:
             if connection is not None:
@@ -3411,7 +3432,7 @@ class _Database:
         for connection in self._connections.values():
             with contextlib.suppress(self._errors):
                 connection.close()  # From 3.13 on, Python warns of those that are just dropped.
-        if self._slots is not None:
+        if self._slots is not None and not sys.is_finalizing():  # A frozen thread may hold its lock.
             self._slots.close()
 
     @_uninterrupted
@@ -3425,6 +3446,7 @@ class _Database:
                     self._connect("work")
                     if self._slots is not None:
                         self._slots.close()
+                        self._slots = None
                     try:
                         self._slots = _SideFile(self._beside("-lock"), create=True)
                     except OSError as error:
@@ -3567,19 +3589,33 @@ class _Database:
             if not slots.begin_checkpoint():
                 return  # Another one is at it.
             try:
-                with self._checkpoint_lock:
-                    with self._lock:
-                        connection = self._connect("checkpoint")
+                with self._checkpoint_lock, self._checkpointing() as connection:
                     for _ in range(_MOST_PASSES):
                         started = _SYSTEM_CLOCK.monotonic()
                         moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                         if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
                             break  # Little can have been written meanwhile.
-                if mode == "TRUNCATE" or moved[1] > 2 * _LONG_LOG // _PAGE_SIZE:
-                    with self._lock:
-                        connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
+                    if mode == "TRUNCATE" or moved[1] > 2 * _LONG_LOG // _PAGE_SIZE:
+                        with self._lock:
+                            connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
             finally:
                 slots.end_checkpoint()
+
+    @contextlib.contextmanager
+    def _checkpointing(self) -> Iterator[sqlite3.Connection]:
+        """The connection for checkpoints, out of close()'s reach while it is used beside _lock."""
+        with self._lock:
+            connection = self._connect("checkpoint")
+            identity = self._identity
+            del self._connections["checkpoint"]
+        try:
+            yield connection
+        finally:
+            with self._lock:
+                if self._identity == identity:
+                    self._connections["checkpoint"] = connection
+                else:
+                    connection.close()
 
     def _beside(self, suffix: str) -> str:
         """A file beside the database: where a link leads, as SQLite has it, one for all names."""
@@ -3791,9 +3827,14 @@ class _WatchedDatabase(_Database):
         except (BrokerError, OSError):  # No slot free, no side file: those that watch look themselves.
             self._is_listening = False
             return
-        threading.Thread(
+        listener = threading.Thread(
             target=self._listen, args=(slot,), name="dramalite-listener", daemon=True
-        ).start()
+        )
+        try:
+            listener.start()
+        except RuntimeError:  # The system has no threads left.
+            self._is_listening = False
+            slot.release()
 
     def _listen(self, slot: _Slot) -> None:
         """Pass on, while somebody watches, the rings of workers in other processes."""
@@ -3834,20 +3875,6 @@ class _Ticket:
 
 
 _INTERRUPTED_SEND = "The send was interrupted; it may not be stored."
-
-
-def _import_for_sending() -> None:
-    """Import what a send uses, before the first one, which may be in a signal handler.
-
-    In CPython 3.10 and 3.11 an import there fails if it interrupts one of the same module.
-    """
-    import array
-    import mmap
-    import socket
-    import sqlite3
-    import zlib
-
-    del array, mmap, socket, sqlite3, zlib
 
 
 class _Engine(_WatchedDatabase):
@@ -3992,7 +4019,7 @@ class _Engine(_WatchedDatabase):
         except Exception:  # What is committed holds, whatever happens to those who hear of it.
             get_logger("dramalite.worker").critical("Not all heard of a commit.", exc_info=True)
         rows.sort()
-        return [_Row.read(row) for row in rows], version
+        return [_Row._make(row) for row in rows], version
 
     def _tell_of(self, outcomes: list[_Outcome]) -> None:
         """Wake those who wait for what came of messages."""
@@ -4068,7 +4095,7 @@ class _Engine(_WatchedDatabase):
                         raise
                     break  # Those are this worker's by now; the next recover() meets the trouble.
                 remains.release()
-                crashed += [(_Row.read(row), remains.pid) for row in over]
+                crashed += [(_Row._make(row), remains.pid) for row in over]
                 is_news = True
                 get_logger("dramalite.worker").warning(
                     "A worker died; %d of its messages go back to their queues, %d of them were "
@@ -4076,12 +4103,23 @@ class _Engine(_WatchedDatabase):
                 )  # fmt: skip
         return crashed, is_news
 
-    def adopt(self, slot: _Slot, old_owner: int) -> None:
-        """Make the rows of a worker's old slot those of its new one."""
-        with self._writing():
-            connection = self._connect("work")
-            values = {"owner": slot.owner, "dead": old_owner}
-            self._patiently(connection.execute, _ADOPT, values)
+    def move_slot(self, old: _Slot, running: dict[int, int]) -> _Slot:
+        """Take a slot in the place of one whose side file is gone, with its bell and its rows.
+
+        `running` has the rows that run, by thread.
+        """
+        new = self.take_slot(0, tracked=True, bell=old.bell)
+        try:
+            for thread, row_id in running.items():
+                new.run(thread, row_id)
+            with self._writing():
+                values = {"owner": new.owner, "dead": old.owner}
+                self._patiently(self._connect("work").execute, _ADOPT, values)
+        except BaseException:
+            new.give_up()
+            raise
+        old.give_up()
+        return new
 
     # Looking.
 
@@ -4635,6 +4673,7 @@ def _fail_for_result(broker: Broker, message: MessageProxy, error: Exception) ->
     """The actor has run, but what it returned can't be kept or passed on: fail and say why."""
     refusal = _as_refusal(error, f"The result of actor {message.actor_name!r} can't be kept: {error}")
     broker.logger.error("Message %s failed: %s", message.message_id, refusal)
+    cast("_EngineBroker", broker)._forget_collected()
     message.fail()
     message.stuff_exception(refusal)
 
@@ -4741,14 +4780,19 @@ class RateLimiter:
         Raises RateLimitExceeded if there is none, or yields False without raise_on_failure.
         """
         place: Any = None
-        try:
+
+        def take() -> None:
+            nonlocal place
             place = self._acquire()
+
+        try:
+            _uninterrupted(take)()  # Or a time limit could leave a place that nobody gives back.
             if raise_on_failure and not place:
                 raise RateLimitExceeded(f"rate limit exceeded for key {self.key!r}")
             yield bool(place)
         finally:
             if place:
-                self._release(place)
+                _uninterrupted(self._release)(place)
 
     def _acquire(self) -> Any:
         """Take a place and return it, or what is false if there was none."""
@@ -4988,11 +5032,14 @@ class TimeLimit(Middleware):
         with self._lock:
             self._wakes_at = min(self._wakes_at, deadline)
             if self._watched_in != os.getpid():
-                self._watched_in = os.getpid()
+                if self._watched_in:  # Those of the process that forked this one.
+                    own = self._deadlines[_runner.id()]
+                    self._deadlines, self._passed = {_runner.id(): own}, {}
                 self._wakes_at = deadline
                 threading.Thread(
                     target=self._enforce, args=(clock,), name="dramalite-time-limit", daemon=True
                 ).start()
+                self._watched_in = os.getpid()
             self._lock.notify()
 
     def _enforce(self, clock: Clock) -> None:
@@ -5012,14 +5059,15 @@ class TimeLimit(Middleware):
                 self._lock.wait(max(0.0, self._wakes_at - clock.monotonic()))
 
     def _exceed(self, runner: int, now: float) -> None:
-        if _interrupt(
-            runner, TimeLimitExceeded, lambda: self._deadlines.get(runner, float("inf")) <= now
-        ):
+        with _interrupt_lock:  # Which the body can't be left without.
+            if self._deadlines.get(runner, float("inf")) > now:
+                return  # That body was left, and another one begun.
+            if not _interrupt(runner, TimeLimitExceeded):
+                return
             self._deadlines.pop(runner, None)
             self._passed[runner] = now
-            self.logger.warning(
-                "Time limit exceeded. Raising exception in worker thread %r.", runner
-            )
+        with contextlib.suppress(Exception):  # A handler of the log must not end the watch.
+            self.logger.warning("Time limit exceeded. Raising exception in worker thread %r.", runner)
 
 
 # ------------------------------------------------------------------------------------------
@@ -5050,11 +5098,25 @@ class ShutdownNotifications(Middleware):
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.logger.debug("Sending shutdown notification to worker threads...")
-        for runner in self._notified & worker.runners:
-            if _interrupt(runner, Shutdown, functools.partial(self._notified.__contains__, runner)):
-                self.logger.info(
-                    "Worker shutdown notification. Raising exception in worker thread %r.", runner
-                )
+        if self._notify(worker):
+            threading.Thread(
+                target=self._notify_late_ones, args=(worker,), name="dramalite-shutdown", daemon=True
+            ).start()
+
+    def _notify(self, worker: Worker) -> bool:
+        """Notify the running actors; tell whether there are messages whose actor is still to begin."""
+        waiting = self._notified & worker.runners
+        for runner in sorted(waiting):
+            with _interrupt_lock:  # Which a body can't be left without.
+                if runner not in self._notified or not _interrupt(runner, Shutdown):
+                    continue
+                self._notified.discard(runner)
+            self.logger.info("Worker shutdown notification. Raising exception in worker thread %r.", runner)
+        return bool(self._notified & waiting)
+
+    def _notify_late_ones(self, worker: Worker) -> None:
+        while self._notify(worker):
+            _SYSTEM_CLOCK.sleep(_LATE_LOOK_S)
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         wanted = message.options.get("notify_shutdown")
@@ -5791,6 +5853,7 @@ class _EngineConsumer(Consumer):
         self._prefetch = prefetch
         self._timeout_s = timeout / 1000
         self._slot = broker._engine.take_slot(0, tracked=False)
+        self._pid = os.getpid()
         self._claimed: dict[int, tuple[MessageProxy, _Row]] = {}  # By id() of the proxy.
 
     def __next__(self) -> MessageProxy | None:
@@ -5835,8 +5898,9 @@ class _EngineConsumer(Consumer):
         self._broker._engine.hand_back(self._slot, rows)
 
     def close(self) -> None:
-        self.requeue([proxy for proxy, _row in self._claimed.values()])
-        self._slot.release()
+        if self._pid == os.getpid():  # In a forked child all of that is the parent's.
+            self.requeue([proxy for proxy, _row in self._claimed.values()])
+            self._slot.release()
 
 
 class _QueueView:
@@ -5882,10 +5946,9 @@ class _QueueView:
 
 
 # ------------------------------------------------------------------------------------------
-# Brokers
+# Sending and looking
 #
-# One engine in two places: SQLiteBroker keeps it in a file, MemoryBroker in memory;
-# StubBroker is a MemoryBroker with exactly Dramatiq's default middleware.
+# What all brokers on the engine share: sending, and looking at what there is.
 # While a worker runs the hooks of a message, what its thread enqueues or stores is not
 # written but collected in the message's outcome, to be committed with it.
 # ------------------------------------------------------------------------------------------
@@ -6055,6 +6118,8 @@ class _EngineBroker(Broker):
             crashes = outcome.row.crashes  # A retry: it stays the same message.
         eta = self._eta(options) if "eta" in options else None
         row = self._engine.row(message, body, priority, eta, crashes, crash_limit)
+        if type(_encoder) is not JSONEncoder:  # That has refused what SQLite can't take.
+            _check_storable(row)
         if actor is None and self._is_private:
             return (*row[:3], "", *row[4:])  # Any worker may have it, to bury it.
         if actor is None or actor.queue_name != row[2]:
@@ -6098,6 +6163,13 @@ class _EngineBroker(Broker):
             self._engine.store(statement, values)
         else:
             self._collecting.outcome.effects.append((statement, values))
+
+    def _forget_collected(self) -> None:
+        """Drop what was collected of a success that is none after all."""
+        outcome = self._collecting.outcome
+        if outcome is not None:
+            outcome.effects.clear()
+            outcome.wakes.clear()
 
     # Looking and emptying.
 
@@ -6228,6 +6300,12 @@ def _was_delayed(message: Message[Any], wait: int) -> bool:
     return eta is not None and 0 <= eta - message.message_timestamp - wait <= 1000
 
 
+# ------------------------------------------------------------------------------------------
+# Brokers
+#
+# One engine in two places: SQLiteBroker keeps it in a file, MemoryBroker in memory;
+# StubBroker is a MemoryBroker with exactly Dramatiq's default middleware.
+# ------------------------------------------------------------------------------------------
 class SQLiteBroker(_EngineBroker):
     """A broker in one SQLite file, which may be an application's own database.
 
@@ -6602,15 +6680,19 @@ class _Targets:
     """The (queue, actor) pairs that a worker claims for."""
 
     def __init__(self, broker: _EngineBroker, queues: frozenset[str]) -> None:
-        self.json = "{}"  # As _CLAIM wants them,
-        self.json_without_async = "{}"  # and those for actors that need a thread.
-        self.has_async = False
+        self.has_async = False  # Whether actors among them run as coroutines.
+        self._json = "{}"  # As _CLAIM wants them,
+        self._json_without_async = "{}"  # and those for actors that need a thread.
         self._broker = broker
         self._queues = queues
         self._logger = get_logger("dramalite.worker", "Worker")
         self._declared: tuple[int, ...] = ()  # How much was declared when they were worked out.
         self._seen_version = 0  # Of the database, before the last look for strangers.
         self._told: set[str] = set()  # Unknown actors that were logged.
+
+    def json(self, with_async: bool) -> str:
+        """The pairs as _CLAIM wants them, with those of coroutines or without."""
+        return self._json if with_async else self._json_without_async
 
     def forget(self) -> None:
         """Have the next refresh() work them out in any case."""
@@ -6632,9 +6714,9 @@ class _Targets:
         pairs |= {(queue, "") for queue in list(broker.queues)}
         if self._queues:
             pairs = {pair for pair in pairs if pair[0] in self._queues}
-        self.json = _targets(sorted(pairs))
+        self._json = _targets(sorted(pairs))
         needing_threads = {pair for pair in pairs if not _needs_no_thread(broker.actors.get(pair[1]))}
-        self.json_without_async = _targets(sorted(needing_threads))
+        self._json_without_async = _targets(sorted(needing_threads))
         self.has_async = pairs != needing_threads
         bits = (broker._engine.bit(queue, name) for queue, name in pairs)
         slot.serve(functools.reduce(int.__or__, bits, 0))
@@ -6904,8 +6986,7 @@ class _Dispatcher:
                 return False
             self._targets.refresh(self._slot)
             self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
-            targets = self._targets.json if self._free_keys else self._targets.json_without_async
-            rows = self._trade(outcomes, limit, suspects, targets)
+            rows = self._trade(outcomes, limit, suspects, self._targets.json(bool(self._free_keys)))
             if not rows:
                 return False  # It stays said: this thread is about to wait.
             return self._take_in(rows, limit)
@@ -6944,9 +7025,11 @@ class _Dispatcher:
         self._traded = outcomes
         try:
             rows, version = self._engine.exchange(self._slot, outcomes, limit, targets, suspects)
-        except BrokerError as error:
+        except BaseException as error:
             with self._cond:
                 self._finished = outcomes + self._finished
+            if not isinstance(error, BrokerError):  # No memory, say.
+                raise
             self.complain(error)
             return []
         finally:
@@ -7109,10 +7192,10 @@ class _Dispatcher:
 
     def replace(self, job: _Job) -> None:
         """Write the outcome of a job that was given up, and go on without it."""
+        self.write_at_once(job)
         with self._cond:
             self._slot.run(job.key, 0)
             self._finish(job, _SYSTEM_CLOCK.monotonic())
-        self.write()
 
     # Looking after things.
 
@@ -7171,12 +7254,13 @@ class _Dispatcher:
     def _check_slot(self) -> None:
         """If the side file was deleted or replaced, get a slot in the one that others see."""
         if self._slot.is_current():
+            self._slot.renew()
             return
         self.logger.error("The side file of %r was deleted or replaced; making a new one.", self._broker)
         with self._exchange_lock:
-            old = self._slot
-            self._slot = self._engine.take_slot(0, tracked=True, bell=old.bell)
-            self._engine.adopt(self._slot, old.owner)
+            with self._cond:
+                running = {job.key: job.row.id for job in self.running.values()}
+            self._slot = self._engine.move_slot(self._slot, running)
             self._targets.forget()
             self._targets.refresh(self._slot)
         self._slot.bell.ring()
@@ -7244,13 +7328,15 @@ class Worker:
         self._maintainer = threading.Thread()
         self._tick = threading.Event()
         self._pid = os.getpid()
+        self._stop_lock = threading.RLock()  # A signal handler may come in between.
+        self._is_stopping = False
 
     def start(self) -> None:
         """Start the threads; returns at once.
 
         Raises BrokerError if the database can't be used, RuntimeError if it runs already.
         """
-        if self._dispatcher is not None:
+        if self._running() is not None:
             raise RuntimeError("The worker is running already.")
         self.broker.emit_before("worker_boot", self)
         self._pid = os.getpid()
@@ -7263,9 +7349,18 @@ class Worker:
         self._maintainer = threading.Thread(
             target=self._maintain, args=(dispatcher,), name="dramalite-maintenance", daemon=True
         )
-        for index in range(self.worker_threads):
-            self._start_thread(index, dispatcher)
-        self._maintainer.start()
+        try:
+            for index in range(self.worker_threads):
+                self._start_thread(index, dispatcher)
+            self._maintainer.start()
+        except BaseException:  # The system has no threads left, say.
+            dispatcher.stop()
+            for thread in self._threads.values():
+                thread.join()
+            dispatcher.close()
+            self._threads.clear()
+            self._dispatcher = None
+            raise
         _live_workers.add(self)
         _register_exit_hook()
         self.broker.emit_after("worker_boot", self)
@@ -7275,9 +7370,17 @@ class Worker:
 
         What is handed back runs again later; its outcome here, if it still comes, is dropped.
         """
-        dispatcher = self._dispatcher
-        if dispatcher is None or dispatcher.is_stopping:
-            return
+        dispatcher = self._running()
+        with self._stop_lock:
+            if dispatcher is None or self._is_stopping:
+                return
+            self._is_stopping = True
+        try:
+            self._stop(dispatcher, timeout)
+        finally:
+            self._is_stopping = False
+
+    def _stop(self, dispatcher: _Dispatcher, timeout: int) -> None:
         deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
         self.logger.debug("Stopping.")
         dispatcher.claim_no_more()  # Before the hooks: what began after them would hear of nothing.
@@ -7301,21 +7404,31 @@ class Worker:
 
     def pause(self) -> None:
         """Start no more messages; returns when those that run have ended."""
-        if self._dispatcher is not None:
-            self._dispatcher.pause()
+        dispatcher = self._running()
+        if dispatcher is not None:
+            dispatcher.pause()
 
     def resume(self) -> None:
         """Go on after pause()."""
-        if self._dispatcher is not None:
-            self._dispatcher.resume()
+        dispatcher = self._running()
+        if dispatcher is not None:
+            dispatcher.resume()
 
     def join(self) -> None:
         """Wait until nothing that this worker has claimed is waiting, running or unwritten.
 
         It does not look at what waits in the database: see Broker.join().
         """
-        if self._dispatcher is not None:
-            self._dispatcher.join()
+        dispatcher = self._running()
+        if dispatcher is not None:
+            dispatcher.join()
+
+    def _running(self) -> _Dispatcher | None:
+        """The dispatcher, if the worker runs; in a forked child it does not."""
+        if self._pid != os.getpid():
+            self._dispatcher = None
+            self._is_stopping = False
+        return self._dispatcher
 
     def __enter__(self) -> Worker:
         self.start()
@@ -7626,7 +7739,7 @@ class _VirtualWorker:
         has_suspect = any(thread.job and thread.job.row.crashes for thread in self.threads)
         limit = 0 if self.is_paused else 1
         rows, _version = self._broker._engine.exchange(
-            self.slot, outcomes, limit, self._targets.json, not has_suspect
+            self.slot, outcomes, limit, self._targets.json(True), not has_suspect
         )
         return rows[0] if rows else None
 
@@ -8048,6 +8161,12 @@ class Simulation(_World):
                 worker.threads.append(_VirtualThread(worker, index, workers * threads > 1))
 
     def __exit__(self, *_error: object) -> None:
+        try:
+            self._end_workers()
+        finally:
+            self._restore()
+
+    def _end_workers(self) -> None:
         engine = self.broker._engine
         for worker in self._workers:
             busy = [(thread, thread.job) for thread in worker.threads if thread.job is not None]
@@ -8062,11 +8181,11 @@ class Simulation(_World):
             engine.exchange(worker.slot, outcomes, 0, "{}", False)
             for thread, job in done:
                 self._note_end(thread, job)
-            worker.slot.release()
-        self._restore()
 
     def _restore(self) -> None:
         """Give the broker back as it was."""
+        for worker in self._workers:
+            worker.slot.release()
         if self._engine is not None:
             self._engine.close()
         broker = self.broker
@@ -8346,6 +8465,7 @@ class _ChildProcess(abc.ABC):
         self._namespace = namespace
         self._logger = logger
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._has_failed_to_start = False
 
     def run(self) -> int:
         """Work until told to stop; ends the process, for threads left by jobs must not hold it."""
@@ -8356,7 +8476,7 @@ class _ChildProcess(abc.ABC):
         for path in self._namespace.path or ():
             sys.path.insert(0, os.path.abspath(path))
         code = self._work()
-        if code > _BOOT_FAILURE:  # A job may end its process with any code; it does not write this.
+        if self._has_failed_to_start:  # Any exit code may be a job's.
             with contextlib.suppress(OSError), open(self._note(_FAILURES_NOTE), "a") as file:
                 file.write(f"{os.getpid()}\n")
         logging.shutdown()
@@ -8368,6 +8488,11 @@ class _ChildProcess(abc.ABC):
     @abc.abstractmethod
     def _work(self) -> int:
         """Do what the process is for; return its exit code."""
+
+    def _fail_to_start(self, code: int) -> int:
+        """The exit code of a process that can't start, for which the supervisor is to end with `code`."""
+        self._has_failed_to_start = True
+        return _BOOT_FAILURE + code
 
     def _detach_from_terminal(self) -> None:
         """Take our pipe from standard input, leave Ctrl+C to the supervisor, hear SIGTERM."""
@@ -8415,11 +8540,11 @@ class _WorkerProcess(_ChildProcess):
             forks = [_path_of(function) for item in broker.middleware for function in item.forks]
         except BrokerConnectionError as error:
             self._logger.critical("%s", error)
-            return _BOOT_FAILURE + _EXIT_CONNECTION
+            return self._fail_to_start(_EXIT_CONNECTION)
         except (Exception, SystemExit):  # The user's modules are foreign code.
             names = " ".join([namespace.broker, *namespace.modules])
             self._logger.exception("%s can't be imported; fix this and start again.", names)
-            return _BOOT_FAILURE + _EXIT_IMPORT
+            return self._fail_to_start(_EXIT_IMPORT)
         worker = self._worker = Worker(
             broker,
             queues=namespace.queues,
@@ -8432,7 +8557,7 @@ class _WorkerProcess(_ChildProcess):
             worker.start()
         except BrokerConnectionError as error:
             self._logger.critical("%s", error)
-            return _BOOT_FAILURE + _EXIT_CONNECTION
+            return self._fail_to_start(_EXIT_CONNECTION)
         self._tell_forks(forks)
         self._logger.info("Worker process is ready for action.")
         timeout = namespace.worker_shutdown_timeout
@@ -8517,7 +8642,7 @@ class _ForkProcess(_ChildProcess):
             function = _find_attribute(_import_module(module_name), module_name, path)
         except (Exception, SystemExit):  # The user's modules are foreign code.
             self._logger.exception("%s can't be imported.", self._namespace.child)
-            return _BOOT_FAILURE + _EXIT_IMPORT
+            return self._fail_to_start(_EXIT_IMPORT)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_OK))
         threading.Thread(target=self._end_when_told, daemon=True).start()
         try:

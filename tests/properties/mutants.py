@@ -142,8 +142,8 @@ MUTANTS = [
     ),
     Mutant(
         "lost-in-a-crash", "what a dead worker had claimed is deleted", "once",
-        'UPDATE dramalite_messages SET state = 0, owner = NULL WHERE state = 2 AND owner = :dead"""',
-        'DELETE FROM dramalite_messages WHERE state = 2 AND owner = :dead"""',
+        'UPDATE dramalite_messages SET state = 0, owner = NULL WHERE state = 2 AND owner IS :dead"""',
+        'DELETE FROM dramalite_messages WHERE state = 2 AND owner IS :dead"""',
     ),
     Mutant(
         "left-in-a-crash", "what a dead worker had claimed is never taken back", "once",
@@ -203,13 +203,13 @@ MUTANTS = [
     ),
     Mutant(
         "buried-one-crash-late", "max_crashes is exceeded by one", "dead_letters",
-        "owner = :dead AND crashes >= crash_limit",
-        "owner = :dead AND crashes > crash_limit",
+        "owner IS :dead AND crashes >= crash_limit",
+        "owner IS :dead AND crashes > crash_limit",
     ),
     Mutant(
         "never-buried", "max_crashes is ignored", "dead_letters",
-        "owner = :dead AND crashes >= crash_limit",
-        "owner = :dead AND crashes < 0",
+        "owner IS :dead AND crashes >= crash_limit",
+        "owner IS :dead AND crashes < 0",
     ),
     Mutant(
         "crash-limit-of-the-message-ignored", "its own max_crashes does not count", "dead_letters",
