@@ -1877,6 +1877,10 @@ class Actor(Generic[_P, _R]):
         priority: int,
         options: dict[str, Any],
     ) -> None:
+        if _code_flags(fn.perform if isinstance(fn, GenericActor) else fn) & _CO_GENERATORS:
+            raise TypeError(
+                f"Actor {actor_name!r} is a generator function, whose body would never run."
+            )
         module = getattr(fn, "__module__", None) or "_"
         self.logger = get_logger(module, actor_name)
         #: The function if it is `async def`; workers then run it without holding a thread.
@@ -1892,8 +1896,13 @@ class Actor(Generic[_P, _R]):
         self._declare_on(broker)
 
     def _declare_on(self, broker: Broker) -> None:
-        if self.actor_name in broker.actors:
-            raise ValueError(f"An actor named {self.actor_name!r} is already registered.")
+        other = broker.actors.get(self.actor_name)
+        if other is not None:
+            place = f"{getattr(other.fn, '__module__', '?')}.{getattr(other.fn, '__qualname__', '?')}"
+            raise ValueError(
+                f"An actor named {self.actor_name!r} is already registered. That is {place}; give one of "
+                f"them another actor_name."
+            )
         broker.declare_actor(self)
 
     def _move(self, broker: Broker) -> None:
@@ -1913,6 +1922,10 @@ class Actor(Generic[_P, _R]):
 
         Raises TypeError or ValueError for an option of a wrong type or value.
         """
+        if type(args) is not tuple and (isinstance(args, (str, bytes)) or not isinstance(args, Iterable)):
+            raise TypeError(f"Actor {self.actor_name!r}: args is {args!r}; give a tuple or list.")
+        if kwargs is not None and not isinstance(kwargs, dict):
+            raise TypeError(f"Actor {self.actor_name!r}: kwargs is {kwargs!r}; give a dict.")
         broker = self.broker
         time_ms = broker.clock.time_ms()
         fields = {
@@ -1976,6 +1989,9 @@ class Actor(Generic[_P, _R]):
 #: The flag of a code object that `async def` sets; inspect, which names it, is slow to import.
 _CO_COROUTINE = 0x80
 
+#: Those of generators, plain and async.
+_CO_GENERATORS = 0x20 | 0x200
+
 
 def _coroutine_function(fn: Any) -> Callable[..., Coroutine[Any, Any, Any]] | None:
     """What makes a coroutine when an actor's function is called, if anything does."""
@@ -1985,9 +2001,14 @@ def _coroutine_function(fn: Any) -> Callable[..., Coroutine[Any, Any, Any]] | No
 
 def _is_coroutine_function(fn: Any) -> bool:
     """Tell whether calling `fn` makes a coroutine."""
+    return bool(_code_flags(fn) & _CO_COROUTINE)
+
+
+def _code_flags(fn: Any) -> int:
+    """The flags of a function's code, 0 where there is none."""
     while isinstance(fn, (functools.partial, types.MethodType)):
         fn = fn.func if isinstance(fn, functools.partial) else fn.__func__
-    return bool(getattr(getattr(fn, "__code__", None), "co_flags", 0) & _CO_COROUTINE)
+    return cast(int, getattr(getattr(fn, "__code__", None), "co_flags", 0))
 
 
 def _check_option_names(options: Mapping[str, Any], actor_name: str, broker: Broker) -> None:
@@ -2033,7 +2054,9 @@ def actor(
     """
 
     def declare(function: Callable[..., Any]) -> Any:
-        name = actor_name or function.__name__
+        name = actor_name or getattr(function, "__name__", "")
+        if not callable(function) or not name:
+            raise TypeError(f"{function!r} can't be an actor: give a function, or its actor_name as well.")
         _check_queue_name(queue_name)
         home = get_broker() if broker is None else broker
         _check_option_names(options, name, home)
@@ -2126,6 +2149,23 @@ class GenericActor(metaclass=_GenericActorMeta):
 # pipeline: messages that run one after the other, each getting the result of the one before.
 # group: messages that run side by side.
 # ------------------------------------------------------------------------------------------
+def _home_of(children: Iterable[Any], broker: Broker | None) -> Broker:
+    """The broker given, else that of the first child that has one, else the default broker."""
+    if broker is not None:
+        return broker
+    own = (child._broker if isinstance(child, Message) else child.broker for child in children)
+    return next((home for home in own if home is not None), None) or get_broker()
+
+
+def _check_children(children: Iterable[Any], what: str) -> None:
+    for child in children:
+        if not isinstance(child, (Message, pipeline, group)):
+            raise TypeError(
+                f"{child!r} can't be part of a {what}; give messages, as made by actor.message(...), "
+                f"pipelines or groups."
+            )
+
+
 def _longer_delay(one: int | timedelta | None, other: int | timedelta | None) -> int | None:
     """The longer of two delays, in milliseconds; None for none at all."""
     delays = [_milliseconds(delay, "delay") for delay in (one, other) if delay is not None]
@@ -2137,20 +2177,18 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
 
     Children may be pipelines, which are joined in, and groups of messages and pipelines: each
     member gets the result of the step before, the step after gets the list of theirs.
-    `broker` is the default broker if None.
+    `broker` is that of the first message if None.
     """
 
     def __init__(
         self, children: Iterable[Message[Any] | pipeline | group], *, broker: Broker | None = None
     ) -> None:
-        self.broker = get_broker() if broker is None else broker
+        children = list(children)
+        _check_children(children, "pipeline")
+        self.broker = _home_of(children, broker)
         #: The steps, in order; a group is one.
         self.messages: list[Any] = []
         for child in children:
-            if not isinstance(child, (Message, pipeline, group)):
-                raise TypeError(
-                    f"{child!r} can't be part of a pipeline; give messages, pipelines or groups."
-                )
             steps = child.messages if isinstance(child, pipeline) else [child]
             self.messages += [step.copy() for step in steps]
         pairs = list(zip(self.messages, self.messages[1:], strict=False))
@@ -2221,7 +2259,7 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
 
 
 class group:  # noqa: N801  (Dramatiq's name)
-    """Messages, pipelines or groups to run side by side.  `broker` is the default if None."""
+    """Messages, pipelines or groups to run side by side, on the first one's broker if `broker` is None."""
 
     def __init__(
         self,
@@ -2229,8 +2267,9 @@ class group:  # noqa: N801  (Dramatiq's name)
         *,
         broker: Broker | None = None,
     ) -> None:
-        self.broker = get_broker() if broker is None else broker
         self.children = list(children)
+        _check_children(self.children, "group")
+        self.broker = _home_of(self.children, broker)
         #: Message data of what to send when all have succeeded, and when all have ended.
         self.completion_callbacks: list[dict[str, Any]] = []
         self.end_callbacks: list[dict[str, Any]] = []
@@ -6065,6 +6104,8 @@ class _EngineBroker(Broker):
         """Check and encode a message; return it, as it will be stored, with its row's values."""
         if isinstance(message, MessageProxy):
             message = message._message
+        if not isinstance(message, Message):
+            raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
         if delay is not None:
             wait = _milliseconds(delay, f"Actor {message.actor_name!r}: delay")
             eta = self.clock.time_ms() + wait
@@ -6230,6 +6271,7 @@ class _EngineBroker(Broker):
         and the options that are given must be those of the message; `times` is how many of them
         there must be, one or more if it is not given.  Raises AssertionError with what there is.
         """
+        __tracebackhide__ = True  # For pytest: the caller's line is what counts.
         name = getattr(actor, "actor_name", actor)
         wait = None if delay is None else _milliseconds(delay, "delay")
         pending = self.pending()
@@ -7302,6 +7344,8 @@ class Worker:
     ) -> None:
         if not isinstance(broker, _EngineBroker):
             raise TypeError(f"{broker!r} can't be worked on here; give a broker of dramalite.")
+        if isinstance(queues, str):
+            raise TypeError(f"queues is {queues!r}; give a list of names.")
         if worker_threads < 1:
             raise ValueError(f"worker_threads is {worker_threads!r}; give 1 or more.")
         self.logger = get_logger("dramalite.worker", type(self))
@@ -7339,6 +7383,7 @@ class Worker:
         if self._running() is not None:
             raise RuntimeError("The worker is running already.")
         self.broker.emit_before("worker_boot", self)
+        self._tell_what_for()
         self._pid = os.getpid()
         dispatcher = _Dispatcher(
             self.broker, self._queues, self.worker_threads, self.async_concurrency,
@@ -7364,6 +7409,22 @@ class Worker:
         _live_workers.add(self)
         _register_exit_hook()
         self.broker.emit_after("worker_boot", self)
+
+    def _tell_what_for(self) -> None:
+        """Log what the worker is for, and what looks like a mistake."""
+        queues = set(self.broker.queues) & (self._queues or set(self.broker.queues))
+        actors = [actor for actor in self.broker.actors.values() if actor.queue_name in queues]
+        self.logger.info(
+            "Works on %r: %d actors, queues: %s.",
+            self.broker, len(actors), ", ".join(sorted(queues)) or "none",
+        )  # fmt: skip
+        for name in sorted(self._queues - queues):
+            self.logger.warning("No actor declares the queue %r that this worker is for.", name)
+        if not actors:
+            self.logger.warning(
+                "This worker has nothing to do: no actor is declared on its broker. If they are on "
+                "another one, give that."
+            )
 
     def stop(self, timeout: int = 600_000) -> None:
         """Stop: what runs may finish within `timeout` milliseconds, else it is handed back.
@@ -8439,6 +8500,9 @@ _DEATH_NOTE_S = 2.0
 #: ids of processes that could not start.
 _DEATHS_NOTE, _FORKS_NOTE, _FAILURES_NOTE = "deaths", "forks", "failures"
 
+#: And one that it keeps locked while it lives.
+_ALIVE_NOTE = "alive"
+
 
 class _SafeFormatter(logging.Formatter):
     """Control characters are escaped and further lines indented: none can pass for another line."""
@@ -8456,6 +8520,9 @@ def _set_up_logging(verbose: int, descriptor: int) -> None:
     logging.raiseExceptions = False  # A log that can't be written must not stop the work.
 
 
+_is_child_process = False
+
+
 class _ChildProcess(abc.ABC):
     """A process that the supervisor has started, apart from what it is for."""
 
@@ -8469,6 +8536,8 @@ class _ChildProcess(abc.ABC):
 
     def run(self) -> int:
         """Work until told to stop; ends the process, for threads left by jobs must not hold it."""
+        global _is_child_process
+        _is_child_process = True
         self._detach_from_terminal()
         if not self._namespace.skip_logging:
             # To a descriptor of our own, which a job can't close by closing sys.stderr.
@@ -8506,6 +8575,8 @@ class _ChildProcess(abc.ABC):
             target=self._listen, args=(control,), name="dramalite-control", daemon=True
         ).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not _WINDOWS:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         signal.signal(signal.SIGTERM, lambda *_: self._events.put("terminate"))
         if hasattr(os, "register_at_fork"):
             _give_forks_default_signals()
@@ -8727,6 +8798,8 @@ def _find_attribute(module: types.ModuleType, module_name: str, path: str) -> An
 def _find_broker(module: types.ModuleType, module_name: str, path: str) -> Broker:
     """Follow an attribute path to a broker, or to a function that sets the default one."""
     value = _find_attribute(module, module_name, path)
+    if isinstance(value, Actor) or hasattr(type(value), "__actor__") or hasattr(value, "__actor__"):
+        raise ImportError(f"'{module_name}:{path}' is an actor, not a Broker; give the module alone.")
     if callable(value) and not isinstance(value, Broker):
         value()
         return get_broker()
@@ -8870,8 +8943,6 @@ class _Supervisor:
 
     def run(self) -> int:
         """Supervise until stopped; return the exit code."""
-        import tempfile
-
         namespace = self._namespace
         try:
             self._open_logs()
@@ -8881,9 +8952,7 @@ class _Supervisor:
         if not namespace.skip_logging:
             _set_up_logging(namespace.verbose, 2)
         try:
-            with _pid_file(namespace.pid_file), tempfile.TemporaryDirectory(
-                prefix="dramalite-", ignore_cleanup_errors=True
-            ) as self._notes:
+            with _pid_file(namespace.pid_file), _notes_folder() as self._notes:
                 self._catch_signals()
                 self._logger.info("dramalite %s is booting up.", __version__)
                 if namespace.watch is not None:
@@ -9000,11 +9069,12 @@ class _Supervisor:
         child.after_stop = ""
         child.started_at = _SYSTEM_CLOCK.monotonic()
         try:
-            process = child.process = subprocess.Popen(
-                [*self._command, "--child", child.name, "--notes", self._notes],
-                stdin=subprocess.PIPE,
-                bufsize=0,
-            )
+            with _without_ctrl_c():  # Until the child is ready to leave it to us.
+                process = child.process = subprocess.Popen(
+                    [*self._command, "--child", child.name, "--notes", self._notes],
+                    stdin=subprocess.PIPE,
+                    bufsize=0,
+                )
         except OSError as error:  # Too many processes, no memory: that may pass.
             self._logger.critical("%s can't be started: %s; trying again.", child, error)
             child.restart_at = child.started_at + _RESTART_DELAYS_S[-1]
@@ -9121,6 +9191,52 @@ class _Supervisor:
             timer.start()
 
 
+@contextlib.contextmanager
+def _notes_folder() -> Iterator[str]:
+    """Make a folder for notes; remove those of supervisors that were killed."""
+    import shutil
+    import tempfile
+
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(tempfile.gettempdir()):
+            if entry.name.startswith("dramalite-") and _is_left_behind(entry.path):
+                shutil.rmtree(entry.path, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="dramalite-", ignore_cleanup_errors=True) as folder:
+        descriptor = os.open(os.path.join(folder, _ALIVE_NOTE), os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            _try_lock_byte(descriptor, 0)
+            yield folder
+        finally:
+            os.close(descriptor)
+
+
+def _is_left_behind(folder: str) -> bool:
+    """Tell whether nobody holds the lock in a folder of notes."""
+    try:
+        descriptor = os.open(os.path.join(folder, _ALIVE_NOTE), os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        return _try_lock_byte(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Hold SIGINT back meanwhile, in this thread and in processes that it starts."""
+    import signal
+
+    if _WINDOWS:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _copy_to_all(source: int, files: list[int]) -> None:
     """Write to each of the files what comes through a pipe, until its end."""
     while data := os.read(source, 1 << 16):
@@ -9219,10 +9335,10 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument
     add("--version", action="version", version=__version__)
-    add("broker", metavar="MODULE[:BROKER]", help="a module of actors, and its broker")
-    add("modules", nargs="*", metavar="MODULE", help="more modules to import")
+    add("broker", type=_module_name, metavar="MODULE[:BROKER]", help="a module of actors, and its broker")
+    add("modules", nargs="*", type=_module_name, metavar="MODULE", help="more modules to import")
     add(
-        "--processes", "-p", type=_count, default=os.cpu_count() or 1, metavar="N",
+        "--processes", "-p", type=_positive_count, default=os.cpu_count() or 1, metavar="N",
         help="worker processes (default: the number of CPUs, %(default)s)",
     )  # fmt: skip
     add(
@@ -9273,6 +9389,22 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--namespace", help=argparse.SUPPRESS)
 
 
+def _module_name(text: str) -> str:
+    """An argument that is the name of a module, perhaps with an attribute after a colon."""
+    import argparse
+
+    name = text.partition(":")[0]
+    if name.endswith(".py") or "/" in name or "\\" in name:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is a path; give the module's name as in an import, and its folder by --path"
+        )
+    if name == "__main__":
+        raise argparse.ArgumentTypeError(
+            "'__main__' is another module in each process; give the name under which it can be imported"
+        )
+    return text
+
+
 def _count(text: str) -> int:
     """An argument that is 0 or more."""
     value = int(text)
@@ -9318,9 +9450,17 @@ def _folder(text: str) -> str:
 
 
 def main(args: list[str] | argparse.Namespace | None = None) -> int:
-    """Run the command line, or what make_argument_parser() made of one; return the exit code."""
+    """Run the command line, or what make_argument_parser() made of one; return the exit code.
+
+    Raises ImportError in a module that a worker process imports: it would start workers for ever.
+    """
     import argparse
 
+    if _is_child_process:
+        raise ImportError(
+            "This module starts workers when it is imported, as it is by each of them: put the call of "
+            "main() under `if __name__ == \"__main__\":`."
+        )
     parser = _parser()
     namespace = args if isinstance(args, argparse.Namespace) else parser.parse_args(args)
     if namespace.threads + namespace.async_concurrency > _MAX_TRACKED:
