@@ -1896,13 +1896,8 @@ class Actor(Generic[_P, _R]):
         self._declare_on(broker)
 
     def _declare_on(self, broker: Broker) -> None:
-        other = broker.actors.get(self.actor_name)
-        if other is not None:
-            place = f"{getattr(other.fn, '__module__', '?')}.{getattr(other.fn, '__qualname__', '?')}"
-            raise ValueError(
-                f"An actor named {self.actor_name!r} is already registered. That is {place}; give one of "
-                f"them another actor_name."
-            )
+        if self.actor_name in broker.actors:
+            raise ValueError(f"An actor named {self.actor_name!r} is already registered.")
         broker.declare_actor(self)
 
     def _move(self, broker: Broker) -> None:
@@ -2054,9 +2049,11 @@ def actor(
     """
 
     def declare(function: Callable[..., Any]) -> Any:
-        name = actor_name or getattr(function, "__name__", "")
-        if not callable(function) or not name:
-            raise TypeError(f"{function!r} can't be an actor: give a function, or its actor_name as well.")
+        if not callable(function):
+            raise TypeError(f"{function!r} can't be an actor: give a function.")
+        name = actor_name or getattr(function, "__name__", None)
+        if name is None:
+            raise AttributeError(f"{function!r} has no __name__ to call the actor by: give an actor_name.")
         _check_queue_name(queue_name)
         home = get_broker() if broker is None else broker
         _check_option_names(options, name, home)
@@ -7383,7 +7380,6 @@ class Worker:
         if self._running() is not None:
             raise RuntimeError("The worker is running already.")
         self.broker.emit_before("worker_boot", self)
-        self._tell_what_for()
         self._pid = os.getpid()
         dispatcher = _Dispatcher(
             self.broker, self._queues, self.worker_threads, self.async_concurrency,
@@ -7409,22 +7405,6 @@ class Worker:
         _live_workers.add(self)
         _register_exit_hook()
         self.broker.emit_after("worker_boot", self)
-
-    def _tell_what_for(self) -> None:
-        """Log what the worker is for, and what looks like a mistake."""
-        queues = set(self.broker.queues) & (self._queues or set(self.broker.queues))
-        actors = [actor for actor in self.broker.actors.values() if actor.queue_name in queues]
-        self.logger.info(
-            "Works on %r: %d actors, queues: %s.",
-            self.broker, len(actors), ", ".join(sorted(queues)) or "none",
-        )  # fmt: skip
-        for name in sorted(self._queues - queues):
-            self.logger.warning("No actor declares the queue %r that this worker is for.", name)
-        if not actors:
-            self.logger.warning(
-                "This worker has nothing to do: no actor is declared on its broker. If they are on "
-                "another one, give that."
-            )
 
     def stop(self, timeout: int = 600_000) -> None:
         """Stop: what runs may finish within `timeout` milliseconds, else it is handed back.
@@ -8630,6 +8610,8 @@ class _WorkerProcess(_ChildProcess):
             self._logger.critical("%s", error)
             return self._fail_to_start(_EXIT_CONNECTION)
         self._tell_forks(forks)
+        if namespace.child == "0":
+            self._tell_what_for(broker)
         self._logger.info("Worker process is ready for action.")
         timeout = namespace.worker_shutdown_timeout
         if self._next_event() == "orphaned":
@@ -8639,6 +8621,21 @@ class _WorkerProcess(_ChildProcess):
         threading.Thread(target=self._await_kill, daemon=True).start()
         worker.stop(timeout)
         return _EXIT_OK
+
+    def _tell_what_for(self, broker: Broker) -> None:
+        """Log what the worker processes are for, and what looks like a mistake."""
+        declared = broker.get_declared_queues()
+        wanted = set(self._namespace.queues or declared)
+        actors = [actor for actor in broker.actors.values() if actor.queue_name in wanted]
+        queues = ", ".join(sorted(wanted & declared)) or "none"
+        self._logger.info("At work on %r: %d actors, queues: %s.", broker, len(actors), queues)
+        for name in sorted(wanted - declared):
+            self._logger.warning("No actor declares the queue %r that the workers are for.", name)
+        if not actors:
+            self._logger.warning(
+                "There is nothing to do: no actor is declared on this broker. If they are on another one, "
+                "name it: MODULE:BROKER."
+            )
 
     def _tell_forks(self, forks: list[str]) -> None:
         """Note the functions that middleware wants to run in processes of their own."""
@@ -9338,7 +9335,7 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("broker", type=_module_name, metavar="MODULE[:BROKER]", help="a module of actors, and its broker")
     add("modules", nargs="*", type=_module_name, metavar="MODULE", help="more modules to import")
     add(
-        "--processes", "-p", type=_positive_count, default=os.cpu_count() or 1, metavar="N",
+        "--processes", "-p", type=_count, default=os.cpu_count() or 1, metavar="N",
         help="worker processes (default: the number of CPUs, %(default)s)",
     )  # fmt: skip
     add(

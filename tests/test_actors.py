@@ -91,6 +91,41 @@ def test_a_partial_needs_a_name(stub_broker):
     assert dramalite.actor(functools.partial(max, 1), actor_name="named")(2) == 2
 
 
+@pytest.mark.parametrize("thing", [3, "name", [print]])
+def test_what_cannot_be_called_is_no_actor(stub_broker, thing):
+    with pytest.raises(TypeError) as raised:
+        dramalite.actor(thing, actor_name="named")
+
+    assert repr(thing) in str(raised.value)
+    assert "give a function" in str(raised.value)
+
+
+def plain_generator():
+    yield 1
+
+
+async def async_generator():
+    yield 1
+
+
+@pytest.mark.parametrize("generator", [plain_generator, async_generator, functools.partial(plain_generator)])
+def test_a_generator_function_is_refused_since_its_body_would_never_run(stub_broker, generator):
+    with pytest.raises(TypeError, match="'named' is a generator function"):
+        dramalite.actor(generator, actor_name="named")
+
+    assert stub_broker.actors == {}
+
+
+@pytest.mark.parametrize("arguments", [{"args": "ab"}, {"args": b"ab"}, {"args": 5}, {"kwargs": [1]}])
+def test_arguments_that_are_no_tuple_or_dict_are_refused_and_nothing_is_sent(stub_broker, arguments):
+    work = dramalite.actor(print, actor_name="work")
+    [name] = arguments
+    with pytest.raises(TypeError, match=f"'work': {name} is"):
+        work.send_with_options(**arguments)
+
+    assert stub_broker.pending() == []
+
+
 def test_another_class_can_be_made_of_the_function(stub_broker):
     class MyActor(Actor):
         pass

@@ -225,6 +225,14 @@ def test_a_broker_that_keeps_results_gives_its_backend(broker):
         backend.get_result(work.send())
 
 
+def test_what_is_no_message_is_refused_with_what_to_do(broker):
+    work = dramalite.actor(print, actor_name="work")
+    with pytest.raises(TypeError, match=r"no message; make one by actor\.message"):
+        broker.enqueue(work)
+
+    assert broker.pending() == []
+
+
 def test_a_name_cannot_be_used_for_two_actors_of_a_broker(broker):
     first = dramalite.actor(lambda: 1, actor_name="foo")
     with pytest.raises(ValueError) as raised:

@@ -240,18 +240,30 @@ def test_a_result_that_the_callback_cannot_be_sent_is_a_failure_and_not_lost(bro
     assert "TypeError" in broker.dead_letters[0].reason
 
 
-def test_a_callback_that_a_middleware_refuses_is_a_failure_and_not_lost(broker, worker, calls):
-    class Refuses(dramalite.Middleware):
-        def before_enqueue(self, broker, message, delay):
-            if message.actor_name == "log_success":
-                raise dramalite.MiddlewareError("the quota is used up")
+class RefusesCallbacks(dramalite.Middleware):
+    def before_enqueue(self, broker, message, delay):
+        if message.actor_name == "log_success":
+            raise dramalite.MiddlewareError("the quota is used up")
 
-    broker.add_middleware(Refuses())
+
+def test_a_callback_that_a_middleware_refuses_is_a_failure_and_not_lost(broker, worker, calls):
+    broker.add_middleware(RefusesCallbacks())
     sent = dramalite.actor(lambda: 1, actor_name="work", max_retries=0, on_success="log_success").send()
     work_off(broker, worker)
 
     assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
     assert "the quota is used up" in broker.dead_letters[0].reason
+
+
+def test_no_step_follows_a_step_whose_callback_is_refused(broker, worker, calls):
+    broker.add_middleware(RefusesCallbacks())
+    followed = []
+    work = dramalite.actor(lambda: 1, actor_name="work", max_retries=0, on_success="log_success")
+    follow = dramalite.actor(followed.append, actor_name="follow")
+    (work.message() | follow.message()).run()
+    work_off(broker, worker)
+
+    assert followed == []
 
 
 def test_on_failure_comes_for_a_message_of_nearly_the_allowed_size(make_broker, worker):

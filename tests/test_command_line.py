@@ -120,6 +120,9 @@ def test_help_names_every_option(place):
         ["worker", "jobs", "--threads", "0"],
         ["worker", "jobs", "--threads", "-4"],
         ["worker", "jobs", "--threads", "1000"],
+        ["worker", "jobs.py"],
+        ["worker", "./jobs"],
+        ["worker", "__main__"],
         ["worker", "jobs", "--worker-shutdown-timeout", "soon"],
         ["worker", "jobs", "--worker-shutdown-timeout", "-5"],
     ],
@@ -271,6 +274,39 @@ def test_the_processes_of_a_program_find_what_it_finds_beside_itself(place):
     place.send("ping", 1)
 
     place.wait_until(lambda: place.notes("ping", 1), "its worker process runs a job")
+
+
+def test_a_module_that_starts_workers_when_it_is_imported_is_refused_with_what_to_do(place):
+    place.jobs("sys.exit(dramalite.main(['worker', 'jobs', '-p', '1']))")
+    tree = place.start([sys.executable, "jobs.py"])
+
+    assert tree.wait(20) == 2, tree.tail()
+    assert "if __name__ ==" in tree.output()
+    assert tree.pids() == []
+
+
+def test_the_workers_say_what_they_are_for(place):
+    tree = place.ready_worker()
+
+    assert f"At work on SQLiteBroker({str(place.db)!r})" in tree.output()
+    assert "nothing to do" not in tree.output()
+
+
+def test_workers_without_actors_say_so(place):
+    (place.folder / "empty.py").write_text("import dramalite\n")
+    tree = place.worker("--queues", "mial", module="empty")
+    place.wait_until(lambda: "ready for action" in tree.output(), "the worker runs")
+
+    assert "There is nothing to do" in tree.output()
+    assert "'mial'" in tree.output()
+
+
+def test_an_actor_in_place_of_a_broker_is_refused_and_not_run(place):
+    tree = place.worker(module="jobs:ping")
+
+    assert tree.wait(20) == 2, tree.tail()
+    assert "'jobs:ping' is an actor" in tree.output()
+    assert place.notes("ping") == []
 
 
 def test_a_module_may_forbid_the_import_of_others(place):

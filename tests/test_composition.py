@@ -46,6 +46,25 @@ def enqueued(broker):
     return hook.calls
 
 
+# Where they go
+
+
+@pytest.mark.parametrize("compose", [pipeline, group, lambda messages: pipeline([group(messages)])])
+def test_messages_go_to_the_broker_that_made_them_and_not_to_the_default_one(make_stub_broker, compose):
+    home, default = make_stub_broker(), make_stub_broker()
+    work = dramalite.actor(print, actor_name="work", broker=home)
+    compose([work.message(1), work.message(2)]).run()
+
+    assert home.pending() != []
+    assert default.pending() == []
+
+
+@pytest.mark.parametrize(("compose", "what"), [(pipeline, "pipeline"), (group, "group")])
+def test_an_actor_in_place_of_its_message_is_refused_with_what_to_do(add, compose, what):
+    with pytest.raises(TypeError, match=rf"{what}; give messages, as made by actor\.message"):
+        compose([add])
+
+
 # Pipelines as objects
 
 

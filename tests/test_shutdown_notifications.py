@@ -212,6 +212,26 @@ def test_no_job_begins_in_the_place_of_one_that_was_notified(make_broker, worker
     assert begun.is_set() is False
 
 
+def test_a_job_that_begins_after_the_notification_is_notified_too(make_broker, worker, job):
+    begun, announced = threading.Event(), Announced()
+
+    class Late(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            begun.set()
+            announced.event.wait(DEADLINE)
+
+    broker = make_broker(middleware=[ShutdownNotifications(), Late(), announced])
+    dramalite.actor(job, actor_name="work", notify_shutdown=True).send()
+    started = worker(broker)
+    begun.wait(DEADLINE)
+    stopping = in_thread(started.stop)
+    stopping.join(2)
+    job.go_on.set()
+    stopping.join(DEADLINE)
+
+    assert job.outcomes == ["notified"]
+
+
 def test_an_async_job_is_notified_by_cancellation(broker, worker):
     running, log = threading.Event(), []
 

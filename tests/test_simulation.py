@@ -657,6 +657,18 @@ def test_a_broker_can_be_simulated_once_its_database_can_be_opened(make_file_bro
     assert outcomes(sim) == ["done"]
 
 
+def test_a_simulation_whose_file_goes_away_puts_the_brokers_clock_and_randomness_back(make_file_broker, tmp_path):
+    broker = make_file_broker()
+    clock, random = broker.clock, broker.random
+    work = dramalite.actor(lambda: None, actor_name="work")
+    with pytest.raises(dramalite.BrokerError), dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+        (tmp_path / "queue.db").unlink()
+
+    assert (broker.clock, broker.random) == (clock, random)
+
+
 def test_jobs_under_way_go_back_when_the_simulation_ends(broker, work):
     with dramalite.simulate(broker, threads=2) as sim:
         work.send(1000)

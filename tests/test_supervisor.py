@@ -265,6 +265,15 @@ def test_a_fork_function_that_returns_another_number_is_started_again(place):
     assert "died with exit code 7" in tree.output()
 
 
+@pytest.mark.parametrize("number", [150, -1])
+def test_a_fork_function_that_returns_any_number_does_not_end_the_service(place, number):
+    place.jobs(f"def leaving():\n    note('leaving')\n    return {number}\n")
+    tree = place.worker("-f", "jobs:leaving")
+    place.wait_until(lambda: not tree.alive() or len(place.notes("leaving")) >= 2, "it is called again")
+
+    assert tree.alive() is True
+
+
 def test_a_fork_function_that_exits_with_a_text_has_failed_for_that_reason(place):
     place.jobs("def leaving():\n    sys.exit('tired of this')\n")
     tree = place.worker("-f", "jobs:leaving")
@@ -420,3 +429,21 @@ def test_the_supervisor_leaves_no_files_behind(place, tmp_path):
 
     assert tree.wait(10) == 0
     assert os.listdir(notes) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills")
+def test_what_a_killed_supervisor_left_behind_is_removed_by_the_next_and_what_the_living_have_is_not(place, tmp_path):
+    notes = tmp_path / "tmp"
+    notes.mkdir()
+    first = place.ready_worker(TMPDIR=str(notes))
+    [left] = os.listdir(notes)
+    os.kill(first.process.pid, signal.SIGKILL)
+    first.process.wait()
+    place.wait_until(lambda: not first.pids(), "its children leave")
+    place.ready_worker(TMPDIR=str(notes))
+    [living] = os.listdir(notes)
+    place.ready_worker(TMPDIR=str(notes))
+
+    assert left != living
+    assert living in os.listdir(notes)
+    assert len(os.listdir(notes)) == 2

@@ -375,7 +375,17 @@ def test_a_limit_that_a_hook_kept_from_ending_does_not_strike_a_job_without_limi
     assert log == ["first", "done"]
 
 
-def have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplog, outcomes):
+def add_a_number(backend):
+    backend.add("key", 1, MINUTE)
+    busy()
+
+
+def enter_a_mutex(backend):
+    with dramalite.ConcurrentRateLimiter(backend, "mutex", limit=1).acquire():
+        busy()
+
+
+def have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplog, outcomes, call=add_a_number):
     """Have the time limit of a job strike just when SQLite has begun a transaction for it; the broker."""
     connect, jobs = sqlite3.connect, []
 
@@ -389,8 +399,7 @@ def have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplo
 
     def work():
         jobs.append(threading.get_ident())
-        backend.add("key", 1, MINUTE)
-        busy()
+        call(backend)
 
     monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
     broker = make_broker(middleware=[TimeLimit(interval=10), Retries(max_retries=0), outcomes])
@@ -430,6 +439,17 @@ def test_a_limit_that_strikes_in_a_transaction_locks_nobody_out(
     assert begun is True
 
 
+def test_a_limit_that_strikes_while_a_limiter_is_acquired_leaves_no_place_taken(
+    make_broker, worker, monkeypatch, caplog, outcomes
+):
+    broker = have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplog, outcomes, enter_a_mutex)
+    mutex = dramalite.ConcurrentRateLimiter(dramalite.SQLiteRateLimiterBackend(broker), "mutex", limit=1)
+    with mutex.acquire(raise_on_failure=False) as acquired:
+        pass
+
+    assert acquired is True
+
+
 @pytest.mark.parametrize("does", ["counts", "sends"])
 def test_a_job_that_is_nearly_always_in_the_engine_is_interrupted_too(limited, worker, outcomes, does):
     other = dramalite.actor(print, actor_name="other", queue_name="unserved")
@@ -445,6 +465,32 @@ def test_a_job_that_is_nearly_always_in_the_engine_is_interrupted_too(limited, w
     limited.join("default", timeout=PATIENCE)
 
     assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
+
+
+def test_limits_hold_though_the_thread_that_watches_them_could_not_be_started_at_first(
+    limited, worker, outcomes, monkeypatch
+):
+    refused, start = [], threading.Thread.start
+
+    def start_or_refuse(thread):
+        if threading.current_thread() is not threading.main_thread() and not refused:
+            refused.append(thread)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    def work(seconds):
+        never = threading.Event()
+        for _ in range(int(seconds * 200)):
+            never.wait(0.005)
+
+    work = dramalite.actor(work, time_limit=30)
+    work.send(0)
+    work.send(1)
+    monkeypatch.setattr("threading.Thread.start", start_or_refuse)
+    work_off(limited, worker)
+
+    assert len(refused) == 1
+    assert type(outcomes.exceptions[-1]) is TimeLimitExceeded
 
 
 def test_an_interrupt_is_announced_in_the_log(limited, worker, caplog):

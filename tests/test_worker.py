@@ -4,6 +4,7 @@ import asyncio
 import gc
 import logging
 import signal
+import sqlite3
 import threading
 import time
 import weakref
@@ -282,6 +283,159 @@ def test_stopping_before_starting_and_twice_is_harmless(broker):
     assert worker.stop() is None
 
 
+class Held(dramalite.Middleware):
+    """Holds each stop of the worker that came first, in the hook before it, until its event is set."""
+
+    def __init__(self, stops):
+        self.events = [threading.Event() for _ in range(stops)]
+        self.worker, self.held = None, []
+
+    def before_worker_boot(self, broker, worker):
+        self.worker = self.worker or worker
+
+    def before_worker_shutdown(self, broker, worker):
+        if worker is self.worker:
+            event = self.events[len(self.held)]
+            self.held.append(event)
+            event.wait(DEADLINE)
+
+
+def stop_twice_at_once(worker, held):
+    """Call stop() while another call is held in the hook; the threads of both."""
+    stopping = [in_thread(worker.stop)]
+    wait_until(lambda: held.held)
+    stopping.append(in_thread(worker.stop))
+    wait_until(lambda: len(held.held) == 2 or not stopping[1].is_alive())
+    return stopping
+
+
+def refuse_start(monkeypatch, number):
+    """Have the start of that thread from now on fail, as if the system had none left."""
+    started, start = [], threading.Thread.start
+
+    def start_or_refuse(thread):
+        started.append(thread)
+        if len(started) == number:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr("threading.Thread.start", start_or_refuse)
+
+
+@pytest.mark.parametrize("number", [2, 3])
+def test_a_start_that_finds_no_threads_left_raises_and_leaves_none_behind(broker, monkeypatch, number):
+    before = set(threading.enumerate())
+    starting = dramalite.Worker(broker, worker_threads=2)
+    refuse_start(monkeypatch, number)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        starting.start()
+
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_worker_can_be_started_after_a_start_that_found_no_threads_left(broker, monkeypatch, number):
+    done = []
+    dramalite.actor(done.append, actor_name="work").send(1)
+    starting = dramalite.Worker(broker, worker_threads=2)
+    refuse_start(monkeypatch, number)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        starting.start()
+    with starting:
+        broker.join("default", timeout=2000)
+
+    assert done == [1]
+
+
+def test_two_stops_at_once_call_the_hooks_once(broker, worker):
+    held = Held(stops=2)
+    broker.add_middleware(held)
+    stopping = stop_twice_at_once(worker(broker), held)
+    for event in held.events:
+        event.set()
+    for thread in stopping:
+        thread.join(DEADLINE)
+
+    assert len(held.held) == 1
+
+
+def test_two_stops_at_once_do_not_give_another_workers_job_away(make_file_broker, worker, job):
+    broker, other = make_file_broker(), make_file_broker()
+    held, begun = Held(stops=2), []
+
+    def work():
+        begun.append(1)
+        job()
+
+    actor = dramalite.actor(work, broker=broker)
+    dramalite.actor(work, broker=other)
+    done = dramalite.actor(lambda: None, actor_name="done", broker=other, queue_name="done")
+    broker.add_middleware(held)
+    stopping = stop_twice_at_once(worker(broker), held)
+    held.events[0].set()
+    stopping[0].join(DEADLINE)
+    worker(broker)  # In the place of the first.
+    actor.send()
+    job.running.wait(DEADLINE)
+    held.events[1].set()
+    stopping[1].join(DEADLINE)
+    worker(other, worker_threads=2)
+    done.send()
+    other.join("done", timeout=PATIENCE)
+    job.go_on.set()
+    other.join("default", timeout=PATIENCE)
+
+    assert begun == [1]
+
+
+def test_a_thread_that_outlives_the_stop_ends_though_the_broker_was_closed(make_file_broker, worker, caplog):
+    booted, go_on = [], threading.Event()
+
+    class Slow(dramalite.Middleware):
+        def after_worker_thread_boot(self, broker, thread):
+            booted.append(thread)
+            go_on.wait(DEADLINE)
+
+    broker = make_file_broker()
+    broker.add_middleware(Slow())
+    started = worker(broker)
+    wait_until(lambda: booted)
+    started.stop(timeout=0)
+    broker.close()
+    go_on.set()
+    booted[0].join(1)
+
+    assert booted[0].is_alive() is False
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_a_coroutine_that_outlives_the_stop_logs_no_errors_without_end_when_the_broker_was_closed(
+    make_file_broker, worker, caplog
+):
+    ended, go_on = threading.Event(), threading.Event()
+
+    class Slow(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            ended.set()
+            go_on.wait(DEADLINE)
+
+    async def work():
+        pass
+
+    broker = make_file_broker()
+    broker.add_middleware(Slow())
+    dramalite.actor(work, max_retries=0).send()
+    started = worker(broker)
+    ended.wait(DEADLINE)
+    started.stop(timeout=20)
+    broker.close()
+    go_on.set()
+    with pytest.raises(AssertionError):
+        wait_until(lambda: len(caplog.records) > 10, timeout=0.2)
+
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
 def test_a_worker_can_be_started_again(broker):
     done = []
     work = dramalite.actor(done.append, actor_name="work")
@@ -529,6 +683,29 @@ def test_in_memory_a_message_that_is_sent_just_as_a_worker_stops_waiting_is_not_
     wait_until(lambda: done, timeout=2)
 
     assert done == [1]
+
+
+def test_an_outcome_survives_a_worker_that_had_no_memory_to_write_it(make_broker, worker, monkeypatch):
+    connect, ran, failed = sqlite3.connect, [], []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if statement.startswith("BEGIN") and ran and not failed:
+                failed.append(statement)
+                raise MemoryError
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    broker = make_broker()
+    work = dramalite.actor(ran.append, actor_name="work", max_retries=0)
+    broker.enqueue_many([work.message(number) for number in range(4)])
+    first = worker(broker)
+    wait_until(lambda: failed)
+    first.stop()
+    worker(broker)
+    broker.join("default", timeout=2000)
+
+    assert ran == [0, 1, 2, 3]
 
 
 # One thread alone, or several

@@ -6,6 +6,7 @@ import contextlib
 import re
 import signal
 import sqlite3
+import threading
 
 import dramalite
 import pytest
@@ -586,3 +587,54 @@ def test_a_closed_broker_says_so_or_opens_again(place):
 
     assert place.notes("stored", 1)
     assert_noted_is_stored(place, 2)
+
+
+def test_a_broker_that_is_closed_again_and_again_while_its_worker_checkpoints_leaves_the_interpreter_alive(place):
+    place.script(
+        """
+        import threading
+        import dramalite
+        import jobs
+
+        with dramalite.Worker(jobs.broker, worker_threads=2):
+            for number in range(3):  # Each is 12 MB of log, which the worker moves into the file soon.
+                jobs.broker.enqueue_many([jobs.ping.message("x" * 200_000) for _ in range(60)])
+                threading.Event().wait(0.05 + number / 20)  # So that some strike just then.
+                jobs.broker.close()
+        """,
+        seconds=20,
+    )
+
+    assert place.sound()
+
+
+def test_a_connection_is_not_closed_while_a_checkpoint_uses_it(make_file_broker, worker, monkeypatch):
+    connect, uses, harmed = sqlite3.connect, [], []
+    begun, is_closed = threading.Event(), threading.Event()
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            is_senders = threading.current_thread() is threading.main_thread()
+            if "wal_checkpoint" not in statement or is_senders or begun.is_set():
+                return super().execute(statement, *values)
+            uses.append(self)
+            begun.set()
+            is_closed.wait(3)
+            uses.clear()
+            return super().execute(statement, *values)
+
+        def close(self):
+            harmed.extend(use for use in uses if use is self)
+            super().close()
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    broker = make_file_broker()
+    job = dramalite.actor(lambda load: None, actor_name="job")
+    worker(broker)
+    broker.enqueue_many([job.message("x" * 200_000) for _ in range(60)])
+    has_begun = begun.wait(3)
+    broker.close()
+    is_closed.set()
+
+    assert has_begun is True
+    assert harmed == []

@@ -483,6 +483,47 @@ def test_a_job_whose_folder_was_away_as_it_ended_is_not_run_again(make_file_brok
     assert ran == [1, 2]
 
 
+def test_a_job_runs_once_though_its_worker_fails_once_to_move_to_a_new_side_file(
+    make_file_broker, worker, tmp_path, monkeypatch
+):
+    side_file, connect = tmp_path / "queue.db-lock", sqlite3.connect
+    maintenance, ran, done, failed = [], [], [], []
+    is_deleted, running, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    class Maintenance(dramalite.Middleware):
+        def after_consumer_thread_boot(self, broker, thread):
+            maintenance.append(thread)
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if is_deleted.is_set() and not failed:
+                if threading.current_thread() in maintenance and statement.startswith("BEGIN"):
+                    failed.append(statement)
+                    raise sqlite3.OperationalError("database or disk is full")
+            return super().execute(statement, *values)
+
+    def work():
+        ran.append(1)
+        running.set()
+        go_on.wait(10)
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    broker = make_file_broker()
+    broker.add_middleware(Maintenance())
+    dramalite.actor(work, max_retries=0).send()
+    started = worker(broker, worker_threads=2)
+    running.wait(10)
+    is_deleted.set()
+    side_file.unlink()
+    wait_until(lambda: failed, "the worker's maintenance fails")
+    dramalite.actor(done.append, actor_name="done").send_with_options(args=(1,), delay=2200)
+    wait_until(lambda: done, "the worker had time for two more looks")
+    go_on.set()
+    started.stop()
+
+    assert ran == [1]
+
+
 def test_a_file_cut_short_under_a_broker_is_an_error_or_harmless_but_not_silent(place):
     make_queue(place, 100)
     broker = place.broker()
@@ -624,6 +665,17 @@ def test_brokers_on_many_files_leave_no_descriptor_open_when_they_are_closed(mak
         broker.close()
 
     assert {f"{number}.db-lock" for number in range(3)} <= {os.path.basename(path) for path in at_work}
+    assert descriptors(tmp_path) == []
+
+
+def test_a_worker_whose_side_file_was_deleted_leaves_no_descriptor_open(make_file_broker, worker, tmp_path):
+    broker, side_file = make_file_broker(), tmp_path / "queue.db-lock"
+    started = worker(broker)
+    side_file.unlink()
+    wait_until(side_file.exists, "the worker makes another one")
+    started.stop()
+    broker.close()
+
     assert descriptors(tmp_path) == []
 
 

@@ -44,6 +44,30 @@ JOBS = """
         note("forked", number)
 
     @dramalite.actor(max_retries=0)
+    def held(number):
+        note("held", number)
+        until(lambda: (HERE / "release").exists())
+        note("ended", number)
+
+    def in_child(function, seconds=4):
+        # Which must end in time.
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                function()
+                code = 0
+            except SystemExit as leaving:
+                code = leaving.code
+            finally:
+                os._exit(code)
+        try:
+            until(lambda: os.waitpid(child, os.WNOHANG)[0] == child, seconds)
+        except RuntimeError:
+            os.kill(child, signal.SIGKILL)
+            raise
+
+    @dramalite.actor(max_retries=0)
     def terminates(number):
         import multiprocessing
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
@@ -273,6 +297,80 @@ def test_a_process_forked_from_a_worker_does_not_work_and_does_not_keep_claims_a
 
     assert place.runs("ran") == {"before": 1, "child": 1}
     assert {note[2] for note in place.notes("ran")} == {tree.output().split()[-1]}
+    assert place.waiting() == 0
+
+
+@pytest.mark.parametrize("call", ["stop", "pause", "join"])
+def test_a_call_of_a_workers_method_in_a_forked_child_leaves_the_parents_job_alone(place, call):
+    place.script(
+        """
+        import sys
+        import dramalite
+        import jobs
+
+        worker = dramalite.Worker(jobs.broker, worker_threads=3)
+        worker.start()
+        jobs.held.send(1)
+        jobs.until(lambda: jobs.noted("held") == 1)
+        jobs.in_child(getattr(worker, sys.argv[1]), 2)
+        jobs.job.send(2)
+        jobs.until(lambda: jobs.noted("ran") == 1)
+        (jobs.HERE / "release").touch()
+        jobs.broker.join("default", timeout=5000)
+        worker.stop()
+        """,
+        call,
+        seconds=15,
+    )
+
+    assert place.runs("held") == place.runs("ended") == {"1": 1}
+
+
+def test_a_forked_child_that_leaves_the_block_of_a_worker_leaves_the_parents_job_alone(place):
+    place.script(
+        """
+        import sys
+        import dramalite
+        import jobs
+
+        def work():
+            with dramalite.Worker(jobs.broker, worker_threads=3):
+                jobs.held.send(1)
+                jobs.until(lambda: jobs.noted("held") == 1)
+                if jobs.os.fork() == 0:
+                    sys.exit(0)
+                jobs.os.wait()
+                jobs.job.send(2)
+                jobs.until(lambda: jobs.noted("ran") == 1)
+                (jobs.HERE / "release").touch()
+                jobs.broker.join("default", timeout=5000)
+
+        work()
+        """,
+        seconds=15,
+    )
+
+    assert place.runs("held") == place.runs("ended") == {"1": 1}
+
+
+def test_a_consumer_that_is_closed_in_a_forked_child_keeps_its_messages_in_the_parent(place):
+    place.script(
+        """
+        import jobs
+
+        jobs.job.send(1)
+        consumer = jobs.broker.consume("default", prefetch=1, timeout=10)
+        held = next(consumer)
+        jobs.in_child(consumer.close)
+        other = jobs.broker.consume("default", prefetch=1, timeout=50)
+        print("other:", next(other))
+        other.close()
+        consumer.ack(held)
+        consumer.close()
+        """
+    )
+
+    assert "other: None" in place.trees[-1].output()
     assert place.waiting() == 0
 
 

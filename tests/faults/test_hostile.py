@@ -540,6 +540,59 @@ def test_values_that_a_foreign_program_stored_stop_no_other_message(make_file_br
     assert len(done) == len(set(done))
 
 
+def spoil(path, message, column):
+    """Store a text that is no UTF-8 in a column of a message."""
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(
+            f"UPDATE dramalite_messages SET {column} = CAST(x'ff41' AS TEXT) WHERE message_id = ?", [message.message_id]
+        )
+
+
+def test_a_body_of_text_that_is_no_utf8_stops_no_other_message(make_file_broker, worker, tmp_path):
+    broker = make_file_broker()
+    done = []
+    work = dramalite.actor(done.append, actor_name="work", max_retries=0)
+    messages = [work.message(number) for number in range(10)]
+    broker.enqueue_many(messages)
+    spoil(tmp_path / "queue.db", messages[5], "body")
+    worker(broker)
+    wait_until(lambda: len(done) == 9, timeout=3)
+
+    assert done == [0, 1, 2, 3, 4, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("column", ["queue", "actor"])
+def test_a_name_that_is_no_utf8_does_not_disturb_the_workers_maintenance(
+    make_file_broker, worker, tmp_path, clock, caplog, column
+):
+    def stored():
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+            return connection.execute("SELECT count(*) FROM dramalite_results").fetchone()[0]
+
+    broker = make_file_broker(clock=clock)
+    work = dramalite.actor(lambda: 42, actor_name="work", store_results=True, result_ttl=900)
+    spoil(tmp_path / "queue.db", work.send(), column)
+    work.send()
+    worker(broker)
+    wait_until(lambda: stored() == 1)
+    clock.advance(2000)
+    wait_until(lambda: stored() == 0, timeout=3)
+
+    assert [record.getMessage() for record in caplog.records if "can't be used" in record.getMessage()] == []
+
+
+def test_a_claim_that_names_no_worker_goes_back_to_its_queue(make_file_broker, worker, tmp_path):
+    broker = make_file_broker()
+    done = []
+    dramalite.actor(done.append, actor_name="work", max_retries=0).send(1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
+        connection.execute("UPDATE dramalite_messages SET state = 2, owner = NULL")
+    worker(broker)
+    wait_until(lambda: done, timeout=4)
+
+    assert done == [1]
+
+
 @pytest.mark.torture
 def test_a_storm_of_retries_lets_fresh_work_pass(place):
     place.broker().enqueue_many(

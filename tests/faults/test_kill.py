@@ -34,6 +34,12 @@ JOBS = """
         note("end", number)
 
     @dramalite.actor(max_retries=0)
+    def drops_the_lock(number):
+        open(os.environ["JOBS_DB"] + "-lock").close()  # As who packs the folder for a backup does.
+        note("dropped", number)
+        until(lambda: (HERE / "release").exists(), 60)
+
+    @dramalite.actor(max_retries=0)
     def keep_the_gil(seconds):
         import ctypes
         note("start", "gil", os.getpid(), time.monotonic())
@@ -182,6 +188,23 @@ def test_a_worker_that_fails_once_to_take_over_from_two_dead_ones_does_so_all_th
     broker.join("default", timeout=4000)
 
     assert {letter.message_id for letter in broker.dead_letters} == {message.message_id for message in sent}
+
+
+def test_a_job_that_opens_and_closes_the_side_file_is_not_taken_over(place, make_file_broker, worker):
+    place.worker()
+    place.send("drops_the_lock", 1)
+    place.wait_until(lambda: place.notes("dropped", 1), "the job has closed the side file")
+    place.send("job", 2, delay=1200)  # When this one runs, the worker had time to notice.
+    place.wait_until(lambda: place.notes("end", 2), "another job runs meanwhile")
+    other, done = make_file_broker(), []
+    seen = dramalite.actor(done.append, actor_name="seen", queue_name="other", broker=other)
+    worker(other)
+    seen.send_with_options(args=(1,), delay=300)  # When this one runs, the other one had time to take over.
+    place.wait_until(lambda: done, "the other worker works")
+    (place.folder / "release").touch()
+    place.drained()
+
+    assert place.runs("dropped") == {"1": 1}
 
 
 def test_a_kill_of_one_worker_process_leaves_the_others_work_alone(place):
