@@ -497,7 +497,7 @@ def test_a_job_runs_once_though_its_worker_fails_once_to_move_to_a_new_side_file
     class Connection(sqlite3.Connection):
         def execute(self, statement, *values):
             if is_deleted.is_set() and not failed:
-                if threading.current_thread() in maintenance and statement.startswith("BEGIN"):
+                if threading.current_thread() in maintenance and statement.startswith(("BEGIN", "UPDATE")):
                     failed.append(statement)
                     raise sqlite3.OperationalError("database or disk is full")
             return super().execute(statement, *values)
@@ -515,7 +515,7 @@ def test_a_job_runs_once_though_its_worker_fails_once_to_move_to_a_new_side_file
     running.wait(10)
     is_deleted.set()
     side_file.unlink()
-    wait_until(lambda: failed, "the worker's maintenance fails")
+    wait_until(lambda: failed, "the worker's maintenance fails", 3)
     dramalite.actor(done.append, actor_name="done").send_with_options(args=(1,), delay=2200)
     wait_until(lambda: done, "the worker had time for two more looks")
     go_on.set()

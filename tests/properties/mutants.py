@@ -134,11 +134,11 @@ MUTANTS = [
     # Nothing is lost or done twice
     Mutant(
         "ack-before-run", "a message is deleted when it is claimed", "once",
-        "                    ).fetchall()\n        for outcome in outcomes:",
-        "                    ).fetchall()\n"
+        "                        ).fetchall()\n            for outcome in outcomes:",
+        "                        ).fetchall()\n"
         '                    gone = "DELETE FROM dramalite_messages WHERE state = 2 AND id = ?"\n'
         "                    connection.executemany(gone, [(row[1],) for row in rows])\n"
-        "        for outcome in outcomes:",
+        "            for outcome in outcomes:",
     ),
     Mutant(
         "lost-in-a-crash", "what a dead worker had claimed is deleted", "once",
