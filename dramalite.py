@@ -3383,7 +3383,7 @@ class _Database:
                 cached_statements=256,
             )
             # What another program wrote may be no UTF-8; it must not stop the reading of the rest.
-            connection.text_factory = functools.partial(str, encoding="utf-8", errors="replace")
+            connection.text_factory = lambda text: text.decode("utf-8", "replace")
             self._configure(connection, role)
         except (self._errors, BrokerError) as error:
             if connection is not None:
