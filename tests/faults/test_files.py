@@ -516,8 +516,8 @@ def test_a_job_runs_once_though_its_worker_fails_once_to_move_to_a_new_side_file
     is_deleted.set()
     side_file.unlink()
     wait_until(lambda: failed, "the worker's maintenance fails", 3)
-    dramalite.actor(done.append, actor_name="done").send_with_options(args=(1,), delay=2200)
-    wait_until(lambda: done, "the worker had time for two more looks")
+    dramalite.actor(done.append, actor_name="done").send_with_options(args=(1,), delay=1300)
+    wait_until(lambda: done, "the worker had time for another look")
     go_on.set()
     started.stop()
 

@@ -50,22 +50,27 @@ JOBS = """
         note("ended", number)
 
     def in_child(function, seconds=4):
-        # Which must end in time.
+        # Which must end well, and in time.
         child = os.fork()
         if child == 0:
             code = 1
             try:
                 function()
                 code = 0
-            except SystemExit as leaving:
-                code = leaving.code
             finally:
                 os._exit(code)
+        ended = [0, 0]
+
+        def has_ended():
+            ended[:] = os.waitpid(child, os.WNOHANG)
+            return ended[0] == child
+
         try:
-            until(lambda: os.waitpid(child, os.WNOHANG)[0] == child, seconds)
+            until(has_ended, seconds)
         except RuntimeError:
             os.kill(child, signal.SIGKILL)
             raise
+        assert ended[1] == 0
 
     @dramalite.actor(max_retries=0)
     def terminates(number):
@@ -402,6 +407,33 @@ def test_a_worker_can_be_started_in_a_forked_child_whose_parent_has_one(place):
 
     assert place.runs("ran") == {"1": 1, "2": 1, "3": 1}
     assert place.waiting() == 0
+
+
+def test_a_worker_in_a_forked_child_does_not_watch_the_time_limits_of_the_parents_jobs(place):
+    place.script(
+        """
+        import threading
+        import dramalite
+        import jobs
+
+        def work():
+            with dramalite.Worker(jobs.broker, worker_threads=1):
+                before = threading.active_count()
+                jobs.job.send_with_options(args=(2,), time_limit=100)
+                jobs.until(lambda: jobs.noted("ran") == 1)
+                jobs.until(lambda: threading.active_count() == before, 2)  # Nobody watches any more.
+
+        with dramalite.Worker(jobs.broker, worker_threads=1):
+            jobs.held.send(1)
+            jobs.until(lambda: jobs.noted("held") == 1)
+            jobs.in_child(work)
+            (jobs.HERE / "release").touch()
+            jobs.broker.join("default", timeout=5000)
+        """,
+        seconds=8,
+    )
+
+    assert place.runs("ran") == {"2": 1}
 
 
 @pytest.mark.parametrize("ending", ["returns", "raises", "exits", "closes"])
