@@ -14,7 +14,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent
 
 #: What starts most of the processes, and takes as long as all the rest.
-STARTERS = ("faults", "test_command_line.py", "test_examples.py", "test_layout.py", "test_supervisor.py")
+STARTERS = ("faults", "test_command_line.py", "test_supervisor.py")
 
 NO_TESTS = 5  # pytest's exit code where the arguments leave none in a share.
 
