@@ -2672,6 +2672,11 @@ class _Slots:
         """Whether this process still has what holds its locks."""
         return True
 
+    def renew(self, index: int) -> None:
+        with self.lock, contextlib.suppress(OSError):
+            if index in self.held and self.is_held():  # A closed descriptor's number may be another file's.
+                self._take(index)
+
     def begin_checkpoint(self) -> bool:
         """Become the only one that checkpoints, by the header's lock; False if one does already."""
         with self.lock:
@@ -2734,8 +2739,7 @@ class _Slot:
 
     def renew(self) -> None:
         """Take the lock back if a job has dropped it, by opening and closing the side file."""
-        with contextlib.suppress(OSError):  # Or has closed our own descriptor.
-            self._slots._take(self._index)
+        self._slots.renew(self._index)
 
     def abandon(self) -> None:
         """Die: the others find what this worker leaves behind."""
@@ -3198,7 +3202,7 @@ def _check_storable(values: tuple[Any, ...]) -> None:
         elif isinstance(value, int):
             if not -(1 << 63) <= value < 1 << 63:
                 raise ValueError(f"{value!r} can't be stored; it takes more than 64 bits.")
-        elif value is not None and not isinstance(value, (bytes, float)):
+        elif value is not None and not isinstance(value, (bytes, bytearray, memoryview, float)):
             raise TypeError(f"{value!r} can't be stored; it is a {type(value).__name__}.")
 
 
@@ -3495,11 +3499,12 @@ class _Database:
         """Take a slot, with a bell of its own if none is given; BrokerError if there is none."""
         with self._lock:  # Or close() could come in between.
             slots = self.slots()
-            bell = bell or slots.make_bell()
+            own = bell or slots.make_bell()
             try:
-                return slots.acquire(bell, serves, tracked)
+                return slots.acquire(own, serves, tracked)
             except BaseException:
-                bell.close()
+                if bell is None:  # One that was given is still another slot's.
+                    own.close()
                 raise
 
     def forget(self) -> None:
@@ -3868,9 +3873,11 @@ class _WatchedDatabase(_Database):
         )
         try:
             listener.start()
-        except RuntimeError:  # The system has no threads left.
+        except BaseException as error:
             self._is_listening = False
             slot.release()
+            if not isinstance(error, RuntimeError):  # The system has no threads left.
+                raise
 
     def _listen(self, slot: _Slot) -> None:
         """Pass on, while somebody watches, the rings of workers in other processes."""
@@ -4335,6 +4342,7 @@ def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
 # for ever.  The child forgets what it inherited and opens anew at first use.
 # ------------------------------------------------------------------------------------------
 _engines: weakref.WeakSet[_Engine] = weakref.WeakSet()
+_forgetful: weakref.WeakSet[Any] = weakref.WeakSet()  # What else has a forget() for the child.
 _inherited: list[Any] = []
 _fork_hooks_are_registered = False
 
@@ -4377,8 +4385,8 @@ def _after_fork_in_child() -> None:
     _interrupt_lock, _event_loop_lock, _broker_lock = threading.RLock(), threading.Lock(), threading.RLock()
     _interruptible.clear()
     _shielded.clear()
-    for engine in list(_engines):
-        engine.forget()
+    for item in (*_engines, *_forgetful):
+        item.forget()
 
 
 # ------------------------------------------------------------------------------------------
@@ -5007,11 +5015,16 @@ class TimeLimit(Middleware):
         self.logger = get_logger("dramalite.middleware.time_limit", type(self))
         self.time_limit = _check_time_limit(time_limit, "time_limit")
         self.interval_s = interval / 1000
+        self.forget()
+        _forgetful.add(self)
+
+    def forget(self) -> None:
+        """Begin with nothing to watch, also in a forked child: its parent's threads are not here."""
         self._lock = threading.Condition(threading.Lock())  # Guards all below.
         self._deadlines: dict[int, float] = {}  # By runner, those not yet passed.
         self._passed: dict[int, float] = {}  # By runner: when the interrupt was raised.
         self._wakes_at = 0.0
-        self._watched_in = 0  # The process of the watching thread; a fork leaves it behind.
+        self._is_watched = False  # By a thread.
 
     @property
     def actor_options(self) -> set[str]:
@@ -5031,7 +5044,7 @@ class TimeLimit(Middleware):
         deadline = self._deadlines[runner] = broker.clock.monotonic() + limit / 1000
         if broker.clock.is_virtual:
             return  # Whoever lets its time pass looks at the deadline.
-        if deadline < self._wakes_at or self._watched_in != os.getpid():
+        if deadline < self._wakes_at or not self._is_watched:
             self._watch(broker.clock, deadline)
 
     def after_process_message(
@@ -5067,15 +5080,12 @@ class TimeLimit(Middleware):
         """Have the watching thread wake up for this deadline."""
         with self._lock:
             self._wakes_at = min(self._wakes_at, deadline)
-            if self._watched_in != os.getpid():
-                if self._watched_in:  # Those of the process that forked this one.
-                    own = self._deadlines[_runner.id()]
-                    self._deadlines, self._passed = {_runner.id(): own}, {}
+            if not self._is_watched:
                 self._wakes_at = deadline
                 threading.Thread(
                     target=self._enforce, args=(clock,), name="dramalite-time-limit", daemon=True
                 ).start()
-                self._watched_in = os.getpid()
+                self._is_watched = True
             self._lock.notify()
 
     def _enforce(self, clock: Clock) -> None:
@@ -5085,10 +5095,10 @@ class TimeLimit(Middleware):
             for runner in [r for r, deadline in list(self._deadlines.items()) if deadline <= now]:
                 self._exceed(runner, now)
             with self._lock:
-                self._watched_in = 0  # Before the look: who comes after it starts another thread.
+                self._is_watched = False  # Before the look: who comes after it starts another thread.
                 if not self._deadlines:
                     return
-                self._watched_in = os.getpid()
+                self._is_watched = True
                 earliest = min(list(self._deadlines.values()), default=float("inf"))
                 # What is late still runs hooks: to be looked at again when its actor has begun.
                 self._wakes_at = min(max(earliest, now + _LATE_LOOK_S), now + self.interval_s)
@@ -5120,6 +5130,7 @@ class ShutdownNotifications(Middleware):
         self.logger = get_logger("dramalite.middleware.shutdown", type(self))
         self.notify_shutdown = notify_shutdown
         self._notified: set[int] = set()  # Runners whose actor wants to know.
+        self._stopping: set[int] = set()  # By id(): workers that stop.
 
     @property
     def actor_options(self) -> set[str]:
@@ -5134,10 +5145,14 @@ class ShutdownNotifications(Middleware):
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.logger.debug("Sending shutdown notification to worker threads...")
+        self._stopping.add(id(worker))
         if self._notify(worker):
             threading.Thread(
                 target=self._notify_late_ones, args=(worker,), name="dramalite-shutdown", daemon=True
             ).start()
+
+    def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
+        self._stopping.discard(id(worker))
 
     def _notify(self, worker: Worker) -> bool:
         """Notify the running actors; tell whether there are messages whose actor is still to begin."""
@@ -5151,7 +5166,7 @@ class ShutdownNotifications(Middleware):
         return bool(self._notified & waiting)
 
     def _notify_late_ones(self, worker: Worker) -> None:
-        while self._notify(worker):
+        while id(worker) in self._stopping and self._notify(worker):
             _SYSTEM_CLOCK.sleep(_LATE_LOOK_S)
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
@@ -5999,6 +6014,7 @@ class _Collecting(threading.local):
     """The outcome that this thread collects into, if it does."""
 
     outcome: _Outcome | None = None
+    before = (0, 0)  # How many effects and wakes it had before the after hooks.
 
 
 class _EngineBroker(Broker):
@@ -6206,8 +6222,8 @@ class _EngineBroker(Broker):
         """Drop what was collected of a success that is none after all."""
         outcome = self._collecting.outcome
         if outcome is not None:
-            outcome.effects.clear()
-            outcome.wakes.clear()
+            effects, wakes = self._collecting.before  # What hooks before the actor sent stays.
+            del outcome.effects[effects:], outcome.wakes[wakes:]
 
     # Looking and emptying.
 
@@ -6579,6 +6595,7 @@ class _Processor:
         """Call the after hooks; return all that is to be committed for the message."""
         broker, outcome = self._broker, job.outcome
         broker._collecting.outcome = outcome
+        broker._collecting.before = len(outcome.effects), len(outcome.wakes)
         try:
             if job.message is None:
                 self._bury_undecodable(job)
@@ -6733,15 +6750,11 @@ class _Targets:
         """The pairs as _CLAIM wants them, with those of coroutines or without."""
         return self._json if with_async else self._json_without_async
 
-    def forget(self) -> None:
-        """Have the next refresh() work them out in any case."""
-        self._declared = ()
-
-    def refresh(self, slot: _Slot) -> None:
-        """Work them out again, if anything was declared since, and tell the slot."""
+    def refresh(self, slot: _Slot, *, anew: bool = False) -> None:
+        """Work them out again if anything was declared since, or in any case, and tell the slot."""
         broker = self._broker
         declared = (len(broker.actors), len(broker.queues), len(broker._pairs))
-        if declared == self._declared:
+        if declared == self._declared and not anew:
             return
         self._declared = declared
         pairs = {(actor.queue_name, name) for name, actor in list(broker.actors.items())}
@@ -6908,8 +6921,7 @@ class _Dispatcher:
         self._seen_version = 0  # Of the database, before the last look for work.
         self._was_polled = False  # That look was due to no ring.
         self._targets = _Targets(broker, queues)
-        #: Called when rows or outcomes want looking after: see look_after().
-        self.on_litter: Callable[[], None] = lambda: None
+        self.on_litter: Callable[[], None] = lambda: None  # Called when there is: see look_after().
         self._targets.refresh(self._slot)
 
     # What a worker thread calls.
@@ -7032,8 +7044,7 @@ class _Dispatcher:
 
     def _limit(self) -> int:
         """How many messages to claim.  Call with _cond held."""
-        coroutines = self.coroutines()
-        limit = self._batch.limit(self._threads - len(self.running) + coroutines)
+        limit = self._batch.limit(self._threads - len(self.running) + self.coroutines())
         return min(limit, len(self._free_keys) or limit) if self._targets.has_async else limit
 
     def _take_in(self, rows: list[_Row], limit: int) -> bool:
@@ -7186,8 +7197,7 @@ class _Dispatcher:
         self.write()
 
     def stop(self) -> None:
-        """Send the threads home."""
-        self.claim_no_more()
+        """Send the threads home, after claim_no_more()."""
         with self._cond:
             self.is_stopping = True
             self._cond.notify_all()
@@ -7299,9 +7309,12 @@ class _Dispatcher:
         with self._exchange_lock:
             with self._cond:
                 running = {job.key: job.row.id for job in self.running.values()}
-            self._slot = self._engine.move_slot(self._slot, running)
-            self._targets.forget()
-            self._targets.refresh(self._slot)
+            slot = self._engine.move_slot(self._slot, running)
+            with self._cond:
+                self._slot = slot
+                for key in running.keys() | self.running.keys():
+                    slot.run(key, self.running[key].row.id if key in self.running else 0)
+            self._targets.refresh(self._slot, anew=True)
         self._slot.bell.ring()
 
 
@@ -7411,8 +7424,8 @@ class Worker:
 
         What is handed back runs again later; its outcome here, if it still comes, is dropped.
         """
-        dispatcher = self._running()
         with self._stop_lock:
+            dispatcher = self._running()
             if dispatcher is None or self._is_stopping:
                 return
             self._is_stopping = True
@@ -9201,20 +9214,22 @@ def _notes_folder() -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="dramalite-", ignore_cleanup_errors=True) as folder:
         descriptor = os.open(os.path.join(folder, _ALIVE_NOTE), os.O_CREAT | os.O_RDWR, 0o600)
         try:
-            _try_lock_byte(descriptor, 0)
+            with contextlib.suppress(OSError):
+                _try_lock_byte(descriptor, 0)
             yield folder
         finally:
             os.close(descriptor)
 
 
 def _is_left_behind(folder: str) -> bool:
-    """Tell whether nobody holds the lock in a folder of notes."""
+    """Tell whether nobody holds the lock in a folder of notes; a new one's may not be locked yet."""
     try:
         descriptor = os.open(os.path.join(folder, _ALIVE_NOTE), os.O_RDWR)
     except OSError:
         return False
     try:
-        return _try_lock_byte(descriptor, 0)
+        age_s = _SYSTEM_CLOCK.time_ms() / 1000 - os.fstat(descriptor).st_mtime
+        return age_s > 60 and _try_lock_byte(descriptor, 0)
     finally:
         os.close(descriptor)
 
