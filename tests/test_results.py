@@ -315,6 +315,25 @@ def test_message_then_actor_then_middleware_decide_how_long_a_result_is_kept(
         sent.get_result()
 
 
+def test_what_a_hook_sent_before_the_job_is_sent_though_its_result_cannot_be_kept(make_broker, worker):
+    audited = []
+
+    class Audit(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            if message.actor_name == "work":
+                audit.send(message.message_id)
+
+    broker = make_broker()
+    broker.add_middleware(Audit())
+    audit = dramalite.actor(audited.append, actor_name="audit")
+    message = storing(object, max_retries=0).send()
+    worker(broker)
+    wait_until(lambda: broker.dead_letters)
+    broker.join("default", timeout=PATIENCE)
+
+    assert audited == [message.message_id]
+
+
 def test_a_result_whose_time_cannot_be_stored_keeps_no_other_message_from_being_done(broker, worker):
     work = dramalite.actor(lambda value: value, actor_name="work", store_results=True)
     before = work.send("before")

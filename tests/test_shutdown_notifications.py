@@ -232,6 +232,38 @@ def test_a_job_that_begins_after_the_notification_is_notified_too(make_broker, w
     assert job.outcomes == ["notified"]
 
 
+def test_a_late_notification_does_not_strike_a_worker_that_was_started_again(make_broker, worker):
+    begun, go_on, ended = threading.Event(), threading.Event(), []
+
+    class Late(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            if not begun.is_set():
+                begun.set()
+                go_on.wait(DEADLINE)
+
+    broker = make_broker(middleware=[ShutdownNotifications(), Late()])
+
+    @dramalite.actor(notify_shutdown=True)
+    def work(name):
+        try:
+            for _ in range(50):
+                threading.Event().wait(0.002)
+        except dramalite.Shutdown:
+            name += " notified"
+        ended.append(name)
+
+    work.send("old")
+    started = worker(broker)
+    begun.wait(DEADLINE)
+    started.stop(timeout=0)
+    started.start()
+    work.send("new")
+    wait_until(lambda: "new" in ended or "new notified" in ended)
+    go_on.set()
+
+    assert [name for name in ended if "notified" in name] == []
+
+
 def test_an_async_job_is_notified_by_cancellation(broker, worker):
     running, log = threading.Event(), []
 
