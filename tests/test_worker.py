@@ -618,16 +618,22 @@ def test_joining_an_idle_worker_returns(broker, worker):
     assert joining.is_alive() is False
 
 
-def test_what_is_sent_while_one_worker_is_paused_is_run_by_another(broker, worker):
-    done = []
+def first_of_two_that_sleep(broker, worker):
+    """Start two workers that have worked and wait for more; the one that is woken first."""
     meeting = threading.Barrier(2)
     meet = dramalite.actor(lambda: meeting.wait(DEADLINE) and None, actor_name="meet", max_retries=0)
-    work = dramalite.actor(done.append, actor_name="work")
     first, _ = worker(broker), worker(broker)
     meet.send()
     meet.send()
     broker.join("default", timeout=PATIENCE)
-    threading.Event().wait(0.05)  # Both sleep now, and the first is the one to be woken.
+    threading.Event().wait(0.05)  # That they sleep shows nowhere; awake, they can only pass more easily.
+    return first
+
+
+def test_what_is_sent_while_one_worker_is_paused_is_run_by_another(broker, worker):
+    done = []
+    work = dramalite.actor(done.append, actor_name="work")
+    first = first_of_two_that_sleep(broker, worker)
     first.pause()
     work.send(1)
     wait_until(lambda: done, timeout=2)
@@ -637,9 +643,7 @@ def test_what_is_sent_while_one_worker_is_paused_is_run_by_another(broker, worke
 
 def test_what_is_sent_while_one_worker_is_being_stopped_is_run_by_another(broker, worker):
     done = []
-    meeting = threading.Barrier(2)
     ran = threading.Event()
-    meet = dramalite.actor(lambda: meeting.wait(DEADLINE) and None, actor_name="meet", max_retries=0)
     work = dramalite.actor(ran.set, actor_name="work")
 
     class SendsLate(dramalite.Middleware):
@@ -649,11 +653,7 @@ def test_what_is_sent_while_one_worker_is_being_stopped_is_run_by_another(broker
                 done.append(ran.wait(2))
 
     broker.add_middleware(SendsLate())
-    first, _ = worker(broker), worker(broker)
-    meet.send()
-    meet.send()
-    broker.join("default", timeout=PATIENCE)
-    threading.Event().wait(0.05)  # Both sleep now, and the first is the one to be woken.
+    first = first_of_two_that_sleep(broker, worker)
     first.stop()
 
     assert done == [True]
