@@ -990,9 +990,14 @@ class MessageProxy:
     _exception: BaseException | None = None
 
     def __init__(self, message: Message[Any]) -> None:
-        attributes = self.__dict__
-        attributes.update(message.__dict__)
-        attributes["_message"] = message
+        self._message = message
+        self.queue_name = message.queue_name
+        self.actor_name = message.actor_name
+        self.args = message.args
+        self.kwargs = message.kwargs
+        self.options = message.options
+        self.message_id = message.message_id
+        self.message_timestamp = message.message_timestamp
 
     def fail(self) -> None:
         """Mark the message as failed for good: it becomes a dead letter."""
@@ -3387,7 +3392,7 @@ class _Database:
                 cached_statements=256,
             )
             # What another program wrote may be no UTF-8; it must not stop the reading of the rest.
-            connection.text_factory = lambda text: text.decode("utf-8", "replace")
+            connection.text_factory = operator.methodcaller("decode", "utf-8", "replace")
             self._configure(connection, role)
         except (self._errors, BrokerError) as error:
             if connection is not None:
@@ -4076,20 +4081,36 @@ class _Engine(_WatchedDatabase):
         self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]
     ) -> None:
         """Write outcomes, each only if its row is still the worker's."""
-        effects: list[tuple[str, tuple[Any, ...]]] = []
-        for outcome in outcomes:
-            if outcome.is_handed_back:
-                connection.execute(_HAND_BACK, (owner, f"[{outcome.row.id}]"))
-            elif connection.execute(_ACK, (owner, outcome.row.id)).rowcount:
-                effects += outcome.effects
+        finished = [outcome for outcome in outcomes if not outcome.is_handed_back]
+        acked = self._ack(connection, owner, finished)
+        if len(finished) < len(outcomes):
+            handed_back = [(owner, f"[{o.row.id}]") for o in outcomes if o.is_handed_back]
+            connection.executemany(_HAND_BACK, handed_back)
+        effects = [effect for outcome in acked for effect in outcome.effects]
+        for statement, same in itertools.groupby(effects, key=operator.itemgetter(0)):
+            connection.executemany(statement, [values for _statement, values in same])
+
+    def _ack(
+        self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]
+    ) -> list[_Outcome]:
+        """Delete the rows of outcomes; return those whose row was still the worker's."""
+        keys = [(owner, outcome.row.id) for outcome in outcomes]
+        if len(keys) > 1:  # All at once takes two thirds of the time, and nearly always all are.
+            connection.execute("SAVEPOINT acks")
+            if connection.executemany(_ACK, keys).rowcount == len(keys):
+                return outcomes
+            connection.execute("ROLLBACK TO acks")
+        acked = []
+        for key, outcome in zip(keys, outcomes):
+            if connection.execute(_ACK, key).rowcount:
+                acked.append(outcome)
             elif outcome.effects:
                 outcome.after_commit = None
                 get_logger("dramalite.worker").warning(
                     "Message %s is no longer this worker's; its outcome is dropped.",
                     outcome.row.message_id,
                 )
-        for statement, same in itertools.groupby(effects, key=operator.itemgetter(0)):
-            connection.executemany(statement, [values for _statement, values in same])
+        return acked
 
     def _promote(self, connection: sqlite3.Connection) -> None:
         """Make delayed messages ready that are due, in the order of their eta."""
@@ -4994,7 +5015,8 @@ class AgeLimit(Middleware):
 # Time limit
 #
 # Deadlines of running actors.  One watching thread per middleware, started by the first
-# deadline, sleeps until the earliest and ends when there are none; it holds _lock for moments.
+# deadline, sleeps until the earliest and ends when there have been none at two looks in a row;
+# it holds _lock for moments.
 # ------------------------------------------------------------------------------------------
 _LATE_LOOK_S = 0.005
 
@@ -5090,14 +5112,17 @@ class TimeLimit(Middleware):
 
     def _enforce(self, clock: Clock) -> None:
         """Raise the exception in each thread whose deadline passes, until there are none left."""
+        was_idle = False
         while True:
             now = clock.monotonic()
             for runner in [r for r, deadline in list(self._deadlines.items()) if deadline <= now]:
                 self._exceed(runner, now)
             with self._lock:
                 self._is_watched = False  # Before the look: who comes after it starts another thread.
-                if not self._deadlines:
+                is_idle = not self._deadlines
+                if is_idle and was_idle:
                     return
+                was_idle = is_idle
                 self._is_watched = True
                 earliest = min(list(self._deadlines.values()), default=float("inf"))
                 # What is late still runs hooks: to be looked at again when its actor has begun.
@@ -6875,7 +6900,7 @@ class _Batch:
 # written, and the waiting.  There is no thread that feeds the others: whoever finds no
 # rows left runs one exchange with the engine, which writes all that has been finished and claims
 # the next batch.  If there is nothing, one thread waits at the bell, the others on _cond.
-# Lock order: _exchange_lock, the engine's lock, _cond.
+# Lock order: _exchange_lock, the engine's lock, _lock.
 # ------------------------------------------------------------------------------------------
 _LATE_S = 0.005  # So old an outcome is written without waiting for the next claim.
 _POLL_S = 0.25  # Between looks for work that no bell announced,
@@ -6901,9 +6926,9 @@ class _Dispatcher:
         self._poll_s = min(_POLL_S, poll_s)
         self._slot = self._engine.take_slot(0, tracked=True)
         self._exchange_lock = threading.Lock()
-        lock = threading.Lock()  # Guards all below, and those above.
-        self._cond = threading.Condition(lock)  # What idle threads wait on,
-        self._settled = threading.Condition(lock)  # and those who wait until jobs have ended.
+        self._lock = threading.Lock()  # Guards all below, and those above.
+        self._cond = threading.Condition(self._lock)  # What idle threads wait on,
+        self._settled = threading.Condition(self._lock)  # and those who wait until jobs have ended.
         self._ended: collections.deque[_Job] = collections.deque()  # Coroutines to be concluded.
         self._free_keys = list(range(threads + coroutines - 1, threads - 1, -1))  # For coroutines.
         self._finished: list[_Outcome] = []
@@ -6933,7 +6958,7 @@ class _Dispatcher:
         the thread is to end: the worker stops, or the job was handed back.
         """
         while True:
-            with self._cond:
+            with self._lock:
                 now = _SYSTEM_CLOCK.monotonic()
                 if done is not None:
                     if done.is_given_up and done.context is None:
@@ -6964,7 +6989,7 @@ class _Dispatcher:
         return job
 
     def _finish(self, job: _Job, now: float) -> None:
-        """Keep a job's outcome for the next exchange.  Call with _cond held."""
+        """Keep a job's outcome for the next exchange.  Call with _lock held."""
         if self.running.pop(job.key, None) is None:
             return  # A coroutine that was handed back.
         self._keep(job.outcome, now)
@@ -6982,7 +7007,7 @@ class _Dispatcher:
 
     def detach(self, job: _Job) -> bool:
         """Free the thread of a job that runs as a coroutine; False if too many do already."""
-        with self._cond:
+        with self._lock:
             if not self._free_keys:
                 return False
             job.context = contextvars.copy_context()
@@ -6996,7 +7021,7 @@ class _Dispatcher:
 
     def end(self, job: _Job) -> None:
         """Have a thread conclude a job whose coroutine has ended."""
-        with self._cond:
+        with self._lock:
             self._ended.append(job)
             if self.is_stopping:
                 self._settled.notify_all()
@@ -7008,7 +7033,7 @@ class _Dispatcher:
 
     def may_conclude(self, job: _Job) -> bool:
         """Tell whether a job's outcome still counts; from now on nobody takes it away."""
-        with self._cond:
+        with self._lock:
             job.is_concluding = True
             return not job.is_given_up
 
@@ -7024,7 +7049,7 @@ class _Dispatcher:
     def exchange(self) -> bool:
         """Write what is finished and claim a batch; tell whether there is something to run."""
         with self._exchange_lock:
-            with self._cond:
+            with self._lock:
                 if self._batch.rows:
                     return not self._batch.is_for_one
                 self._batch.end()
@@ -7043,7 +7068,7 @@ class _Dispatcher:
             return self._take_in(rows, limit)
 
     def _limit(self) -> int:
-        """How many messages to claim.  Call with _cond held."""
+        """How many messages to claim.  Call with _lock held."""
         limit = self._batch.limit(self._threads - len(self.running) + self.coroutines())
         return min(limit, len(self._free_keys) or limit) if self._targets.has_async else limit
 
@@ -7052,7 +7077,7 @@ class _Dispatcher:
         if self._was_polled:  # No ring told of them, so bells don't arrive here.
             self._poll_s = min(_SHORT_POLL_S, self._longest_poll_s)
             self._was_polled = False
-        with self._cond:
+        with self._lock:
             self._suspects += sum(row.crashes > 0 for row in rows)
             self._slot.sleep_until(self._wait_ends_ms if self._is_waited_for else 0)
             if is_wanted := not (self._is_paused or self.is_stopping):
@@ -7076,7 +7101,7 @@ class _Dispatcher:
         try:
             rows, version = self._engine.exchange(self._slot, outcomes, limit, targets, suspects)
         except BaseException as error:
-            with self._cond:
+            with self._lock:
                 self._finished = outcomes + self._finished
             if not isinstance(error, BrokerError):  # No memory, say.
                 raise
@@ -7098,7 +7123,7 @@ class _Dispatcher:
     def write(self) -> None:
         """Write what is finished, now."""
         with self._exchange_lock:
-            with self._cond:
+            with self._lock:
                 outcomes, self._finished = self._finished, []
             self._trade(outcomes)
 
@@ -7113,21 +7138,21 @@ class _Dispatcher:
 
     def _release(self, rows: list[_Row]) -> None:
         """Give claimed rows back that were not started."""
-        with self._cond:
+        with self._lock:
             self._suspects -= sum(row.crashes > 0 for row in rows)
         try:
             if rows:
                 self._engine.hand_back(self._slot, rows)
         except BrokerError as error:
             self.complain(error)
-            with self._cond:
+            with self._lock:
                 self._finished += [_handed_back(row) for row in rows]
 
     # Waiting.
 
     def _wait(self) -> None:
         """Wait until there may be work: one thread at the bell, the others on the condition."""
-        with self._cond:
+        with self._lock:
             is_for_us = self._batch.rows and not self._batch.is_for_one
             if is_for_us or self._ended or (self.is_stopping and not self.coroutines()):
                 return
@@ -7144,14 +7169,14 @@ class _Dispatcher:
             self.complain(error)
             _SYSTEM_CLOCK.sleep(_POLL_S)
         finally:
-            with self._cond:
+            with self._lock:
                 self._is_waited_for = False
 
     def _wait_at_the_bell(self) -> None:
         """Wait for a ring, the next delayed message, or a change that no ring announced."""
         clock = self._broker.clock
         due = self._engine.next_due()
-        with self._cond:
+        with self._lock:
             self._wait_ends_ms = _FOREVER if due is None else due
             self._slot.sleep_until(self._wait_ends_ms)
         while not (self._ended or (self.is_stopping and not self.coroutines())):
@@ -7173,39 +7198,39 @@ class _Dispatcher:
     def pause(self) -> None:
         """Start no more messages; returns when those that run have ended."""
         self.claim_no_more()
-        with self._cond:
+        with self._lock:
             self._settled.wait_for(lambda: not self.running)
         self.write()
 
     def claim_no_more(self) -> None:
         """Start no more messages; what was claimed and not started goes back to its queue."""
-        with self._cond:
+        with self._lock:
             self._is_paused = True
             unstarted = self._batch.end()
         self._release(unstarted)
 
     def resume(self) -> None:
-        with self._cond:
+        with self._lock:
             self._is_paused = False
             self._cond.notify_all()
         self._slot.bell.ring()
 
     def join(self) -> None:
         """Wait until nothing claimed is waiting, running or unwritten."""
-        with self._cond:
+        with self._lock:
             self._settled.wait_for(lambda: not self._batch.rows and not self.running)
         self.write()
 
     def stop(self) -> None:
         """Send the threads home, after claim_no_more()."""
-        with self._cond:
+        with self._lock:
             self.is_stopping = True
             self._cond.notify_all()
         self._slot.bell.ring()
 
     def give_up_running(self) -> list[_Job]:
         """Hand back what still runs, and return it; from now on its outcomes don't count."""
-        with self._cond:
+        with self._lock:
             given_up = list(self.running.values())
             for job in given_up:
                 job.is_given_up = True
@@ -7223,7 +7248,7 @@ class _Dispatcher:
 
     def await_ends(self, jobs: list[_Job], timeout_s: float) -> None:
         """Wait until these coroutines have ended, or so long."""
-        with self._cond:
+        with self._lock:
             self._settled.wait_for(lambda: all(job in self._ended for job in jobs), timeout_s)
 
     def close(self) -> None:
@@ -7233,7 +7258,7 @@ class _Dispatcher:
 
     def give_up(self, job: _Job) -> bool:
         """Take a job that can't be stopped away from its thread or coroutine, if it still runs."""
-        with self._cond:
+        with self._lock:
             is_over = self.running.get(job.key) is not job or job.is_concluding or job in self._ended
             if may_be := not (is_over or self.is_stopping):
                 job.is_given_up = True
@@ -7242,7 +7267,7 @@ class _Dispatcher:
     def replace(self, job: _Job) -> None:
         """Write the outcome of a job that was given up, and go on without it."""
         self.write_at_once(job)
-        with self._cond:
+        with self._lock:
             self._slot.run(job.key, 0)
             self._finish(job, _SYSTEM_CLOCK.monotonic())
 
@@ -7256,7 +7281,7 @@ class _Dispatcher:
         """Tell whether a job has closed what holds our locks; the process had better end."""
         if self._slot.is_held():
             return False
-        with self._cond:  # One of these did it: they count as running in the crash.
+        with self._lock:  # One of these did it: they count as running in the crash.
             for index, outcome in enumerate((self._finished + self._traded)[:_MAX_TRACKED]):
                 self._slot.run(index, outcome.row.id)
         return True
@@ -7265,7 +7290,7 @@ class _Dispatcher:
         """Write late outcomes, call help, and hand back what nobody comes to run."""
         now = _SYSTEM_CLOCK.monotonic()
         stale: list[_Row] = []
-        with self._cond:
+        with self._lock:
             is_late = bool(self._finished) and now > self._finished_at + _LATE_S
             if self._batch.rows and self._idle:
                 if self._batch.is_late(now):
@@ -7284,7 +7309,7 @@ class _Dispatcher:
         crashed, is_news = self._engine.recover(self._slot)
         for row, pid in crashed:
             outcome = processor.crash(row, describe_death(pid))
-            with self._cond:
+            with self._lock:
                 self._suspects += 1  # It was not among this worker's claims.
                 self._keep(outcome, _SYSTEM_CLOCK.monotonic())
         if is_news or not self._has_recovered:
@@ -7296,7 +7321,7 @@ class _Dispatcher:
         if not self.running and _SYSTEM_CLOCK.monotonic() > self._popped_at + _IDLE_S:
             self._engine.empty_log(_LONG_LOG)
         self._engine.prune()
-        with self._cond:
+        with self._lock:
             if self._idle and not self._is_waited_for:
                 self._cond.notify()
 
@@ -7307,10 +7332,10 @@ class _Dispatcher:
             return
         self.logger.error("The side file of %r was deleted or replaced; making a new one.", self._broker)
         with self._exchange_lock:
-            with self._cond:
+            with self._lock:
                 running = {job.key: job.row.id for job in self.running.values()}
             slot = self._engine.move_slot(self._slot, running)
-            with self._cond:
+            with self._lock:
                 self._slot = slot
                 for key in running.keys() | self.running.keys():
                     slot.run(key, self.running[key].row.id if key in self.running else 0)

@@ -159,8 +159,8 @@ MUTANTS = [
     ),
     Mutant(
         "lost-in-a-stop", "what a stopping worker gives back is deleted", "once",
-        'connection.execute(_HAND_BACK, (owner, f"[{outcome.row.id}]"))',
-        "connection.execute(_ACK, (owner, outcome.row.id))",
+        "connection.executemany(_HAND_BACK, handed_back)",
+        "connection.executemany(_ACK, [(owner, outcome.row.id) for outcome in outcomes])",
     ),
     Mutant(
         "fencing-dropped", "a worker taken for dead deletes what another one has by now", "fencing",
@@ -169,8 +169,13 @@ MUTANTS = [
     ),
     Mutant(
         "effects-without-ack", "a worker taken for dead still writes what came of its job", "fencing",
-        "elif connection.execute(_ACK, (owner, outcome.row.id)).rowcount:",
-        "elif connection.execute(_ACK, (owner, outcome.row.id)).rowcount is not None:",
+        "if connection.execute(_ACK, key).rowcount:",
+        "if connection.execute(_ACK, key).rowcount is not None:",
+    ),
+    Mutant(
+        "effects-without-acks", "... where it writes what came of several jobs at once", "fencing",
+        "if connection.executemany(_ACK, keys).rowcount == len(keys):",
+        "if connection.executemany(_ACK, keys).rowcount >= 0:",
     ),
     Mutant(
         "messages-before-the-ack", "what follows from a job is sent before the job is acknowledged", "once",

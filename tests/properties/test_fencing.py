@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sqlite3
+import threading
 
 import pytest
 from hypothesis import given
@@ -10,7 +13,7 @@ from hypothesis import strategies as st
 
 import dramalite
 
-from helpers import DEADLINE
+from helpers import DEADLINE, wait_until
 from world import PATIENT, open_broker, simulated
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="An open file can't be deleted on Windows.")
@@ -76,3 +79,37 @@ def test_the_outcome_of_a_job_that_was_taken_away_does_not_count(end, is_plain, 
             other.close()
 
     assert after == before
+
+
+def test_of_outcomes_written_together_only_that_of_a_job_taken_away_is_dropped():
+    """The file is kept locked until they wait to be written; by then one row has another owner."""
+    ended, gates = [], [threading.Event() for _ in range(5)]
+    with open_broker("file") as broker:
+
+        @dramalite.actor(broker=broker, store_results=True)
+        def work(number):
+            gates[number].wait(DEADLINE)
+            ended.append(number)
+            return number
+
+        messages = broker.enqueue_many([work.message(number) for number in range(5)])
+        with (
+            contextlib.closing(sqlite3.connect(broker.path, isolation_level=None)) as foreign,
+            dramalite.Worker(broker, worker_threads=5),
+        ):
+            wait_until(lambda: foreign.execute("SELECT sum(state) FROM dramalite_messages").fetchone() == (10,))
+            foreign.execute("BEGIN IMMEDIATE")
+            gates[0].set()  # Its thread waits for the lock, while the others' outcomes gather.
+            wait_until(lambda: ended)
+            for gate in gates:
+                gate.set()
+            wait_until(lambda: len(ended) == 5)
+            taken = "UPDATE dramalite_messages SET owner = -1 WHERE message_id = ?"
+            foreign.execute(taken, (messages[3].message_id,))
+            foreign.execute("COMMIT")
+            results = [messages[number].get_result(block=True) for number in (0, 1, 2, 4)]
+        with pytest.raises(dramalite.ResultMissing):
+            messages[3].get_result()
+
+        assert results == [0, 1, 2, 4]
+        assert [message.message_id for message in broker.pending()] == [messages[3].message_id]
