@@ -33,6 +33,7 @@ Contents
     Database files
     SQLite connections
     Waking and watching
+    Values
     SQLite engine
     Forking
     Results
@@ -526,6 +527,7 @@ class Encoder(abc.ABC):
 #: How deep lists and dicts may nest in the arguments of a message.
 _MAX_DEPTH = 100
 _ATOMS = frozenset({str, int, float, bool, type(None)})
+_CONTAINERS = frozenset({dict, list, tuple})
 _json_encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
 
 
@@ -568,20 +570,26 @@ def _is_plain(value: Any, depth: int) -> bool:
     A message inside a message (pipe_target, callbacks) counts its own depth anew.
     """
     items: Iterable[Any]
+    below = depth + 1
     if isinstance(value, dict):
-        for key in value:
-            if type(key) is not str:
-                return False
         items = value.values()
-        below = 1 if _is_message_data(value) else depth + 1
+        if _is_message_data(value):
+            below = 1
+        else:
+            for key in value:
+                if type(key) is not str:
+                    return False
     elif isinstance(value, (list, tuple)):
-        items, below = value, depth + 1
+        items = value
     else:
         return isinstance(value, (str, int, float)) or value is None
     if depth > _MAX_DEPTH:
         return False
     for item in items:
-        if type(item) not in _ATOMS and not _is_plain(item, below):
+        kind = type(item)
+        if kind in _ATOMS or (kind in _CONTAINERS and not item and below <= _MAX_DEPTH):
+            continue
+        if not _is_plain(item, below):
             return False
     return True
 
@@ -3042,8 +3050,6 @@ _END_GROUP = "DELETE FROM dramalite_groups WHERE uuid = ? AND unsuccessful = 0"
 _DUE = """
     SELECT id FROM dramalite_messages WHERE state = 1 AND eta <= ? ORDER BY eta, id LIMIT 256"""
 
-_IS_READY = "SELECT EXISTS (SELECT 1 FROM dramalite_messages WHERE state = 0)"
-
 _PROMOTE = """
     UPDATE dramalite_messages
        SET state = 0, id = max(?, (SELECT max(id) + 1 FROM dramalite_messages))
@@ -3052,6 +3058,10 @@ _PROMOTE = """
 # Texts, which only another program can have put there, are more than any number.
 _NEXT_DUE = f"""
     SELECT CAST(min(eta) AS INTEGER) FROM dramalite_messages WHERE state = 1 AND eta < {_FOREVER}"""
+
+# Whether anything is ready, and when the next delayed message is due.
+_LOOK = f"""
+    SELECT EXISTS (SELECT 1 FROM dramalite_messages WHERE state = 0), ({_NEXT_DUE})"""
 
 # The columns of a _Row, fit to be read whatever another program has written there.
 _ROW = """CAST(priority AS INTEGER), id, queue, actor, CAST(crashes AS INTEGER),
@@ -3776,8 +3786,10 @@ class _WatchedDatabase(_Database):
                 slots = self._slots = _SideFile(self._beside("-lock"), create=False)
             except OSError:  # None runs, or it can't be seen from here: it polls.
                 return
-        with contextlib.suppress(ValueError):  # Closed by another thread just now.
+        try:
             slots.wake(due_ms, bit)
+        except ValueError:
+            return  # Closed by another thread just now.
 
     # Watching.
 
@@ -3795,8 +3807,10 @@ class _WatchedDatabase(_Database):
         """Ring for those that wait elsewhere for outcomes."""
         slots = self._slots
         if self.path is not None and slots is not None:
-            with contextlib.suppress(ValueError):  # Closed by another thread just now.
+            try:
                 slots.wake_watchers()
+            except ValueError:
+                return  # Closed by another thread just now.
 
     def watch(
         self, is_done: Callable[[], bool], timeout_s: float | None, is_announced: bool = True
@@ -3901,6 +3915,75 @@ class _WatchedDatabase(_Database):
 
 
 # ------------------------------------------------------------------------------------------
+# Values
+#
+# What the database keeps beside messages: results, the numbers of rate limits, metrics.
+# ------------------------------------------------------------------------------------------
+class _ValueDatabase(_WatchedDatabase):
+    """A database that keeps values, with the time by which they expire."""
+
+    def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
+        super().__init__(path, durability)
+        self._clock = clock
+
+    # Results.
+
+    @_uninterrupted
+    def store(self, statement: str, values: tuple[Any, ...]) -> None:
+        """Run one write statement as a transaction of its own."""
+        with self._writing():
+            connection = self._connect("send")
+            self._patiently(connection.execute, statement, values)
+        self._announce()
+
+    def result(self, message_id: str, key: str) -> bytes | None:
+        """The stored result of a message, None if there is none or its time has passed."""
+        rows = self._read(_RESULT, (message_id, key, self._clock().time_ms()))
+        return rows[0][0] if rows else None
+
+    # Rate limits.
+
+    def limits(self, keys: Iterable[str]) -> list[int | None]:
+        """The numbers stored under keys, None where there is none or its time has passed."""
+        now = self._clock().time_ms()
+        rows = [self._read(_LIMIT, (key, now), role="work") for key in keys]
+        return [row[0][0] if row else None for row in rows]
+
+    @_uninterrupted
+    def change_limit(
+        self, key: str, change: Callable[[int | None], int | None], ttl: int
+    ) -> bool:
+        """Store change(the number there is), for `ttl` ms, unless it is None; atomic.
+
+        Not flushed to the disk: a power cut may undo it, as it ends what was limited.
+        """
+        now = self._clock().time_ms()
+        with self._writing():
+            connection = self._connect("work")
+            with self._transaction(connection):
+                row = connection.execute(_LIMIT, (key, now)).fetchone()
+                value = change(row[0] if row else None)
+                if value is not None:
+                    connection.execute(_SET_LIMIT, (key, value, now + ttl))
+                connection.execute(_PRUNE_LIMITS, (now,))
+        self._announce()
+        return value is not None
+
+    # Metrics.
+
+    def add_metrics(self, rows: list[tuple[Any, ...]]) -> None:
+        """Add amounts to the sums: rows of (name, queue, actor, bucket, amount)."""
+        with self._writing():
+            connection = self._connect("work")
+            with self._transaction(connection):
+                connection.executemany(_ADD_METRIC, rows)
+
+    def metrics(self) -> list[tuple[Any, ...]]:
+        """The sums, as rows like those that were added."""
+        return self._read(_METRICS)
+
+
+# ------------------------------------------------------------------------------------------
 # SQLite engine
 #
 # The queue's operations on a database: storing, claiming, finishing, recovering.
@@ -3910,6 +3993,10 @@ class _WatchedDatabase(_Database):
 # ------------------------------------------------------------------------------------------
 #: Milliseconds that a dead letter is kept, and the count of a group that can't succeed: 7 days.
 _KEPT_MS = 7 * 24 * 3600 * 1000
+
+#: In place of a data_version(), where another look is due in any case.
+_NO_VERSION = -1
+
 
 class _Ticket:
     """Rows that a sender wants stored; whoever holds the lock stores them for all."""
@@ -3925,12 +4012,11 @@ class _Ticket:
 _INTERRUPTED_SEND = "The send was interrupted; it may not be stored."
 
 
-class _Engine(_WatchedDatabase):
+class _Engine(_ValueDatabase):
     """The queue in one database."""
 
     def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
-        super().__init__(path, durability)
-        self._clock = clock
+        super().__init__(path, durability, clock)
         self._waiting: collections.deque[_Ticket] = collections.deque()  # Of senders.
         self._has_orphans = False  # Tickets whose senders could not wait: see insert().
         self._logged = 0  # Bytes, about, that sends have put into the log since it was looked at.
@@ -4040,25 +4126,24 @@ class _Engine(_WatchedDatabase):
     ) -> tuple[list[_Row], int]:
         """In one transaction: write what came of earlier rows, and claim up to `limit` more.
 
-        Returns the claimed rows, best first, and the data_version() before the look.  Outcomes
-        of rows that are no longer this worker's change nothing.
+        Returns the claimed rows, best first, and if there are none the data_version() of that
+        look.  Outcomes of rows that are no longer this worker's change nothing.
         """
         with self._writing():
             connection = self._connect("work")
             rows: list[Any] = []
-            version = 0
+            version = _NO_VERSION
             with self._transaction(connection):
                 if outcomes:
                     self._apply(connection, slot.owner, outcomes)
-                if limit:
-                    version = connection.execute("PRAGMA data_version").fetchone()[0]
+                if limit and self._make_ready(connection):
+                    rows = connection.execute(
+                        _CLAIM,
+                        {"owner": slot.owner, "targets": targets, "limit": limit, "suspects": suspects},
+                    ).fetchall()
+                if limit and not rows:
+                    (version,) = connection.execute("PRAGMA data_version").fetchone()
                     version += connection.total_changes
-                    self._promote(connection)
-                    if connection.execute(_IS_READY).fetchone()[0]:  # A tenth of a claim's time.
-                        rows = connection.execute(
-                            _CLAIM,
-                            {"owner": slot.owner, "targets": targets, "limit": limit, "suspects": suspects},
-                        ).fetchall()
             for outcome in outcomes:
                 if outcome.after_commit is not None:
                     outcome.after_commit()
@@ -4112,12 +4197,15 @@ class _Engine(_WatchedDatabase):
                 )
         return acked
 
-    def _promote(self, connection: sqlite3.Connection) -> None:
-        """Make delayed messages ready that are due, in the order of their eta."""
+    def _make_ready(self, connection: sqlite3.Connection) -> bool:
+        """Make delayed messages ready that are due, by their eta; tell whether anything is ready."""
+        is_ready, next_due = connection.execute(_LOOK).fetchone()
         now = self._clock().time_ms()
+        if next_due is None or next_due > now:
+            return bool(is_ready)
         due = connection.execute(_DUE, (now,)).fetchall()
-        if due:
-            connection.executemany(_PROMOTE, [(now * 1000, row_id) for (row_id,) in due])
+        connection.executemany(_PROMOTE, [(now * 1000, row_id) for (row_id,) in due])
+        return True
 
     @_uninterrupted
     def hand_back(self, slot: _Slot, rows: list[_Row]) -> None:
@@ -4196,10 +4284,8 @@ class _Engine(_WatchedDatabase):
 
     def has_ready(self) -> bool:
         """Tell, without waiting for whoever writes, whether anything is ready or due."""
-        if self._read(_IS_READY)[0][0]:
-            return True
-        due = self.next_due()
-        return due is not None and due <= self._clock().time_ms()
+        is_ready, due = self._read(_LOOK)[0]
+        return bool(is_ready) or (due is not None and due <= self._clock().time_ms())
 
     def next_due(self) -> int | None:
         """When the next delayed message is due, milliseconds since 1970; None if there is none."""
@@ -4250,24 +4336,13 @@ class _Engine(_WatchedDatabase):
             counts.setdefault(queue, {})[state] = count
         return counts
 
+    def count_actors(self, state: int) -> list[tuple[Any, ...]]:
+        """(queue, actor, how many messages) in a state."""
+        return self._read(_COUNT_ACTORS.format(state))
+
     def dead_letters(self) -> list[tuple[str, str, str, int, str, bytes]]:
         """(queue, actor, message_id, died_at, reason, body) of the dead letters, oldest first."""
         return cast("list[tuple[str, str, str, int, str, bytes]]", self._read(_DEAD_LETTERS))
-
-    # Results.
-
-    @_uninterrupted
-    def store(self, statement: str, values: tuple[Any, ...]) -> None:
-        """Run one write statement as a transaction of its own."""
-        with self._writing():
-            connection = self._connect("send")
-            self._patiently(connection.execute, statement, values)
-        self._announce()
-
-    def result(self, message_id: str, key: str) -> bytes | None:
-        """The stored result of a message, None if there is none or its time has passed."""
-        rows = self._read(_RESULT, (message_id, key, self._clock().time_ms()))
-        return rows[0][0] if rows else None
 
     @_uninterrupted
     def take(self, queue: str) -> list[bytes]:
@@ -4275,51 +4350,6 @@ class _Engine(_WatchedDatabase):
         with self._writing():
             rows = self._patiently(self._connect("send").execute, _TAKE, (queue,)).fetchall()
         return [body for (body,) in rows]
-
-    # Rate limits.
-
-    def limits(self, keys: Iterable[str]) -> list[int | None]:
-        """The numbers stored under keys, None where there is none or its time has passed."""
-        now = self._clock().time_ms()
-        rows = [self._read(_LIMIT, (key, now), role="work") for key in keys]
-        return [row[0][0] if row else None for row in rows]
-
-    @_uninterrupted
-    def change_limit(
-        self, key: str, change: Callable[[int | None], int | None], ttl: int
-    ) -> bool:
-        """Store change(the number there is), for `ttl` ms, unless it is None; atomic.
-
-        Not flushed to the disk: a power cut may undo it, as it ends what was limited.
-        """
-        now = self._clock().time_ms()
-        with self._writing():
-            connection = self._connect("work")
-            with self._transaction(connection):
-                row = connection.execute(_LIMIT, (key, now)).fetchone()
-                value = change(row[0] if row else None)
-                if value is not None:
-                    connection.execute(_SET_LIMIT, (key, value, now + ttl))
-                connection.execute(_PRUNE_LIMITS, (now,))
-        self._announce()
-        return value is not None
-
-    # Metrics.
-
-    def add_metrics(self, rows: list[tuple[Any, ...]]) -> None:
-        """Add amounts to the sums: rows of (name, queue, actor, bucket, amount)."""
-        with self._writing():
-            connection = self._connect("work")
-            with self._transaction(connection):
-                connection.executemany(_ADD_METRIC, rows)
-
-    def metrics(self) -> list[tuple[Any, ...]]:
-        """The sums, as rows like those that were added."""
-        return self._read(_METRICS)
-
-    def count_actors(self, state: int) -> list[tuple[Any, ...]]:
-        """(queue, actor, how many messages) in a state."""
-        return self._read(_COUNT_ACTORS.format(state))
 
     # House-keeping.
 
@@ -7129,7 +7159,7 @@ class _Dispatcher:
 
     def complain(self, error: Exception) -> None:
         """Log trouble with the database or the system, not more than once a minute until it is over."""
-        self._seen_version = -1  # Look again in any case once it is over.
+        self._seen_version = _NO_VERSION  # Look again in any case once it is over.
         now = _SYSTEM_CLOCK.monotonic()
         if self._trouble_at is None or now > self._trouble_at + _NEWS_S:
             self._trouble_at = now

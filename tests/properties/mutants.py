@@ -103,8 +103,8 @@ MUTANTS = [
     ),
     Mutant(
         "due-early", "delayed messages become ready before their time", "engine",
-        "due = connection.execute(_DUE, (now,)).fetchall()",
-        "due = connection.execute(_DUE, (now + 40,)).fetchall()",
+        "fetchone()\n        now = self._clock().time_ms()\n",
+        "fetchone()\n        now = self._clock().time_ms() + 40\n",
     ),
     Mutant(
         "due-late", "delayed messages become ready after their time only", "chains",
