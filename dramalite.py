@@ -577,7 +577,7 @@ def _is_plain(value: Any, depth: int) -> bool:
             below = 1
         else:
             for key in value:
-                if type(key) is not str:
+                if not isinstance(key, str):
                     return False
     elif isinstance(value, (list, tuple)):
         items = value
@@ -601,7 +601,7 @@ def _explain_refusal(value: Any, place: str, depth: int) -> None:
     if isinstance(value, dict):
         below = 1 if _is_message_data(value) else depth + 1
         for key, item in value.items():
-            if type(key) is not str:
+            if not isinstance(key, str):
                 raise TypeError(
                     f"{place or 'data'} has the key {key!r}, which is no string but of type "
                     f"{type(key).__name__}; JSON keys are strings: use str(key)."
@@ -1407,11 +1407,14 @@ class Broker:
             raise TypeError(f"{middleware!r} is a class; add an instance: {middleware.__name__}().")
         if before is not None and after is not None:
             raise AssertionError("Give before or after, not both.")
+        self._add_middleware_at(self._middleware_index(before, after), middleware)
+
+    def _add_middleware_at(self, index: int, middleware: Middleware) -> None:
         if any(isinstance(item, type(middleware)) for item in self.middleware):
             self.logger.warning(
                 "You're adding a middleware of the same type twice: %r.", type(middleware)
             )
-        self.middleware.insert(self._middleware_index(before, after), middleware)
+        self.middleware.insert(index, middleware)
         self.actor_options |= middleware.actor_options
         hooks: dict[str, list[Callable[..., None]]] = {name: [] for name in _HOOKS}
         for item in self.middleware:
@@ -1585,16 +1588,31 @@ def get_broker() -> Broker:
 
 
 def set_broker(broker: Broker) -> None:
-    """Make `broker` the default; it takes over actors declared while none had been set."""
+    """Make `broker` the default; it takes over actors declared while none had been set.
+
+    Set it once, before all else: actors stay on the broker on which they were declared.  Raises
+    ValueError, and changes nothing, if those actors have options that it does not know.
+    """
     global _global_broker, _global_broker_is_implicit
     if not isinstance(broker, Broker):
         raise TypeError(f"{broker!r} is not a Broker; give an instance of one.")
     with _broker_lock:
         left_behind = _global_broker if _global_broker_is_implicit else None
-        _global_broker, _global_broker_is_implicit = broker, False
+        moving = []
         if left_behind is not None and left_behind is not broker:
-            for actor in list(left_behind.actors.values()):
-                actor._move(broker)
+            moving = list(left_behind.actors.values())
+            for actor in moving:  # All or none.
+                actor._check_fits(broker)
+            usual = {type(item) for item in left_behind._default_middleware()}
+            for item in left_behind.middleware:
+                if type(item) not in usual:
+                    broker.logger.warning(
+                        "%s was added to the default broker, which set_broker() replaces; add it to %r.",
+                        type(item).__name__, broker,
+                    )  # fmt: skip
+        _global_broker, _global_broker_is_implicit = broker, False
+        for actor in moving:
+            actor._move(broker)
 
 
 # ------------------------------------------------------------------------------------------
@@ -1906,17 +1924,19 @@ class Actor(Generic[_P, _R]):
         self.queue_name = queue_name
         self.priority = _check_priority(priority, f"Actor {actor_name!r}: priority")
         self.options = _check_options(options, actor_name)
-        self._declare_on(broker)
+        if actor_name in broker.actors:
+            raise ValueError(f"An actor named {actor_name!r} is already registered.")
+        broker.declare_actor(self)
 
-    def _declare_on(self, broker: Broker) -> None:
+    def _check_fits(self, broker: Broker) -> None:
+        """Raise ValueError if a broker does not know an option, or has an actor of this name."""
+        _check_option_names(self.options, self.actor_name, broker)
         if self.actor_name in broker.actors:
             raise ValueError(f"An actor named {self.actor_name!r} is already registered.")
-        broker.declare_actor(self)
 
     def _move(self, broker: Broker) -> None:
         """Leave the implicit default broker for the one that was set after all."""
-        _check_option_names(self.options, self.actor_name, broker)
-        self._declare_on(broker)
+        broker.declare_actor(self)
         self.broker = broker
 
     def message(self, *args: _P.args, **kwargs: _P.kwargs) -> Message[_R]:
@@ -1953,7 +1973,7 @@ class Actor(Generic[_P, _R]):
         Raises TypeError or ValueError for arguments that JSON can't carry, BrokerError if the
         message can't be stored; then nothing was.
         """
-        return self.broker.enqueue(self.message_with_options(args=args, kwargs=kwargs))
+        return self.send_with_options(args=args, kwargs=kwargs)
 
     def send_with_options(
         self,
@@ -2008,8 +2028,11 @@ def _coroutine_function(fn: Any) -> Callable[..., Coroutine[Any, Any, Any]] | No
 
 
 def _is_coroutine_function(fn: Any) -> bool:
-    """Tell whether calling `fn` makes a coroutine."""
-    return bool(_code_flags(fn) & _CO_COROUTINE)
+    """Tell whether calling `fn` makes a coroutine, as inspect.iscoroutinefunction() does."""
+    if _code_flags(fn) & _CO_COROUTINE or _code_flags(getattr(type(fn), "__call__", None)) & _CO_COROUTINE:
+        return True
+    inspect = sys.modules.get("inspect")  # Without it nobody can have marked a function.
+    return inspect is not None and bool(inspect.iscoroutinefunction(fn))
 
 
 def _code_flags(fn: Any) -> int:
@@ -2167,13 +2190,18 @@ def _home_of(children: Iterable[Any], broker: Broker | None) -> Broker:
     return next((home for home in own if home is not None), None) or get_broker()
 
 
-def _check_children(children: Iterable[Any], what: str) -> None:
-    for child in children:
+def _checked_children(children: Any, what: str) -> list[Any]:
+    """The children of a pipeline or group; TypeError for what can't be one."""
+    if not isinstance(children, Iterable):
+        raise TypeError(f"{what}({children!r}): give a list of messages.")
+    checked = [child._message if isinstance(child, MessageProxy) else child for child in children]
+    for child in checked:
         if not isinstance(child, (Message, pipeline, group)):
             raise TypeError(
                 f"{child!r} can't be part of a {what}; give messages, as made by actor.message(...), "
                 f"pipelines or groups."
             )
+    return checked
 
 
 def _longer_delay(one: int | timedelta | None, other: int | timedelta | None) -> int | None:
@@ -2193,8 +2221,7 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
     def __init__(
         self, children: Iterable[Message[Any] | pipeline | group], *, broker: Broker | None = None
     ) -> None:
-        children = list(children)
-        _check_children(children, "pipeline")
+        children = _checked_children(children, "pipeline")
         self.broker = _home_of(children, broker)
         #: The steps, in order; a group is one.
         self.messages: list[Any] = []
@@ -2277,8 +2304,7 @@ class group:  # noqa: N801  (Dramatiq's name)
         *,
         broker: Broker | None = None,
     ) -> None:
-        self.children = list(children)
-        _check_children(self.children, "group")
+        self.children = _checked_children(children, "group")
         self.broker = _home_of(self.children, broker)
         #: Message data of what to send when all have succeeded, and when all have ended.
         self.completion_callbacks: list[dict[str, Any]] = []
@@ -2305,27 +2331,34 @@ class group:  # noqa: N801  (Dramatiq's name)
     def add_completion_callback(self, message: Message[Any], *, whatever: bool = False) -> None:
         """Send a message once all members have succeeded; with `whatever`, when all have ended.
 
+        Whether it is sent is decided in the commit of a member: no enqueue hook hears of it.
+
         A member that failed for good or was skipped has ended.  The count is committed with
         each member's acknowledgement: none is lost or counted twice, and it never expires.
         """
+        if not isinstance(message, (Message, MessageProxy)):
+            raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
         (self.end_callbacks if whatever else self.completion_callbacks).append(message.asdict())
 
     def run(self, *, delay: int | timedelta | None = None) -> group:
-        """Send all children, plain messages in one transaction.
+        """Send all children, in their order; messages next to each other in one transaction.
 
         Raises RuntimeError if there are callbacks and the broker has no GroupCallbacks.
         """
-        children = self._children_to_send()
-        plain = [child for child in children if isinstance(child, Message)]
-        undelayed = [m for m in plain if _longer_delay(delay, m.options.get("delay")) is None]
-        self.broker.enqueue_many(undelayed)
-        for child in children:
-            if isinstance(child, Message):
-                wait = _longer_delay(delay, child.options.get("delay"))
-                if wait is not None:
-                    self.broker.enqueue(child, delay=wait)
+        together: list[Message[Any]] = []
+        for child in self._children_to_send():
+            is_plain = isinstance(child, Message)
+            wait = _longer_delay(delay, child.options.get("delay")) if is_plain else None
+            if is_plain and wait is None:
+                together.append(child)
+                continue
+            self.broker.enqueue_many(together)
+            together = []
+            if is_plain:
+                self.broker.enqueue(child, delay=wait)
             else:
                 child.run(delay=delay)
+        self.broker.enqueue_many(together)
         return self
 
     def _children_to_send(self) -> list[Any]:
@@ -2346,16 +2379,17 @@ class group:  # noqa: N801  (Dramatiq's name)
             children = [_storing_results(child) for child in children]
             callbacks.append(_after_group(successor, children).asdict())
         uuid = _new_message_id(self.broker.clock.time_ms(), self.broker._entropy())
+        count = sum(map(_count_members, children))
+        if not count:  # All of nothing has succeeded.
+            for data in (*callbacks, *self.end_callbacks):
+                message: Message[Any] = Message(**data)
+                self.broker.enqueue(message, delay=_delay_after_group(message))
+            return children
         membership = {"group_completion_uuid": uuid, "group_completion_callbacks": callbacks}
         if self.end_callbacks:
             membership["group_end_callbacks"] = self.end_callbacks
         children = [_with_membership(child, membership) for child in children]
-        count = sum(map(_count_members, children))
-        if count:
-            counter.create(self.broker, uuid, count)
-        else:  # All of nothing has succeeded.
-            for data in (*callbacks, *self.end_callbacks):
-                self.broker.enqueue(Message(**data))
+        counter.create(self.broker, uuid, count)
         return children
 
     def _chains(self) -> list[list[Message[Any]]]:
@@ -2458,6 +2492,11 @@ def _after_group(successor: Message[Any], children: list[Any]) -> Message[Any]:
     last = [child.messages[-1] if isinstance(child, pipeline) else child for child in children]
     sources = [[message.queue_name, message.actor_name, message.message_id] for message in last]
     return successor.copy(options={"pipe_results": sources})
+
+
+def _delay_after_group(message: Message[Any]) -> int | None:
+    """The delay of what a group is followed by: of a pipeline's step, not of callbacks."""
+    return (message.options.get("delay") or None) if "pipe_results" in message.options else None
 
 
 def _has_result(message: Message[Any], broker: Broker) -> bool:
@@ -5380,7 +5419,8 @@ class Pipelines(Middleware):
             return False
         if "pipe_ignore" not in successor.options and actor.options.get("pipe_ignore"):
             return True
-        if not _only_fits_without(actor.fn, successor):
+        fn = actor.fn.perform if isinstance(actor.fn, GenericActor) else actor.fn
+        if not _only_fits_without(fn, successor):
             return False
         if actor.actor_name not in self._told:
             self._told.add(actor.actor_name)
@@ -6121,23 +6161,19 @@ class _EngineBroker(Broker):
         first = [GroupCallbacks()]  # Its after hooks come last: they see whether the others failed.
         return [*first, *(kind() for kind in (*default_middleware, CurrentMessage, Results))]
 
-    def add_middleware(
-        self,
-        middleware: Middleware,
-        *,
-        before: type[Middleware] | None = None,
-        after: type[Middleware] | None = None,
-    ) -> None:
+    def _add_middleware_at(self, index: int, middleware: Middleware) -> None:
+        is_last = index == len(self.middleware)
         for item in self._built_in:
             if isinstance(middleware, type(item)):  # The user's own takes its place.
+                index -= self.middleware.index(item) < index
                 self.middleware.remove(item)
                 self._built_in.remove(item)
                 break
         if isinstance(middleware, Results) and middleware._backend is None:
             middleware._backend = SQLiteResultBackend(self)
-        if isinstance(middleware, GroupCallbacks) and self.middleware and before is after is None:
-            before = type(self.middleware[0])  # Its after hooks come last: see _default_middleware().
-        super().add_middleware(middleware, before=before, after=after)
+        if isinstance(middleware, GroupCallbacks) and is_last:
+            index = 0  # Its after hooks come last: see _default_middleware().
+        super()._add_middleware_at(index, middleware)
 
     def declare_actor(self, actor: Actor[Any, Any]) -> None:
         super().declare_actor(actor)
@@ -6179,14 +6215,17 @@ class _EngineBroker(Broker):
         if not isinstance(message, Message):
             raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
         if delay is not None:
-            wait = _milliseconds(delay, f"Actor {message.actor_name!r}: delay")
-            eta = self.clock.time_ms() + wait
-            queue_name = _dq_name(message.queue_name)
-            message = message.copy(queue_name=queue_name, options={"eta": eta})
+            message = self._delayed(message, delay)
         self._check_queue(message.queue_name)
         if self._hooks["before_enqueue"]:
             self.emit_before("enqueue", message, delay)
         return message, self._row(message, self._encode(message))
+
+    def _delayed(self, message: Message[_R], delay: int | timedelta) -> Message[_R]:
+        """The message as it waits for its time."""
+        wait = _milliseconds(delay, f"Actor {message.actor_name!r}: delay")
+        eta = self.clock.time_ms() + wait
+        return message.copy(queue_name=_dq_name(message.queue_name), options={"eta": eta})
 
     def _check_queue(self, queue_name: str) -> None:
         if self._is_private and _q_name(queue_name) not in self.queues:
@@ -6260,11 +6299,14 @@ class _EngineBroker(Broker):
 
     def _write_after_group(self, message: Message[Any], uuid: str, left: str) -> None:
         """Store a message if `left` of a group is 0 by then."""
+        delay = _delay_after_group(message)
+        if delay is not None:
+            message = self._delayed(message, delay)
         row = self._row(message, self._encode(message))
         self._write(_INSERT_AFTER_GROUP.format(left), (*row, uuid))
         outcome = self._collecting.outcome
         if outcome is not None:
-            outcome.wakes.append((0, self._engine.bit(row[2], row[3])))
+            outcome.wakes.append((row[5] or 0, self._engine.bit(row[2], row[3])))
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
         """Run one statement: now, or with the outcome of the message being processed.
@@ -6347,7 +6389,8 @@ class _EngineBroker(Broker):
         name = getattr(actor, "actor_name", actor)
         wait = None if delay is None else _milliseconds(delay, "delay")
         pending = self.pending()
-        wanted = {"args": args if args is None else tuple(args), "kwargs": kwargs}
+        wanted = {"args": args and tuple(_as_stored(list(args))), "kwargs": kwargs and _as_stored(kwargs)}
+        options = _as_stored(_check_options(options, name))
         found = [
             message
             for message in pending
@@ -6360,7 +6403,7 @@ class _EngineBroker(Broker):
             return found
         there = "".join(f"\n    {message} {message.options}" for message in pending[:20])
         raise AssertionError(
-            f"{len(found)} messages for {name!r} are as asked for, not {times or 'one or more'}. "
+            f"{len(found)} messages for {name!r} are as asked for, not {'one or more' if times is None else times}. "
             f"Of {len(pending)} there are:{there or ' none.'}"
         )
 
@@ -6406,6 +6449,11 @@ class _EngineBroker(Broker):
     def close(self) -> None:
         """Close the database; the next use opens it again."""
         self._engine.close()
+
+
+def _as_stored(value: Any) -> Any:
+    """What an argument or option comes back as."""
+    return _encoder.decode(_encoder.encode(value))
 
 
 def _was_delayed(message: Message[Any], wait: int) -> bool:
@@ -6558,7 +6606,9 @@ class _Plan:
     def __init__(self, broker: Broker, options: dict[str, Any]) -> None:
         self.hooks = broker._hooks  # All, and those the plan was made of.
         self.options = dict(options)
-        self.before = broker._hooks_for("before_process_message", options)
+        self.before = self.hooks["before_process_message"]
+        if all(hook.__module__ == __name__ for hook in self.before):  # Others may set options.
+            self.before = broker._hooks_for("before_process_message", options)
         self.after = broker._hooks_for("after_process_message", options)
         #: Somebody keeps what the actor returns.
         self.is_kept = any(
@@ -6677,9 +6727,17 @@ class _Processor:
 
     def drop(self, job: _Job) -> None:
         """Make a dead letter of a job that could not be processed."""
+        row, clock = job.row, self._broker.clock
         reason = "A hook or the worker itself failed on it; see the log."
-        job.outcome = _Outcome(job.row)
-        job.outcome.effects.append(_bury(job.row, job.row.body, reason, self._broker.clock))
+        job.outcome = _Outcome(row)
+        job.outcome.effects.append(_bury(row, row.body, reason, clock))
+        if job.message is None:
+            stand_in = _stand_in(row.queue, row.actor, row.message_id, clock.time_ms(), reason)
+            job.message = MessageProxy(stand_in)
+        job.message.fail()
+        job.message.reason = reason
+        job.message.stuff_exception(RuntimeError(reason))
+        self._remember_dead(job, job.message)
 
     def _bury_undecodable(self, job: _Job) -> None:
         self._logger.error(
@@ -7763,6 +7821,7 @@ class _VirtualThread:
         self.is_running = False  # The job has no outcome yet.
         self.wakes_at: int | None = None  # When it goes on, if it sleeps.
         self.is_dead = False  # The worker died under the job, which is being unwound.
+        self.is_skipped = False
         self.error = ""
 
     def start(self, row: _Row, now_ms: int, run: Callable[[_VirtualThread], None]) -> None:
@@ -7786,6 +7845,7 @@ class _VirtualThread:
             self.forget()
             return
         exception = job.exception
+        self.is_skipped = isinstance(exception, SkipMessage)
         self.error = "" if exception is None else f"{type(exception).__name__}: {_error_text(exception)}"
         self.retries = _retries(job.message)
         processor.conclude_safely(job)
@@ -7886,9 +7946,12 @@ def drain(broker: Broker, *, max_messages: int = 10_000) -> int:
             worker.slot.run(0, row.id)
             worker.processor.run(job)
             failures.pop(row.message_id, None)
-            if job.exception is not None and not isinstance(job.exception, (Retry, SkipMessage)):
-                failures[row.message_id] = job.exception
+            failure = job.exception
             worker.processor.conclude_safely(job)
+            if job.message is not None and job.message.failed:
+                failures[row.message_id] = job.message._exception or RuntimeError(job.message.reason)
+            elif failure is not None and not isinstance(failure, (Retry, SkipMessage)):
+                failures[row.message_id] = failure
             runs += 1
             row = worker.exchange([job.outcome])
             worker.slot.run(0, 0)
@@ -8466,7 +8529,7 @@ class Simulation(_World):
         elif retries:
             outcome = "retry"
         else:
-            outcome = "skipped" if thread.error.startswith(SkipMessage.__name__) else "done"
+            outcome = "skipped" if thread.is_skipped else "done"
         self._note(thread, job, outcome, retries[0][5] if retries else None)
 
     def _note(self, thread: _VirtualThread, job: _Job, outcome: str, next_eta: int | None) -> None:
@@ -9005,11 +9068,13 @@ class _Supervisor:
     """Keeps child processes running.  Events come in through one queue, from signal handlers,
     from a thread per child that waits for its end, and from the watch."""
 
-    def __init__(self, namespace: argparse.Namespace, command: list[str]) -> None:
+    def __init__(
+        self, namespace: argparse.Namespace, child_command: Callable[[list[str]], list[str]]
+    ) -> None:
         import queue
 
         self._namespace = namespace
-        self._command = command
+        self._child_command = child_command  # With options of its own.
         self._logger = get_logger("dramalite.MainProcess")
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._children = {str(i): _Child(str(i)) for i in range(namespace.processes)}
@@ -9151,7 +9216,7 @@ class _Supervisor:
         try:
             with _without_ctrl_c():  # Until the child is ready to leave it to us.
                 process = child.process = subprocess.Popen(
-                    [*self._command, "--child", child.name, "--notes", self._notes],
+                    self._child_command(["--child", child.name, "--notes", self._notes]),
                     stdin=subprocess.PIPE,
                     bufsize=0,
                 )
@@ -9418,7 +9483,10 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--version", action="version", version=__version__)
     add("broker", type=_module_name, metavar="MODULE[:BROKER]", help="a module of actors, and its broker")
-    add("modules", nargs="*", type=_module_name, metavar="MODULE", help="more modules to import")
+    add(
+        "modules", nargs="*", type=_module_name, default=[], metavar="MODULE",
+        help="more modules to import",
+    )  # fmt: skip
     add(
         "--processes", "-p", type=_count, default=os.cpu_count() or 1, metavar="N",
         help="worker processes (default: the number of CPUs, %(default)s)",
@@ -9431,10 +9499,10 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
         "--async-concurrency", type=_positive_count, default=100, metavar="N",
         help="messages of async actors that a process runs at once (default: %(default)s)",
     )  # fmt: skip
-    add("--queues", "-Q", nargs="*", metavar="Q", help="work on these queues only (default: all)")
+    add("--queues", "-Q", nargs="*", metavar="Q", help="work on these queues only; after the modules, or before -- (default: all)")
     add(
         "--path", "-P", nargs="*", default=["."], metavar="DIR",
-        help="where to import modules from (default: the current folder)",
+        help="where to import modules from; after the modules, or before -- (default: the current folder)",
     )  # fmt: skip
     add("--pid-file", metavar="FILE", help="write the process id here")
     add(
@@ -9487,19 +9555,16 @@ def _module_name(text: str) -> str:
     return text
 
 
-def _count(text: str) -> int:
-    """An argument that is 0 or more."""
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
+def _count(text: str, least: int = 0) -> int:
+    """An argument that is a whole number."""
+    import argparse
 
-
-def _positive_count(text: str) -> int:
-    """An argument that is 1 or more."""
-    if int(text) < 1:
-        raise ValueError(text)
+    if not text.strip().isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
     return int(text)
+
+
+_positive_count = functools.partial(_count, least=1)
 
 
 def _fork_timeout(text: str) -> float:
@@ -9551,23 +9616,24 @@ def main(args: list[str] | argparse.Namespace | None = None) -> int:
             f"than {_MAX_TRACKED} together; use more --processes instead."
         )
     if namespace.child is None:
-        return _Supervisor(namespace, _child_command(args)).run()
+        return _Supervisor(namespace, functools.partial(_child_command, args)).run()
     vars(namespace).update(json.loads(namespace.namespace or "{}"))
     return (_ForkProcess if ":" in namespace.child else _WorkerProcess)(namespace).run()
 
 
-def _child_command(args: list[str] | argparse.Namespace | None) -> list[str]:
-    """The command that starts this very program again, to which --child is added."""
-    if args is None:
-        return [sys.executable, *sys.orig_argv[1:]]
+def _child_command(args: list[str] | argparse.Namespace | None, options: list[str]) -> list[str]:
+    """The command that starts this very program again, with `options` behind `worker`."""
+    own = sys.argv[1:]
+    if args is None and sys.orig_argv[-len(own) :] == own:
+        return [sys.executable, *sys.orig_argv[1 : -len(own)], own[0], *options, *own[1:]]
     # With the path that this program has, whatever it was made of.
     path = [entry for entry in sys.path if isinstance(entry, str)]
     program = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; sys.exit(main())"
-    command = [sys.executable, "-c", program]
-    if isinstance(args, list):
-        return [*command, *args]
+    command = [sys.executable, "-c", program, "worker", *options]
+    if args is None or isinstance(args, list):
+        return [*command, *(own if args is None else args)[1:]]
     values = {k: v for k, v in vars(args).items() if k not in ("child", "notes", "namespace")}
-    return [*command, "worker", args.broker, "--namespace", json.dumps(values, default=str)]
+    return [*command, args.broker, "--namespace", json.dumps(values, default=str)]
 
 
 # ------------------------------------------------------------------------------------------
