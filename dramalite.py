@@ -54,6 +54,7 @@ Contents
     Message processing
     Targets
     Batches
+    Exchanges
     Dispatching
     Worker
     Virtual workers
@@ -1634,7 +1635,9 @@ class _EventLoopThread:
         import asyncio
 
         asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
+        while True:  # A job's own task may stop the loop, or leave it by sys.exit().
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                self.loop.run_forever()
 
     def run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine to its end and return its result; an Interrupt here cancels it."""
@@ -1728,10 +1731,14 @@ class _EventLoopThread:
 
 async def _contain(coroutine: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | None]:
     """Run a coroutine; give what would end the loop's thread back beside the result."""
+    pid = os.getpid()
     try:
         return await coroutine, None
     except (SystemExit, KeyboardInterrupt) as error:
         return None, error
+    finally:
+        if os.getpid() != pid:
+            os._exit(0)  # It forked and its child returned here: there it ends.
 
 
 #: Seconds between looks for an interrupt while a thread waits for its coroutine.
@@ -4477,8 +4484,8 @@ def _after_fork_in_child() -> None:
     _locked_for_fork.locks.clear()
     _SideFile.forget_all()
     _interrupt_lock, _event_loop_lock, _broker_lock = threading.RLock(), threading.Lock(), threading.RLock()
-    _interruptible.clear()
-    _shielded.clear()
+    for state in (_interruptible, _interrupted, _shielded, _stoppers):
+        state.clear()
     for item in (*_engines, *_forgetful):
         item.forget()
 
@@ -5150,12 +5157,16 @@ class TimeLimit(Middleware):
         result: Any = None,
         exception: BaseException | None = None,
     ) -> None:
-        self._deadlines.pop(_runner.id(), None)
-        if self._passed:
-            self._passed.pop(_runner.id(), None)
+        self.leave(_runner.id())
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        self.after_process_message(broker, message)
+        self.leave(_runner.id())
+
+    def leave(self, runner: int) -> None:
+        """Forget what a runner's message was watched for: it is over, or no longer the worker's."""
+        self._deadlines.pop(runner, None)
+        if self._passed:
+            self._passed.pop(runner, None)
 
     def stuck_runners(self, clock: Clock, grace_s: float) -> list[int]:
         """What was interrupted `grace_s` seconds ago and still runs its actor."""
@@ -5227,6 +5238,11 @@ class ShutdownNotifications(Middleware):
     def __init__(self, notify_shutdown: bool = False) -> None:
         self.logger = get_logger("dramalite.middleware.shutdown", type(self))
         self.notify_shutdown = notify_shutdown
+        self.forget()
+        _forgetful.add(self)
+
+    def forget(self) -> None:
+        """Begin with nobody to notify, also in a forked child: its parent's threads are not here."""
         self._notified: set[int] = set()  # Runners whose actor wants to know.
         self._stopping: set[int] = set()  # By id(): workers that stop.
 
@@ -5244,27 +5260,26 @@ class ShutdownNotifications(Middleware):
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self.logger.debug("Sending shutdown notification to worker threads...")
         self._stopping.add(id(worker))
-        if self._notify(worker):
-            threading.Thread(
-                target=self._notify_late_ones, args=(worker,), name="dramalite-shutdown", daemon=True
-            ).start()
+        self._notify(worker)
+        threading.Thread(  # For those that have been taken up, but whose actor is still to begin.
+            target=self._notify_late_ones, args=(worker,), name="dramalite-shutdown", daemon=True
+        ).start()
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self._stopping.discard(id(worker))
 
-    def _notify(self, worker: Worker) -> bool:
-        """Notify the running actors; tell whether there are messages whose actor is still to begin."""
-        waiting = self._notified & worker.runners
-        for runner in sorted(waiting):
+    def _notify(self, worker: Worker) -> None:
+        for runner in sorted(self._notified & worker.runners):
             with _interrupt_lock:  # Which a body can't be left without.
                 if runner not in self._notified or not _interrupt(runner, Shutdown):
                     continue
                 self._notified.discard(runner)
             self.logger.info("Worker shutdown notification. Raising exception in worker thread %r.", runner)
-        return bool(self._notified & waiting)
 
     def _notify_late_ones(self, worker: Worker) -> None:
-        while id(worker) in self._stopping and self._notify(worker):
+        while id(worker) in self._stopping:
+            if self._notified:
+                self._notify(worker)
             _SYSTEM_CLOCK.sleep(_LATE_LOOK_S)
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
@@ -5283,10 +5298,14 @@ class ShutdownNotifications(Middleware):
         exception: BaseException | None = None,
     ) -> None:
         if self._notified:
-            self._notified.discard(_runner.id())
+            self.leave(_runner.id())
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        self._notified.discard(_runner.id())
+        self.leave(_runner.id())
+
+    def leave(self, runner: int) -> None:
+        """Forget that a runner's message wants to know: it is over, or no longer the worker's."""
+        self._notified.discard(runner)
 
 
 # ------------------------------------------------------------------------------------------
@@ -6683,8 +6702,16 @@ class _Processor:
 
     def crash(self, row: _Row, death: str) -> _Outcome:
         """The outcome of a message whose workers died as often as it allows, last by `death`."""
-        job = _Job(row)
         times = "once" if row.crashes == 1 else f"{row.crashes} times"
+        return self.fail(
+            row,
+            f"The worker process died {times} while running this message"
+            f"{f', last with {death}' if death else ''}; it is not run again.",
+        )
+
+    def fail(self, row: _Row, reason: str) -> _Outcome:
+        """The outcome of a message that was run for the last time and has no outcome of its own."""
+        job = _Job(row)
         try:
             job.message = MessageProxy(_decode_row(row, self._broker.max_message_size))
             job.message.fail()
@@ -6694,10 +6721,7 @@ class _Processor:
         except DecodeError as error:
             job.exception = error
         else:
-            job.exception = WorkerCrashed(
-                f"The worker process died {times} while running this message"
-                f"{f', last with {death}' if death else ''}; it is not run again."
-            )
+            job.exception = WorkerCrashed(reason)
         return self.conclude_safely(job)
 
     def conclude(self, job: _Job) -> _Outcome:
@@ -6860,7 +6884,7 @@ class _Targets:
         self._queues = queues
         self._logger = get_logger("dramalite.worker", "Worker")
         self._declared: tuple[int, ...] = ()  # How much was declared when they were worked out.
-        self._seen_version = 0  # Of the database, before the last look for strangers.
+        self._seen = (0, (0, 0, 0))  # The database's version and what was declared, at the last look.
         self._told: set[str] = set()  # Unknown actors that were logged.
 
     def json(self, with_async: bool) -> str:
@@ -6870,7 +6894,7 @@ class _Targets:
     def refresh(self, slot: _Slot, *, anew: bool = False) -> None:
         """Work them out again if anything was declared since, or in any case, and tell the slot."""
         broker = self._broker
-        declared = (len(broker.actors), len(broker.queues), len(broker._pairs))
+        declared = self._count_declared()
         if declared == self._declared and not anew:
             return
         self._declared = declared
@@ -6895,11 +6919,11 @@ class _Targets:
 
         Tells whether there are more targets now.
         """
-        version = self._broker._engine.data_version()
-        if version == self._seen_version:
-            return False
-        self._seen_version = version
         broker = self._broker
+        seen = (broker._engine.data_version(), self._count_declared())
+        if seen == self._seen:
+            return False
+        self._seen = seen
         for queue, name in self._broker._engine.ready_pairs():
             if queue not in broker.queues or (self._queues and queue not in self._queues):
                 continue
@@ -6912,7 +6936,11 @@ class _Targets:
                     "are left for one that does.",
                     queue, name,
                 )  # fmt: skip
-        return (len(broker.actors), len(broker.queues), len(broker._pairs)) != self._declared
+        return self._count_declared() != self._declared
+
+    def _count_declared(self) -> tuple[int, int, int]:
+        broker = self._broker
+        return len(broker.actors), len(broker.queues), len(broker._pairs)
 
 
 # ------------------------------------------------------------------------------------------
@@ -6986,6 +7014,118 @@ class _Batch:
 
 
 # ------------------------------------------------------------------------------------------
+# Exchanges
+#
+# What came of messages on its way to the engine, and claims on their way back.  An exchange that
+# fails loses nothing: what it was to write is written by the next.
+# ------------------------------------------------------------------------------------------
+_NEWS_S = 60.0  # Between two log lines on the same trouble with the database.
+_RETRY_S = 0.25  # Between two tries to write what must be written before anything else.
+
+
+class _Exchanger:
+    """Collects a worker's outcomes, writes them, and gives back what it does not run."""
+
+    def __init__(self, broker: _EngineBroker) -> None:
+        self.logger = get_logger("dramalite.worker", "Worker")
+        self._engine = broker._engine
+        self._slot = self._engine.take_slot(0, tracked=True)
+        self._exchange_lock = threading.RLock()  # Reentrant only to know their owner.
+        self._lock = threading.RLock()  # Guards all below.
+        self._finished: list[_Outcome] = []
+        self._finished_at = 0.0  # When the oldest of them was.
+        self._traded: list[_Outcome] = []  # Those that are being written.
+        self._suspects = 0  # Claimed rows that were running when a process died.
+        self._trouble_at: float | None = None  # When trouble was last logged; None after success.
+        self._seen_version = 0  # Of the database, before the last look for work.
+
+    def _keep(self, outcome: _Outcome, now: float) -> None:
+        if not self._finished:
+            self._finished_at = now
+        self._finished.append(outcome)
+        if outcome.row.crashes:
+            self._suspects -= 1
+
+    def _trade(self, limit: int = 0, suspects: bool = False, targets: str = "{}") -> list[_Row]:
+        """One transaction with the engine; if it fails, the outcomes are kept for the next."""
+        try:
+            with self._lock:
+                self._traded, self._finished = self._finished, []
+            if not self._traded and not limit:
+                return []
+            rows, version = self._engine.exchange(self._slot, self._traded, limit, targets, suspects)
+        except BaseException as error:
+            with self._lock:
+                self._finished = self._traded + self._finished
+            if not isinstance(error, BrokerError):  # No memory, say.
+                raise
+            self.complain(error)
+            return []
+        finally:
+            self._traded = []
+        self._trouble_at = None
+        if limit:
+            self._seen_version = version
+        return rows
+
+    def write_at_once(self, job: _Job) -> None:
+        """Write a job's outcome while the slot still tells that it runs; nothing is left of it then."""
+        with self._lock:
+            self._finished.append(job.outcome)
+        job.outcome = _Outcome(job.row)
+        self.write()
+        while self._trouble_at is not None and not job.is_given_up:
+            _SYSTEM_CLOCK.sleep(_RETRY_S)
+            self.write()
+
+    def write(self) -> None:
+        """Write what is finished, now."""
+        with self._exchange_lock:
+            self._trade()
+
+    def complain(self, error: Exception) -> None:
+        """Log trouble with the database or the system, not more than once a minute until it is over."""
+        self._seen_version = _NO_VERSION  # Look again in any case once it is over.
+        now = _SYSTEM_CLOCK.monotonic()
+        if self._trouble_at is None or now > self._trouble_at + _NEWS_S:
+            self._trouble_at = now
+            is_clear = isinstance(error, (BrokerError, OSError))
+            self.logger.error("%s The worker goes on trying.", error, exc_info=not is_clear)
+
+    def _release(self, rows: list[_Row]) -> None:
+        """Give claimed rows back that were not started."""
+        with self._lock:
+            self._suspects -= sum(row.crashes > 0 for row in rows)
+        try:
+            if rows:
+                self._engine.hand_back(self._slot, rows)
+        except BaseException as error:
+            with self._lock:
+                self._finished += [_handed_back(row) for row in rows]
+            if not isinstance(error, BrokerError):  # A signal handler's, say.
+                raise
+            self.complain(error)
+
+    def is_in_trouble(self) -> bool:
+        """Tell whether the last try to write or claim has failed."""
+        return self._trouble_at is not None
+
+    def is_busy_here(self) -> bool:
+        """Tell whether this very thread holds a lock: a signal handler has come in between."""
+        locks: tuple[Any, ...] = (self._exchange_lock, self._engine._lock, self._lock)
+        return any(lock._is_owned() for lock in locks)
+
+    def has_lost_descriptors(self) -> bool:
+        """Tell whether a job has closed what holds our locks; the process had better end."""
+        if self._slot.is_held():
+            return False
+        with self._lock:  # One of these did it: they count as running in the crash.
+            for index, outcome in enumerate((self._finished + self._traded)[:_MAX_TRACKED]):
+                self._slot.run(index, outcome.row.id)
+        return True
+
+
+# ------------------------------------------------------------------------------------------
 # Dispatching
 #
 # What the threads of one worker share: the rows it has claimed, the outcomes not yet
@@ -6998,44 +7138,33 @@ _LATE_S = 0.005  # So old an outcome is written without waiting for the next cla
 _POLL_S = 0.25  # Between looks for work that no bell announced,
 _SHORT_POLL_S = 0.05  # and where bells were seen not to arrive.
 _IDLE_S = 2.0  # Without a job: time to tidy up.
-_NEWS_S = 60.0  # Between two log lines on the same trouble with the database.
 
 
-class _Dispatcher:
+class _Dispatcher(_Exchanger):
     """Hands claimed messages to the threads of a worker and takes their outcomes."""
 
     def __init__(
         self, broker: _EngineBroker, queues: frozenset[str], threads: int, coroutines: int, poll_s: float
     ) -> None:
-        self.logger = get_logger("dramalite.worker", "Worker")
+        super().__init__(broker)
         self.is_stopping = False
         self.running: dict[int, _Job] = {}  # By key.
         self._broker = broker
-        self._engine = broker._engine
         self._threads = threads
         self._coroutines = coroutines  # How many may run at once.
         self._longest_poll_s = poll_s
         self._poll_s = min(_POLL_S, poll_s)
-        self._slot = self._engine.take_slot(0, tracked=True)
-        self._exchange_lock = threading.Lock()
-        self._lock = threading.Lock()  # Guards all below, and those above.
         self._cond = threading.Condition(self._lock)  # What idle threads wait on,
         self._settled = threading.Condition(self._lock)  # and those who wait until jobs have ended.
         self._ended: collections.deque[_Job] = collections.deque()  # Coroutines to be concluded.
         self._free_keys = list(range(threads + coroutines - 1, threads - 1, -1))  # For coroutines.
-        self._finished: list[_Outcome] = []
-        self._finished_at = 0.0  # When the oldest of them was.
-        self._traded: list[_Outcome] = []  # Those that are being written.
         self._batch = _Batch()
         self._popped_at = 0.0  # When a row was last taken from it.
-        self._suspects = 0  # Claimed rows that were running when a process died.
         self._idle = 0  # Threads that wait on _cond for something to do.
         self._is_waited_for = False  # One thread waits at the bell,
         self._wait_ends_ms = 0  # until then, or a ring.
         self._is_paused = False
         self._has_recovered = False  # First what dead workers held, then what is new.
-        self._trouble_at: float | None = None  # When trouble was last logged; None after success.
-        self._seen_version = 0  # Of the database, before the last look for work.
         self._was_polled = False  # That look was due to no ring.
         self._targets = _Targets(broker, queues)
         self.on_litter: Callable[[], None] = lambda: None  # Called when there is: see look_after().
@@ -7100,7 +7229,7 @@ class _Dispatcher:
     def detach(self, job: _Job) -> bool:
         """Free the thread of a job that runs as a coroutine; False if too many do already."""
         with self._lock:
-            if not self._free_keys:
+            if not self._free_keys or job.is_given_up:
                 return False
             job.context = contextvars.copy_context()
             job.runner = next(_coroutine_runners)
@@ -7129,13 +7258,6 @@ class _Dispatcher:
             job.is_concluding = True
             return not job.is_given_up
 
-    def _keep(self, outcome: _Outcome, now: float) -> None:
-        if not self._finished:
-            self._finished_at = now
-        self._finished.append(outcome)
-        if outcome.row.crashes:
-            self._suspects -= 1
-
     # Exchanges with the engine.
 
     def exchange(self) -> bool:
@@ -7148,13 +7270,12 @@ class _Dispatcher:
                 may_claim = self._has_recovered and not (self._is_paused or self.is_stopping)
                 limit = self._limit() if may_claim else 0
                 suspects = self._suspects == 0
-                outcomes, self._finished = self._finished, []
             if not limit:
-                self._trade(outcomes)
+                self._trade()
                 return False
             self._targets.refresh(self._slot)
             self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
-            rows = self._trade(outcomes, limit, suspects, self._targets.json(bool(self._free_keys)))
+            rows = self._trade(limit, suspects, self._targets.json(bool(self._free_keys)))
             if not rows:
                 return False  # It stays said: this thread is about to wait.
             return self._take_in(rows, limit)
@@ -7182,63 +7303,6 @@ class _Dispatcher:
         if len(rows) == limit:  # There may be more than this worker takes: pass the ring on.
             self._engine.wake(0, rows[-1].queue, rows[-1].actor)
         return True
-
-    def _trade(
-        self, outcomes: list[_Outcome], limit: int = 0, suspects: bool = False, targets: str = "{}"
-    ) -> list[_Row]:
-        """One transaction with the engine; if it fails, the outcomes are kept for the next."""
-        if not outcomes and not limit:
-            return []
-        self._traded = outcomes
-        try:
-            rows, version = self._engine.exchange(self._slot, outcomes, limit, targets, suspects)
-        except BaseException as error:
-            with self._lock:
-                self._finished = outcomes + self._finished
-            if not isinstance(error, BrokerError):  # No memory, say.
-                raise
-            self.complain(error)
-            return []
-        finally:
-            self._traded = []
-        self._trouble_at = None
-        if limit:
-            self._seen_version = version
-        return rows
-
-    def write_at_once(self, job: _Job) -> None:
-        """Write a job's outcome while the slot still tells that it runs; nothing is left of it then."""
-        with self._exchange_lock:
-            self._trade([job.outcome])
-        job.outcome = _Outcome(job.row)
-
-    def write(self) -> None:
-        """Write what is finished, now."""
-        with self._exchange_lock:
-            with self._lock:
-                outcomes, self._finished = self._finished, []
-            self._trade(outcomes)
-
-    def complain(self, error: Exception) -> None:
-        """Log trouble with the database or the system, not more than once a minute until it is over."""
-        self._seen_version = _NO_VERSION  # Look again in any case once it is over.
-        now = _SYSTEM_CLOCK.monotonic()
-        if self._trouble_at is None or now > self._trouble_at + _NEWS_S:
-            self._trouble_at = now
-            is_clear = isinstance(error, (BrokerError, OSError))
-            self.logger.error("%s The worker goes on trying.", error, exc_info=not is_clear)
-
-    def _release(self, rows: list[_Row]) -> None:
-        """Give claimed rows back that were not started."""
-        with self._lock:
-            self._suspects -= sum(row.crashes > 0 for row in rows)
-        try:
-            if rows:
-                self._engine.hand_back(self._slot, rows)
-        except BrokerError as error:
-            self.complain(error)
-            with self._lock:
-                self._finished += [_handed_back(row) for row in rows]
 
     # Waiting.
 
@@ -7299,6 +7363,8 @@ class _Dispatcher:
         with self._lock:
             self._is_paused = True
             unstarted = self._batch.end()
+            if not self.running:
+                self._settled.notify_all()
         self._release(unstarted)
 
     def resume(self) -> None:
@@ -7320,19 +7386,29 @@ class _Dispatcher:
             self._cond.notify_all()
         self._slot.bell.ring()
 
-    def give_up_running(self) -> list[_Job]:
-        """Hand back what still runs, and return it; from now on its outcomes don't count."""
+    def give_up_running(self, fail: Callable[[_Row, str], _Outcome]) -> list[_Job]:
+        """Hand back what still runs, and return it; from now on its outcomes don't count.
+
+        What may not run twice gets the outcome that `fail` makes instead.
+        """
         with self._lock:
             given_up = list(self.running.values())
             for job in given_up:
                 job.is_given_up = True
+            self.running.clear()
+            self._free_keys = list(range(self._coroutines))  # Of no use any more; none counts.
+        for job in given_up:
+            if job.row.crash_limit == 1:
+                outcome = fail(job.row, "It was still running when its worker stopped; it is not run again.")
+            else:
+                outcome = _handed_back(job.row)
                 self.logger.warning(
                     "Message %s of %s is still running; it is handed back and will run again.",
                     job.row.message_id, job.row.actor,
                 )  # fmt: skip
-                self._finished.append(_handed_back(job.row))
-            self.running.clear()
-            self._free_keys = list(range(self._coroutines))  # Of no use any more; none counts.
+            with self._lock:
+                self._finished.append(outcome)
+        with self._lock:
             self._settled.notify_all()
             self._cond.notify_all()
         self._slot.bell.ring()
@@ -7367,16 +7443,7 @@ class _Dispatcher:
 
     def has_litter(self) -> bool:
         """Tell whether claimed rows or outcomes lie about."""
-        return bool(self._batch.rows or self._finished) and self._trouble_at is None
-
-    def has_lost_descriptors(self) -> bool:
-        """Tell whether a job has closed what holds our locks; the process had better end."""
-        if self._slot.is_held():
-            return False
-        with self._lock:  # One of these did it: they count as running in the crash.
-            for index, outcome in enumerate((self._finished + self._traded)[:_MAX_TRACKED]):
-                self._slot.run(index, outcome.row.id)
-        return True
+        return bool(self._batch.rows or self._finished)
 
     def look_after(self) -> None:
         """Write late outcomes, call help, and hand back what nobody comes to run."""
@@ -7391,6 +7458,8 @@ class _Dispatcher:
                 self._cond.notify()
             elif self._batch.rows and self._batch.is_stale(now):
                 stale = self._batch.end()
+                if not self.running:
+                    self._settled.notify_all()
         self._release(stale)
         if is_late:
             self.write()
@@ -7500,7 +7569,8 @@ class Worker:
         self._tick = threading.Event()
         self._pid = os.getpid()
         self._stop_lock = threading.RLock()  # A signal handler may come in between.
-        self._is_stopping = False
+        self._stopper: int | None = None  # The thread that stops the worker.
+        self._stopped = threading.Event()
 
     def start(self) -> None:
         """Start the threads; returns at once.
@@ -7540,16 +7610,30 @@ class Worker:
         """Stop: what runs may finish within `timeout` milliseconds, else it is handed back.
 
         What is handed back runs again later; its outcome here, if it still comes, is dropped.
+        In a signal handler that interrupts work with the database, the worker is stopped by a
+        thread of its own, for which the interpreter waits.
         """
+        me = threading.current_thread()
         with self._stop_lock:
             dispatcher = self._running()
-            if dispatcher is None or self._is_stopping:
+            if dispatcher is None:
                 return
-            self._is_stopping = True
+            if dispatcher.is_busy_here():
+                threading.Thread(target=self.stop, args=(timeout,), name="dramalite-stop").start()
+                return
+            is_first = self._stopper is None
+            if is_first:
+                self._stopper = me.ident
+                self._stopped.clear()
+        if not is_first:
+            if me.ident != self._stopper and me not in self._threads.values():
+                self._stopped.wait(timeout / 1000)
+            return
         try:
             self._stop(dispatcher, timeout)
         finally:
-            self._is_stopping = False
+            self._stopper = None
+            self._stopped.set()
 
     def _stop(self, dispatcher: _Dispatcher, timeout: int) -> None:
         deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
@@ -7560,7 +7644,8 @@ class Worker:
         for thread in list(self._threads.values()):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, deadline - _SYSTEM_CLOCK.monotonic()))
-        cancelled = [job for job in dispatcher.give_up_running() if job.context is not None]
+        fail = self._processor.fail
+        cancelled = [job for job in dispatcher.give_up_running(fail) if job.context is not None]
         for job in cancelled:
             _interrupt(job.runner, Shutdown)
         dispatcher.await_ends(cancelled, _CANCEL_GRACE_S)
@@ -7597,8 +7682,8 @@ class Worker:
     def _running(self) -> _Dispatcher | None:
         """The dispatcher, if the worker runs; in a forked child it does not."""
         if self._pid != os.getpid():
-            self._dispatcher = None
-            self._is_stopping = False
+            self._dispatcher = self._stopper = None
+            self._stopped = threading.Event()
         return self._dispatcher
 
     def __enter__(self) -> Worker:
@@ -7628,10 +7713,16 @@ class Worker:
         thread.start()
         self._threads[index] = thread
 
+    def _tell_of_boot(self, signal: str, thread: threading.Thread) -> None:
+        try:
+            self.broker.emit_after(signal, thread)
+        except BaseException:  # Of a hook's sys.exit(): the thread is needed.
+            self.logger.critical("A hook after_%s failed; the thread goes on.", signal, exc_info=True)
+
     def _work(self, index: int, dispatcher: _Dispatcher) -> None:
         """What worker thread `index` does until the worker stops, or the thread is given up."""
         thread = threading.current_thread()
-        self.broker.emit_after("worker_thread_boot", thread)
+        self._tell_of_boot("worker_thread_boot", thread)
         job: _Job | None = None
         while True:
             try:
@@ -7660,6 +7751,10 @@ class Worker:
             if os.getpid() != self._pid:
                 os._exit(0)  # The job forked and its child returned here: there it ends.
         if not dispatcher.may_conclude(job):
+            runner = job.runner or threading.get_ident()
+            for item in self.broker.middleware:  # No after hook tells these.
+                if isinstance(item, (TimeLimit, ShutdownNotifications)):
+                    item.leave(runner)
             return False
         if job.context is None:
             self._processor.conclude(job)
@@ -7689,7 +7784,7 @@ class Worker:
     def _maintain(self, dispatcher: _Dispatcher) -> None:
         """What the maintenance thread does until the worker has stopped."""
         thread = threading.current_thread()
-        self.broker.emit_after("consumer_thread_boot", thread)
+        self._tell_of_boot("consumer_thread_boot", thread)
         house_kept_at = log_moved_at = 0.0
         while not (dispatcher.is_stopping and not dispatcher.running):
             try:
@@ -7705,7 +7800,8 @@ class Worker:
                     self._replace_stuck_threads(dispatcher)
             except Exception as error:  # An OSError, say: a job closed our descriptors.
                 dispatcher.complain(error)
-            self._tick.wait(_TICK_S if dispatcher.has_litter() else _IDLE_TICK_S)
+            is_urgent = dispatcher.has_litter() and not dispatcher.is_in_trouble()
+            self._tick.wait(_TICK_S if is_urgent else _IDLE_TICK_S)
             self._tick.clear()
         self.broker.emit_before("consumer_thread_shutdown", thread)
 
