@@ -28,6 +28,7 @@ Contents
     Event loop
     Actors
     Composition
+    Bells
     Liveness and wake-ups
     SQL
     Database files
@@ -1589,10 +1590,10 @@ def get_broker() -> Broker:
 
 
 def set_broker(broker: Broker) -> None:
-    """Make `broker` the default; it takes over actors declared while none had been set.
+    """Make `broker` the default; it takes over actors and middleware added while none was set.
 
-    Set it once, before all else: actors stay on the broker on which they were declared.  Raises
-    ValueError, and changes nothing, if those actors have options that it does not know.
+    Set it once, before all else: later, actors stay on the broker on which they were declared, and
+    so does what was sent.  Raises ValueError if one of the actors does not fit the broker.
     """
     global _global_broker, _global_broker_is_implicit
     if not isinstance(broker, Broker):
@@ -1601,16 +1602,13 @@ def set_broker(broker: Broker) -> None:
         left_behind = _global_broker if _global_broker_is_implicit else None
         moving = []
         if left_behind is not None and left_behind is not broker:
+            there = {type(item) for item in (*broker.middleware, *left_behind._default_middleware())}
+            for item in left_behind.middleware:
+                if type(item) not in there:
+                    broker.add_middleware(item)
             moving = list(left_behind.actors.values())
             for actor in moving:  # All or none.
                 actor._check_fits(broker)
-            usual = {type(item) for item in left_behind._default_middleware()}
-            for item in left_behind.middleware:
-                if type(item) not in usual:
-                    broker.logger.warning(
-                        "%s was added to the default broker, which set_broker() replaces; add it to %r.",
-                        type(item).__name__, broker,
-                    )  # fmt: skip
         _global_broker, _global_broker_is_implicit = broker, False
         for actor in moving:
             actor._move(broker)
@@ -2532,34 +2530,10 @@ def _results_in_order(
 
 
 # ------------------------------------------------------------------------------------------
-# Liveness and wake-ups
+# Bells
 #
-# Each worker holds a slot, a row of 64-bit words that other processes of the same database
-# read: who it is, where to ring, until when it sleeps, which messages it is running.  For a
-# file the words are a shared mapping of `<path>-lock`, and a byte-range lock on the slot
-# proves that the worker lives: the kernel drops it when the process dies, whatever clocks
-# say.  In memory the words are an array.  Such locks don't exclude within one process and
-# are lost when any descriptor of the file is closed, so all engines of a process (vendored
-# copies of this module too) share one descriptor, kept in sys.modules.
-# Lost-wake-up rule: a worker says that it sleeps before its last look at the queue.
+# What a worker with nothing to do waits at: others ring it when there is work.
 # ------------------------------------------------------------------------------------------
-_SLOTS = 128  # Slot 0 is the header: word 0 is the highest slot ever used.
-_SLOT_WORDS = 1024
-_OWNER, _PORT, _WAKE_AT, _SERVES, _PID, _RUNNING = range(6)  # Words of a slot; the rest: running.
-_MAX_TRACKED = _SLOT_WORDS - _RUNNING
-
-_SIDE_FILE_SIZE = 8 * _SLOTS * _SLOT_WORDS
-
-#: Seconds between two looks whether another process has filled the side file up.
-_FILL_NAP_S = 1e-4
-
-#: A worker that sleeps until it is rung.
-_FOREVER = 1 << 62
-
-#: What a slot serves that belongs to no worker but to those that wait for outcomes.
-_WATCHING = 1 << 62
-
-
 class _Bell:
     """Wakes the worker thread that waits for work, from this process only."""
 
@@ -2616,6 +2590,35 @@ class _SocketBell(_Bell):
 
     def close(self) -> None:
         self._socket.close()
+
+
+# ------------------------------------------------------------------------------------------
+# Liveness and wake-ups
+#
+# Each worker holds a slot, a row of 64-bit words that other processes of the same database
+# read: who it is, where to ring, until when it sleeps, which messages it is running.  For a
+# file the words are a shared mapping of `<path>-lock`, and a byte-range lock on the slot
+# proves that the worker lives: the kernel drops it when the process dies, whatever clocks
+# say.  In memory the words are an array.  Such locks don't exclude within one process and
+# are lost when any descriptor of the file is closed, so all engines of a process (vendored
+# copies of this module too) share one descriptor, kept in sys.modules.
+# Lost-wake-up rule: a worker says that it sleeps before its last look at the queue.
+# ------------------------------------------------------------------------------------------
+_SLOTS = 128  # Slot 0 is the header: word 0 is the highest slot ever used.
+_SLOT_WORDS = 1024
+_OWNER, _PORT, _WAKE_AT, _SERVES, _PID, _RUNNING = range(6)  # Words of a slot; the rest: running.
+_MAX_TRACKED = _SLOT_WORDS - _RUNNING
+
+_SIDE_FILE_SIZE = 8 * _SLOTS * _SLOT_WORDS
+
+#: Seconds between two looks whether another process has filled the side file up.
+_FILL_NAP_S = 1e-4
+
+#: A worker that sleeps until it is rung.
+_FOREVER = 1 << 62
+
+#: What a slot serves that belongs to no worker but to those that wait for outcomes.
+_WATCHING = 1 << 62
 
 
 class _Slots:
@@ -2824,7 +2827,7 @@ class _Remains(NamedTuple):
     slots: _Slots
     slot: int
     running: list[int] | None
-    locked: bool
+    locked: bool  # False where no slot knows the worker: its side file may be gone.
     pid: int
 
     def release(self) -> None:
@@ -2864,7 +2867,10 @@ class _SideFile(_Slots):
         import mmap
 
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+        is_new = create and not os.path.exists(self.path)
         descriptor = os.open(self.path, flags | (os.O_CREAT if create else 0), 0o600)
+        if is_new:
+            _open_to_users_of(self.path.removesuffix("-lock"), descriptor)
         try:
             _fill_up(descriptor, _SIDE_FILE_SIZE)
             status = os.fstat(descriptor)
@@ -2905,7 +2911,7 @@ class _SideFile(_Slots):
         if not port:
             super()._ring(base)
             return
-        with contextlib.suppress(OSError):  # A lost ring costs a poll's time, no more.
+        with contextlib.suppress(OSError, OverflowError):  # A lost ring costs a poll's time, no more.
             if self._sender is not None:
                 self._sender.sendto(b"", ("127.0.0.1", port))
 
@@ -2942,6 +2948,16 @@ class _SideFile(_Slots):
         if shared is not None:
             shared.__dict__["files"] = {}
             shared.__dict__["lock"] = threading.RLock()
+
+
+def _open_to_users_of(path: str, descriptor: int) -> None:
+    """Give a new file the mode and owner of the database, as SQLite does with its log."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        if hasattr(os, "fchown"):
+            os.fchmod(descriptor, status.st_mode & 0o666)
+            if os.geteuid() == 0:
+                os.fchown(descriptor, status.st_uid, status.st_gid)
 
 
 def _fill_up(descriptor: int, size: int) -> None:
@@ -3094,7 +3110,7 @@ _COUNT_MEMBER_AFTER_GROUP = _COUNT_MEMBER + """
 _END_GROUP = "DELETE FROM dramalite_groups WHERE uuid = ? AND unsuccessful = 0"
 
 _DUE = """
-    SELECT id FROM dramalite_messages WHERE state = 1 AND eta <= ? ORDER BY eta, id LIMIT 256"""
+    SELECT id FROM dramalite_messages WHERE state = 1 AND eta <= ? ORDER BY eta, id LIMIT 2000"""
 
 _PROMOTE = """
     UPDATE dramalite_messages
@@ -3389,19 +3405,20 @@ class _Database:
     """A SQLite database with dramalite's tables.  Safe for threads and forks."""
 
     def __init__(self, path: str | None, durability: str) -> None:
-        from sqlite3 import Error
+        self._connections: dict[str, sqlite3.Connection] = {}
+        self._slots: _Slots | None = None
+        from sqlite3 import Error  # Where there is none, the two above let __del__() pass.
 
         self.path = path
         self._errors = Error
         self._durability = durability
         self._lock = threading.RLock()
-        self._connections: dict[str, sqlite3.Connection] = {}
         self._identity: tuple[int, int] | None = None
-        self._slots: _Slots | None = None
-        self._checkpoint_lock = threading.Lock()  # Held where SQLite works without _lock.
+        self._checkpoint_lock = threading.RLock()  # Held where SQLite works without _lock.
         self._is_writing = False  # Under _lock: this very thread is inside a write.
         self._watchers = 0
         self._is_place_checked = False
+        self._page_size = _PAGE_SIZE
 
     # Opening and closing.
 
@@ -3480,6 +3497,7 @@ class _Database:
                 connection.execute(f"PRAGMA fullfsync = {int(full)}")
                 connection.execute("PRAGMA checkpoint_fullfsync = 1")  # The log starts anew after it.
             connection.execute("PRAGMA mmap_size = 0")
+        (self._page_size,) = connection.execute("PRAGMA page_size").fetchone()
         connection.execute("PRAGMA cache_size = -2048")
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute("PRAGMA trusted_schema = OFF")
@@ -3572,7 +3590,7 @@ class _Database:
         """In a forked child: what was inherited is the parent's; keep it, never touch it."""
         _inherited.append((self._connections, self._slots))
         self._lock = threading.RLock()
-        self._checkpoint_lock = threading.Lock()
+        self._checkpoint_lock = threading.RLock()
         if self.path is not None:
             self._connections = {}
             self._slots = None
@@ -3610,8 +3628,8 @@ class _Database:
             yield
             self._patiently(connection.execute, "COMMIT")
         except BaseException:
-            if connection.in_transaction:
-                with contextlib.suppress(self._errors):  # The first error is the one to tell.
+            with contextlib.suppress(self._errors):  # The first error is the one to tell.
+                if connection.in_transaction:
                     connection.execute("ROLLBACK")
             raise
 
@@ -3697,7 +3715,7 @@ class _Database:
                         moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                         if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
                             break  # Little can have been written meanwhile.
-                    if mode == "TRUNCATE" or moved[1] > 2 * _LONG_LOG // _PAGE_SIZE:
+                    if mode == "TRUNCATE" or moved[1] > 2 * _LONG_LOG // self._page_size:
                         with self._lock:
                             connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
             finally:
@@ -3928,24 +3946,21 @@ class _WatchedDatabase(_Database):
                 self._watchers -= 1
 
     def _start_listening(self) -> None:
+        listener = threading.Thread(target=self._listen, name="dramalite-listener", daemon=True)
+        try:
+            listener.start()
+        except BaseException as error:
+            self._is_listening = False
+            if not isinstance(error, RuntimeError):  # The system has no threads left.
+                raise
+
+    def _listen(self) -> None:
+        """Pass on, while somebody watches, the rings of workers in other processes."""
         try:
             slot = self.take_slot(_WATCHING, tracked=False)
         except (BrokerError, OSError):  # No slot free, no side file: those that watch look themselves.
             self._is_listening = False
             return
-        listener = threading.Thread(
-            target=self._listen, args=(slot,), name="dramalite-listener", daemon=True
-        )
-        try:
-            listener.start()
-        except BaseException as error:
-            self._is_listening = False
-            slot.release()
-            if not isinstance(error, RuntimeError):  # The system has no threads left.
-                raise
-
-    def _listen(self, slot: _Slot) -> None:
-        """Pass on, while somebody watches, the rings of workers in other processes."""
         try:
             while slot.is_held() and slot.is_current():
                 slot.sleep_until(_FOREVER)  # Said before the look that notify() causes.
@@ -4003,12 +4018,14 @@ class _ValueDatabase(_WatchedDatabase):
 
         Not flushed to the disk: a power cut may undo it, as it ends what was limited.
         """
+        _check_storable((key,))
         now = self._clock().time_ms()
         with self._writing():
             connection = self._connect("work")
             with self._transaction(connection):
                 row = connection.execute(_LIMIT, (key, now)).fetchone()
                 value = change(row[0] if row else None)
+                _check_storable((value, now + ttl))
                 if value is not None:
                     connection.execute(_SET_LIMIT, (key, value, now + ttl))
                 connection.execute(_PRUNE_LIMITS, (now,))
@@ -4040,6 +4057,9 @@ class _ValueDatabase(_WatchedDatabase):
 #: Milliseconds that a dead letter is kept, and the count of a group that can't succeed: 7 days.
 _KEPT_MS = 7 * 24 * 3600 * 1000
 
+#: Seconds for which a worker must be unknown to count as dead, where it left no slot.
+_UNKNOWN_S = 2.5
+
 #: In place of a data_version(), where another look is due in any case.
 _NO_VERSION = -1
 
@@ -4066,6 +4086,7 @@ class _Engine(_ValueDatabase):
         self._waiting: collections.deque[_Ticket] = collections.deque()  # Of senders.
         self._has_orphans = False  # Tickets whose senders could not wait: see insert().
         self._logged = 0  # Bytes, about, that sends have put into the log since it was looked at.
+        self._unknown_since: dict[Any, float] = {}  # Owners of rows that no slot knows.
         _import_for_sending()
         _engines.add(self)
         _register_fork_hooks()
@@ -4145,7 +4166,7 @@ class _Engine(_ValueDatabase):
             for ticket in tickets:
                 ticket.error = error
                 ticket.done = True
-        self._logged += sum([len(row[-1]) for row in rows]) + 2 * _PAGE_SIZE * len(rows)
+        self._logged += sum([len(row[-1]) for row in rows]) + 2 * self._page_size * len(rows)
 
     def _store_all(self) -> None:
         """Store what waits, and what is left behind meanwhile.  Call with _lock held."""
@@ -4282,7 +4303,7 @@ class _Engine(_ValueDatabase):
             owners = [owner for (owner,) in connection.execute(_OWNERS).fetchall()]
             for owner in owners:
                 remains = None if owner == slot.owner else self.slots().seize(owner)
-                if remains is None:
+                if remains is None or not (remains.locked or self._is_long_unknown(owner)):
                     continue
                 running = None if remains.running is None else json.dumps(remains.running)
                 values = {"dead": owner, "owner": slot.owner, "running": running}
@@ -4304,6 +4325,14 @@ class _Engine(_ValueDatabase):
                     "running.", taken, len(remains.running or []),
                 )  # fmt: skip
         return crashed, is_news
+
+    def _is_long_unknown(self, owner: Any) -> bool:
+        """Tell whether a worker that no slot knows was seen long ago.
+
+        One that lives, and has lost its side file, makes its claims known anew within a second.
+        """
+        now = _SYSTEM_CLOCK.monotonic()
+        return now >= self._unknown_since.setdefault(owner, now) + _UNKNOWN_S
 
     def move_slot(self, old: _Slot, running: dict[int, int]) -> _Slot:
         """Take a slot in the place of one whose side file is gone, with its bell and its rows.
@@ -4358,10 +4387,11 @@ class _Engine(_ValueDatabase):
         since = sent_ms * 1000
         by_id = "SELECT 1 FROM dramalite_messages WHERE id >= ? AND message_id = ? LIMIT 1"
         in_body = (
-            "SELECT 1 FROM dramalite_messages WHERE id >= ? AND instr(body, CAST(? AS BLOB)) LIMIT 1"
+            "SELECT 1 FROM dramalite_messages WHERE id >= ? AND instr(body, ?) LIMIT 1"
         )
-        looks = ((by_id, since), (in_body, since), (by_id, 0))
-        return any(self._read(sql, (first, message_id)) for sql, first in looks)
+        text = message_id.encode("utf-8", "replace")
+        looks = ((by_id, since, message_id), (in_body, since, text), (by_id, 0, message_id))
+        return any(self._read(sql, values) for sql, *values in looks)
 
     def bodies(self) -> list[bytes]:
         """The messages that wait or run, in their order, then those that are delayed."""
@@ -6023,9 +6053,12 @@ class _EngineConsumer(Consumer):
         self._timeout_s = timeout / 1000
         self._slot = broker._engine.take_slot(0, tracked=False)
         self._pid = os.getpid()
+        self._is_closed = False
         self._claimed: dict[int, tuple[MessageProxy, _Row]] = {}  # By id() of the proxy.
 
     def __next__(self) -> MessageProxy | None:
+        if self._is_closed:
+            raise ConnectionClosed(f"The consumer of queue {self._queue!r} was closed.")
         if not self._broker._engine.watch(self._claim, self._timeout_s, is_announced=False):
             return None
         return next(reversed(self._claimed.values()))[0]
@@ -6050,26 +6083,32 @@ class _EngineConsumer(Consumer):
         self._broker._engine.exchange(self._slot, [outcome], 0, "{}", False)
 
     def ack(self, message: MessageProxy) -> None:
-        claimed = self._claimed.pop(id(message), None)
-        if claimed is not None:
-            self._finish(claimed[1], ())
+        if id(message) in self._claimed:
+            self._finish(self._claimed[id(message)][1], ())
+            del self._claimed[id(message)]  # After the write: one that failed can be tried again.
 
     def nack(self, message: MessageProxy) -> None:
-        claimed = self._claimed.pop(id(message), None)
-        if claimed is not None:
+        if id(message) in self._claimed:
+            row = self._claimed[id(message)][1]
             reason = message.reason = "It was rejected by a consumer."
-            self._finish(claimed[1], (_bury(claimed[1], claimed[1].body, reason, self._broker.clock),))
+            self._finish(row, (_bury(row, row.body, reason, self._broker.clock),))
+            del self._claimed[id(message)]
             self._broker._remember_dead(self._queue, message)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
-        claimed = [self._claimed.pop(id(message), None) for message in messages]
-        rows = [item[1] for item in claimed if item is not None]
-        self._broker._engine.hand_back(self._slot, rows)
+        keys = [id(message) for message in messages if id(message) in self._claimed]
+        self._broker._engine.hand_back(self._slot, [self._claimed[key][1] for key in keys])
+        for key in keys:
+            del self._claimed[key]
 
     def close(self) -> None:
-        if self._pid == os.getpid():  # In a forked child all of that is the parent's.
+        if self._pid != os.getpid() or self._is_closed:  # In a forked child all is the parent's.
+            return
+        self._is_closed = True
+        try:
             self.requeue([proxy for proxy, _row in self._claimed.values()])
-            self._slot.release()
+        finally:
+            self._slot.release()  # What could not be given back is a dead worker's now.
 
 
 class _QueueView:
@@ -6164,7 +6203,9 @@ class _EngineBroker(Broker):
         self._engine = _Engine(path, durability, lambda: self.clock)
         self._collecting = _Collecting()
         self._built_in: list[Middleware] = []
-        self.max_message_size = max_message_size
+        if max_message_size is None:
+            raise TypeError("max_message_size is None; give a number of bytes.")
+        self.max_message_size = cast(int, _check_count(max_message_size, "max_message_size"))
         self.max_crashes = cast(int, _check_crash_limit(max_crashes, "max_crashes"))
         self._buried: dict[str, list[MessageProxy]] = collections.defaultdict(list)
         self._pairs: set[tuple[str, str]] = set()  # (queue, actor) of what was sent from here.
@@ -6255,6 +6296,8 @@ class _EngineBroker(Broker):
             body = _encoder.encode(message.asdict())
         except (TypeError, ValueError) as error:
             raise _as_refusal(error, f"Message for actor {message.actor_name!r}: {error}") from None
+        if not isinstance(body, bytes):
+            raise TypeError(f"{_encoder!r} makes {type(body).__name__} of messages; make it return bytes.")
         if len(body) > self.max_message_size + (_SIZE_SLACK if self._collecting.outcome else 0):
             raise ValueError(
                 f"Message for actor {message.actor_name!r} has {len(body)} bytes; max_message_size is "
@@ -6510,12 +6553,18 @@ class SQLiteBroker(_EngineBroker):
         clock: Clock | None = None,
         random: random.Random | None = None,
     ) -> None:
-        path = os.fspath(path)
+        path = os.fsdecode(path)
+        try:
+            os.fsencode(path)
+        except UnicodeEncodeError as error:
+            raise ValueError(f"The path {path!r} names no file: {error}.") from None
         if not path or "\0" in path:
             raise ValueError(f"The path {path!r} names no file; give that of the database.")
         if path == ":memory:":
             raise ValueError("':memory:' is no file; use MemoryBroker().")
-        self.path = os.path.abspath(path)
+        if "://" in path:
+            raise ValueError(f"{path!r} is a URL; give the path of a file.")
+        self.path = os.path.join(os.getcwd(), path)  # Not abspath(): SQLite follows links before `..`.
         super().__init__(
             self.path,
             middleware=middleware,
