@@ -64,6 +64,7 @@ Contents
     Simulation
     Child processes
     Source changes
+    Pid files
     Supervisor
     Command line
     Module paths
@@ -80,6 +81,7 @@ import contextvars
 import errno
 import functools
 import heapq
+import io
 import itertools
 import json
 import logging
@@ -6665,6 +6667,13 @@ class _Job:
         self.result: Any = None
         self.exception: BaseException | None = None
 
+    def may_not_run_again(self) -> bool:
+        """Tell whether it has begun and its actor, or the message itself, has on_crash="fail"."""
+        message = self.message
+        if message is None:
+            return False
+        return "fail" in (message.options.get("on_crash"), message.actor_options.get("on_crash"))
+
 
 class _Plan:
     """The process hooks to call for an actor's plain messages: see Middleware.concerns()."""
@@ -7447,7 +7456,7 @@ class _Dispatcher(_Exchanger):
             self.running.clear()
             self._free_keys = list(range(self._coroutines))  # Of no use any more; none counts.
         for job in given_up:
-            if job.row.crash_limit == 1:
+            if job.may_not_run_again():
                 outcome = fail(job.row, "It was still running when its worker stopped; it is not run again.")
             else:
                 outcome = _handed_back(job.row)
@@ -7662,6 +7671,7 @@ class Worker:
         In a signal handler that interrupts work with the database, the worker is stopped by a
         thread of its own, for which the interpreter waits.
         """
+        timeout = min(timeout, int(threading.TIMEOUT_MAX) * 1000)
         me = threading.current_thread()
         with self._stop_lock:
             dispatcher = self._running()
@@ -8782,13 +8792,20 @@ class _SafeFormatter(logging.Formatter):
         return _storable(super().format(record)).replace("\n", "\n    ")
 
 
+class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """A log that can't be written does not stop the work."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        if not isinstance(sys.exc_info()[1], (OSError, ValueError)):
+            super().handleError(record)
+
+
 def _set_up_logging(verbose: int, descriptor: int) -> None:
     """Log to a descriptor."""
     stream = open(descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, stream=stream)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(_SafeFormatter(_LOG_FORMAT))
-    logging.raiseExceptions = False  # A log that can't be written must not stop the work.
+    handler = _SafeHandler(stream)
+    handler.setFormatter(_SafeFormatter(_LOG_FORMAT))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
 
 
 _is_child_process = False
@@ -8803,6 +8820,7 @@ class _ChildProcess(abc.ABC):
         self._namespace = namespace
         self._logger = logger
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._has_started = False
         self._has_failed_to_start = False
 
     def run(self) -> int:
@@ -8813,6 +8831,9 @@ class _ChildProcess(abc.ABC):
         if not self._namespace.skip_logging:
             # To a descriptor of our own, which a job can't close by closing sys.stderr.
             _set_up_logging(self._namespace.verbose, os.dup(2))
+        for stream in (sys.stdout, sys.stderr):  # A process that dies takes what it has not written along.
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace", line_buffering=True)
         for path in self._namespace.path or ():
             sys.path.insert(0, os.path.abspath(path))
         code = self._work()
@@ -8861,7 +8882,21 @@ class _ChildProcess(abc.ABC):
             while order := os.read(control, 64):
                 for word in order.decode("ascii").split():
                     self._events.put(word)
+                    if word == "stop":
+                        timeout = self._namespace.worker_shutdown_timeout
+                        threading.Thread(target=self._end_start, args=(timeout,), daemon=True).start()
+        if len(self._namespace.log_file) > 1:  # What copied to them was in the supervisor.
+            null = os.open(os.devnull, os.O_WRONLY)
+            for stream in (1, 2):
+                os.dup2(null, stream)
         self._events.put("orphaned")
+        self._end_start(_ORPHAN_GRACE_MS)
+
+    def _end_start(self, timeout_ms: float) -> None:
+        """End the process if it is still importing after this time."""
+        _SYSTEM_CLOCK.sleep(min(timeout_ms / 1000, threading.TIMEOUT_MAX))
+        if not self._has_started:
+            os._exit(_EXIT_KILLED)
 
     def _note(self, name: str) -> str:
         """The path of a note that the supervisor reads or writes."""
@@ -8883,7 +8918,7 @@ class _WorkerProcess(_ChildProcess):
         except BrokerConnectionError as error:
             self._logger.critical("%s", error)
             return self._fail_to_start(_EXIT_CONNECTION)
-        except (Exception, SystemExit):  # The user's modules are foreign code.
+        except BaseException:  # The user's modules are foreign code.
             names = " ".join([namespace.broker, *namespace.modules])
             self._logger.exception("%s can't be imported; fix this and start again.", names)
             return self._fail_to_start(_EXIT_IMPORT)
@@ -8900,6 +8935,7 @@ class _WorkerProcess(_ChildProcess):
         except BrokerConnectionError as error:
             self._logger.critical("%s", error)
             return self._fail_to_start(_EXIT_CONNECTION)
+        self._has_started = True
         self._tell_forks(forks)
         if namespace.child == "0":
             self._tell_what_for(broker)
@@ -8921,8 +8957,9 @@ class _WorkerProcess(_ChildProcess):
         queues = ", ".join(sorted(wanted & declared)) or "none"
         self._logger.info("At work on %r: %d actors, queues: %s.", broker, len(actors), queues)
         for name in sorted(wanted - declared):
-            self._logger.warning("No actor declares the queue %r that the workers are for.", name)
-        if not actors:
+            known = ", ".join(sorted(declared)) or "none"
+            self._logger.warning("No actor declares the queue %r of --queues; declared are: %s.", name, known)
+        if not actors and not wanted - declared:
             self._logger.warning(
                 "There is nothing to do: no actor is declared on this broker. If they are on another one, "
                 "name it: MODULE:BROKER."
@@ -8999,9 +9036,10 @@ class _ForkProcess(_ChildProcess):
         module_name, _, path = self._namespace.child.partition(":")
         try:
             function = _find_attribute(_import_module(module_name), module_name, path)
-        except (Exception, SystemExit):  # The user's modules are foreign code.
+        except BaseException:  # The user's modules are foreign code.
             self._logger.exception("%s can't be imported.", self._namespace.child)
             return self._fail_to_start(_EXIT_IMPORT)
+        self._has_started = True
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_OK))
         threading.Thread(target=self._end_when_told, daemon=True).start()
         try:
@@ -9065,9 +9103,12 @@ def _import_module(name: str) -> types.ModuleType:
     module = importlib.import_module(name)
     ours = sys.modules[__name__]
     for other in list(sys.modules.values()):
-        alias = getattr(other, "__name__", "")  # None is in the place of a module that is forbidden.
+        if not isinstance(other, types.ModuleType):  # None is in the place of one that is forbidden.
+            continue
+        attributes = object.__getattribute__(other, "__dict__")  # Not to load one that is lazy.
+        alias = attributes.get("__name__", "")
         is_main = alias in ("__main__", "__mp_main__")
-        if other is not ours and not is_main and getattr(other, "__file__", None) == ours.__file__:
+        if other is not ours and not is_main and attributes.get("__file__") == ours.__file__:
             raise ImportError(
                 f"Module {name!r} imports dramalite as {alias!r}, but the command runs it as "
                 f"{__name__!r}; start it with `python -m {alias} worker ...`."
@@ -9162,6 +9203,78 @@ class _SourceWatch:
 
 
 # ------------------------------------------------------------------------------------------
+# Pid files
+#
+# A pid file is locked while its supervisor lives, and removed by it alone.
+# ------------------------------------------------------------------------------------------
+#: The byte of a pid file that is locked: one beyond its end, for all may read it.
+_PID_FILE_LOCK = 4096
+
+
+class _PidFileError(Exception):
+    """The pid file can't be used; the text says why."""
+
+
+@contextlib.contextmanager
+def _pid_file(path: str | None) -> Iterator[None]:
+    """Hold a file with our process id; raise _PidFileError if another process holds it."""
+    if path is None:
+        yield
+        return
+    descriptor = _open_pid_file(path)
+    own = str(os.getpid()).encode("ascii")
+    try:
+        try:
+            os.chmod(path, 0o644)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, own)
+        except OSError as error:
+            raise _PidFileError(f"The pid file {path!r} can't be written: {error}.") from error
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # It may be another's by now, or may not be removed.
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            if os.read(descriptor, 32) in (own, b"") and _is_open_as(descriptor, path):
+                os.remove(path)
+        os.close(descriptor)
+
+
+def _open_pid_file(path: str) -> int:
+    """Open the file and lock it, for one supervisor at a time."""
+    while True:
+        _check_pid_file(path)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+        except OSError as error:
+            raise _PidFileError(f"The pid file {path!r} can't be written: {error}.") from error
+        if not _try_lock_byte(descriptor, _PID_FILE_LOCK):
+            os.close(descriptor)
+            raise _PidFileError(f"The pid file {path!r} belongs to a process that is just starting.")
+        if _is_open_as(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # Its former owner has removed it meanwhile.
+
+
+def _is_open_as(descriptor: int, path: str) -> bool:
+    status = os.fstat(descriptor)
+    return _file_identity(path) == (status.st_dev, status.st_ino)
+
+
+def _check_pid_file(path: str) -> None:
+    try:
+        with open(path, encoding="ascii") as file:
+            pid = int(file.read().strip())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        raise _PidFileError(f"The pid file {path!r} holds no process id; check and remove it.") from None
+    except OSError as error:
+        raise _PidFileError(f"The pid file {path!r} can't be read: {error}.") from error
+    if pid != os.getpid() and pid > 0 and _process_is_alive(pid):
+        raise _PidFileError(f"The pid file {path!r} belongs to process {pid}, which is running.")
+
+
+# ------------------------------------------------------------------------------------------
 # Supervisor
 #
 # What the command `worker` runs: it takes signals, starts the child processes, replaces those
@@ -9213,13 +9326,11 @@ class _Supervisor:
     """Keeps child processes running.  Events come in through one queue, from signal handlers,
     from a thread per child that waits for its end, and from the watch."""
 
-    def __init__(
-        self, namespace: argparse.Namespace, child_command: Callable[[list[str]], list[str]]
-    ) -> None:
+    def __init__(self, namespace: argparse.Namespace, command: list[str]) -> None:
         import queue
 
         self._namespace = namespace
-        self._child_command = child_command  # With options of its own.
+        self._command = command  # That starts this program again, as a child process.
         self._logger = get_logger("dramalite.MainProcess")
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._children = {str(i): _Child(str(i)) for i in range(namespace.processes)}
@@ -9234,6 +9345,7 @@ class _Supervisor:
     def run(self) -> int:
         """Supervise until stopped; return the exit code."""
         namespace = self._namespace
+        _open_standard_descriptors()
         try:
             self._open_logs()
         except OSError as error:
@@ -9242,8 +9354,7 @@ class _Supervisor:
         if not namespace.skip_logging:
             _set_up_logging(namespace.verbose, 2)
         try:
-            with _pid_file(namespace.pid_file), _notes_folder() as self._notes:
-                self._catch_signals()
+            with self._catching_signals(), _pid_file(namespace.pid_file), _notes_folder() as self._notes:
                 self._logger.info("dramalite %s is booting up.", __version__)
                 if namespace.watch is not None:
                     self._watch()
@@ -9273,7 +9384,8 @@ class _Supervisor:
             self._copier.start()
         for stream in (1, 2):
             os.dup2(target, stream)
-        os.close(target)
+        if target > 2:
+            os.close(target)
 
     def _close_logs(self) -> None:
         """Have all that was logged in the files."""
@@ -9293,7 +9405,9 @@ class _Supervisor:
         include, exclude = namespace.watch_include, namespace.watch_exclude
         _SourceWatch(namespace.watch, include, exclude, on_change).start()
 
-    def _catch_signals(self) -> None:
+    @contextlib.contextmanager
+    def _catching_signals(self) -> Iterator[None]:
+        """Turn signals into events meanwhile."""
         import signal
 
         def stop(number: int, _frame: Any) -> None:
@@ -9302,10 +9416,18 @@ class _Supervisor:
         def reload(_number: int, _frame: Any) -> None:
             self._events.put(("reload", "SIGHUP"))
 
-        handlers = {"SIGINT": stop, "SIGTERM": stop, "SIGBREAK": stop, "SIGHUP": reload}
-        for name, handler in handlers.items():
-            if hasattr(signal, name):
-                signal.signal(getattr(signal, name), handler)
+        handlers: dict[str, Any] = {"SIGINT": stop, "SIGTERM": stop, "SIGBREAK": stop, "SIGHUP": reload}
+        handlers["SIGCHLD"] = signal.SIG_DFL  # Inherited as ignored, it would hide how children end.
+        before = {
+            getattr(signal, name): signal.signal(getattr(signal, name), handler)
+            for name, handler in handlers.items()
+            if hasattr(signal, name)
+        }
+        try:
+            yield
+        finally:
+            for number, former in before.items():
+                signal.signal(number, signal.SIG_DFL if former is None else former)
 
     def _has_children(self) -> bool:
         """Tell whether a child runs, or is to be started."""
@@ -9353,27 +9475,32 @@ class _Supervisor:
             self._stop(value)
 
     def _start(self, child: _Child) -> None:
+        import queue
         import subprocess
 
         child.restart_at = None
         child.after_stop = ""
         child.started_at = _SYSTEM_CLOCK.monotonic()
-        try:
-            with _without_ctrl_c():  # Until the child is ready to leave it to us.
-                process = child.process = subprocess.Popen(
-                    self._child_command(["--child", child.name, "--notes", self._notes]),
-                    stdin=subprocess.PIPE,
-                    bufsize=0,
-                )
-        except OSError as error:  # Too many processes, no memory: that may pass.
-            self._logger.critical("%s can't be started: %s; trying again.", child, error)
-            child.restart_at = child.started_at + _RESTART_DELAYS_S[-1]
-            return
+        told = {**vars(self._namespace), "child": child.name, "notes": self._notes}
+        environment = {**os.environ, _CHILD_VARIABLE: json.dumps(told, default=str)}
+        started: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
         def await_exit() -> None:
+            process = started.get()
             self._events.put(("exit", (child, process, process.wait())))
 
-        threading.Thread(target=await_exit, daemon=True).start()
+        try:
+            os.makedirs(self._notes, 0o700, exist_ok=True)  # A cleaner of old files may have been there.
+            waiter = threading.Thread(target=await_exit, daemon=True)
+            waiter.start()
+            with _without_ctrl_c():  # Until the child is ready to leave it to us.
+                child.process = subprocess.Popen(
+                    self._command, stdin=subprocess.PIPE, bufsize=0, env=environment
+                )
+            started.put(child.process)
+        except (OSError, RuntimeError) as error:  # Too many processes, no memory: that may pass.
+            self._logger.critical("%s can't be started: %s; trying again.", child, error)
+            child.restart_at = child.started_at + _RESTART_DELAYS_S[-1]
 
     def _await_forks(self) -> None:
         """Start the fork functions once a worker process runs, or the time for that is over."""
@@ -9411,6 +9538,9 @@ class _Supervisor:
             if not self._stops:
                 self._stop("")
             return
+        if self._stops and code < 0 and self._exit_code == _EXIT_OK:
+            self._logger.critical("%s was killed by %s while it stopped.", child, _describe_exit(code))
+            self._exit_code = _EXIT_KILLED
         if self._stops or child.after_stop == "stay away":
             return
         if child.after_stop == "restart":
@@ -9481,6 +9611,15 @@ class _Supervisor:
             timer.start()
 
 
+def _open_standard_descriptors() -> None:
+    """Open standard input, output and error on nothing where they were closed, or a file would be them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # The lowest number that is free.
+
+
 @contextlib.contextmanager
 def _notes_folder() -> Iterator[str]:
     """Make a folder for notes; remove those of supervisors that were killed."""
@@ -9549,49 +9688,13 @@ def _describe_exit(code: int) -> str:
     return f"exit code {code}"
 
 
-class _PidFileError(Exception):
-    """The pid file can't be used; the text says why."""
-
-
-@contextlib.contextmanager
-def _pid_file(path: str | None) -> Iterator[None]:
-    """Hold a file with our process id; raise _PidFileError if another process holds it."""
-    if path is None:
-        yield
-        return
-    _check_pid_file(path)
-    try:
-        with open(path, "w", encoding="ascii") as file:
-            os.chmod(path, 0o644)
-            file.write(str(os.getpid()))
-    except OSError as error:
-        raise _PidFileError(f"The pid file {path!r} can't be written: {error}.") from error
-    try:
-        yield
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path)
-
-
-def _check_pid_file(path: str) -> None:
-    try:
-        with open(path, encoding="ascii") as file:
-            pid = int(file.read().strip())
-    except FileNotFoundError:
-        return
-    except ValueError:
-        raise _PidFileError(f"The pid file {path!r} holds no process id; check and remove it.") from None
-    except OSError as error:
-        raise _PidFileError(f"The pid file {path!r} can't be read: {error}.") from error
-    if pid != os.getpid() and pid > 0 and _process_is_alive(pid):
-        raise _PidFileError(f"The pid file {path!r} belongs to process {pid}, which is running.")
-
-
 # ------------------------------------------------------------------------------------------
 # Command line
 #
-# A child process is the same command once more, with --child.
+# A child process is the same program once more; a variable of its environment tells it what it is.
 # ------------------------------------------------------------------------------------------
+_CHILD_VARIABLE = "_DRAMALITE_CHILD"
+
 _WORKER_TEXT = (
     "Run the actors of your modules until stopped by Ctrl+C or SIGTERM; SIGHUP starts the worker "
     "processes anew."
@@ -9679,9 +9782,6 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--watch-use-polling", action="store_true", help="accepted; watching always polls")
     add("--use-spawn", action="store_true", help="accepted; processes are always spawned")
-    add("--child", help=argparse.SUPPRESS)
-    add("--notes", help=argparse.SUPPRESS)
-    add("--namespace", help=argparse.SUPPRESS)
 
 
 def _module_name(text: str) -> str:
@@ -9753,6 +9853,10 @@ def main(args: list[str] | argparse.Namespace | None = None) -> int:
             "This module starts workers when it is imported, as it is by each of them: put the call of "
             "main() under `if __name__ == \"__main__\":`."
         )
+    told = os.environ.pop(_CHILD_VARIABLE, None)
+    if told is not None:
+        child = argparse.Namespace(**json.loads(told))
+        return (_ForkProcess if ":" in child.child else _WorkerProcess)(child).run()
     parser = _parser()
     namespace = args if isinstance(args, argparse.Namespace) else parser.parse_args(args)
     if namespace.threads + namespace.async_concurrency > _MAX_TRACKED:
@@ -9760,25 +9864,27 @@ def main(args: list[str] | argparse.Namespace | None = None) -> int:
             f"--threads {namespace.threads} and --async-concurrency {namespace.async_concurrency} are more "
             f"than {_MAX_TRACKED} together; use more --processes instead."
         )
-    if namespace.child is None:
-        return _Supervisor(namespace, functools.partial(_child_command, args)).run()
-    vars(namespace).update(json.loads(namespace.namespace or "{}"))
-    return (_ForkProcess if ":" in namespace.child else _WorkerProcess)(namespace).run()
+    return _Supervisor(namespace, _child_command(args is None)).run()
 
 
-def _child_command(args: list[str] | argparse.Namespace | None, options: list[str]) -> list[str]:
-    """The command that starts this very program again, with `options` behind `worker`."""
+def _child_command(is_main: bool) -> list[str]:
+    """The command that starts this very program again; where it does more than main(), not that."""
+    import subprocess
+
     own = sys.argv[1:]
-    if args is None and sys.orig_argv[-len(own) :] == own:
-        return [sys.executable, *sys.orig_argv[1 : -len(own)], own[0], *options, *own[1:]]
+    if getattr(sys, "frozen", False):  # Its executable is no Python.
+        return [sys.executable, *own]
+    if is_main and own and sys.orig_argv[-len(own) :] == own:
+        command = [sys.executable, *sys.orig_argv[1:]]
+        main_module = sys.modules["__main__"]
+        if main_module.__spec__ is None and getattr(main_module, "__file__", None):
+            command[-len(own) - 1] = cast(str, main_module.__file__)  # The folder may have changed.
+        return command
     # With the path that this program has, whatever it was made of.
     path = [entry for entry in sys.path if isinstance(entry, str)]
     program = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; sys.exit(main())"
-    command = [sys.executable, "-c", program, "worker", *options]
-    if args is None or isinstance(args, list):
-        return [*command, *(own if args is None else args)[1:]]
-    values = {k: v for k, v in vars(args).items() if k not in ("child", "notes", "namespace")}
-    return [*command, args.broker, "--namespace", json.dumps(values, default=str)]
+    flags = cast(Any, subprocess)._args_from_interpreter_flags()  # As multiprocessing does.
+    return [sys.executable, *flags, "-c", program]
 
 
 # ------------------------------------------------------------------------------------------
