@@ -37,11 +37,15 @@ JOBS = """
         until(lambda: (HERE / "release").exists())
         note("end", number)
 
-    @dramalite.actor(max_retries=0, on_crash="fail")
+    @dramalite.actor(max_retries=0, max_crashes=1)
     def fragile(number):
         note("start", number, os.getpid())
         until(lambda: (HERE / "release").exists())
         note("end", number)
+
+    @dramalite.actor(max_retries=0, on_crash="fail")
+    def once(number):
+        fragile(number)
 
     @dramalite.actor(max_retries=0)
     def meet(number, others):
@@ -565,6 +569,16 @@ def test_handing_back_is_no_crash(place):
         assert tree.wait(5) == 0, tree.tail()
 
     assert (place.waiting(), place.dead()) == (1, 0)
+
+
+def test_what_must_not_run_twice_and_outlasts_a_stop_becomes_a_dead_letter(place):
+    place.script("import jobs; jobs.once.send(1)")
+    tree = place.worker("--worker-shutdown-timeout", "50")
+    place.wait_until(lambda: place.notes("start", 1), "the job starts")
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(5) == 0, tree.tail()
+    assert (place.waiting(), place.dead()) == (0, 1)
 
 
 def test_a_second_signal_stops_at_once_and_loses_nothing(place):
