@@ -282,6 +282,20 @@ class DramaliteError(Exception):
 DramatiqError = DramaliteError
 
 
+_E = TypeVar("_E", bound=Exception)
+
+
+def _hinted(error: _E, hint: str) -> _E:
+    """The error with a hint that its traceback shows, from Python 3.11 on."""
+    if hint and sys.version_info >= (3, 11):
+        error.add_note(hint)
+    return error
+
+
+def _known(what: str, names: Iterable[str]) -> str:
+    return f"{what} known here: {', '.join(sorted(names)) or 'none'}."
+
+
 class DecodeError(DramaliteError):
     """Stored bytes are no message.  `data` is what was read, `error` the cause."""
 
@@ -476,6 +490,10 @@ class Clock:
         """Where time is virtual: let it pass until is_done(); tell whether it came true in time."""
         raise NotImplementedError
 
+    async def wait_for_async(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        """wait_for() for coroutines."""
+        raise NotImplementedError
+
 
 _SYSTEM_CLOCK = Clock()
 
@@ -530,6 +548,9 @@ class Encoder(abc.ABC):
 
 #: How deep lists and dicts may nest in the arguments of a message.
 _MAX_DEPTH = 100
+
+#: And how many messages may stand in one another: more than fit into any, unless it holds itself.
+_MAX_MESSAGES = 100_000
 _ATOMS = frozenset({str, int, float, bool, type(None)})
 _CONTAINERS = frozenset({dict, list, tuple})
 _json_encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
@@ -568,33 +589,37 @@ def _is_message_data(value: dict[Any, Any]) -> bool:
     return len(value) == 7 and value.keys() == _WIRE_FIELDS
 
 
-def _is_plain(value: Any, depth: int) -> bool:
-    """Tell whether all of `value` is of JSON's types, keys are str, and nesting is bounded.
+def _is_plain(data: Any) -> bool:
+    """Tell whether all of `data` is of JSON's types, keys are strings, and nesting is bounded.
 
     A message inside a message (pipe_target, callbacks) counts its own depth anew.
     """
-    items: Iterable[Any]
-    below = depth + 1
-    if isinstance(value, dict):
-        items = value.values()
-        if _is_message_data(value):
-            below = 1
-        else:
-            for key in value:
-                if not isinstance(key, str):
-                    return False
-    elif isinstance(value, (list, tuple)):
-        items = value
-    else:
-        return isinstance(value, (str, int, float)) or value is None
-    if depth > _MAX_DEPTH:
-        return False
-    for item in items:
-        kind = type(item)
-        if kind in _ATOMS or (kind in _CONTAINERS and not item and below <= _MAX_DEPTH):
-            continue
-        if not _is_plain(item, below):
+    pending = [(data, 0)]
+    messages = 0
+    while pending:
+        value, depth = pending.pop()
+        items: Iterable[Any] = value
+        below = depth + 1
+        if isinstance(value, dict):
+            items = value.values()
+            if _is_message_data(value):
+                below = 1
+                messages += 1
+            else:
+                for key in value:
+                    if not isinstance(key, str):
+                        return False
+        elif not isinstance(value, (list, tuple)):
+            if isinstance(value, (str, int, float)) or value is None:
+                continue
             return False
+        if depth > _MAX_DEPTH or messages > _MAX_MESSAGES:
+            return False
+        for item in items:
+            kind = type(item)
+            if kind in _ATOMS or (kind in _CONTAINERS and not item and below <= _MAX_DEPTH):
+                continue
+            pending.append((item, below))
     return True
 
 
@@ -643,7 +668,7 @@ class JSONEncoder(Encoder):
         keys that are no strings, NaN, infinities, lone surrogates, nesting over 100.
         """
         try:
-            if _is_plain(data, 0):
+            if _is_plain(data):
                 text = _to_json(data)
                 if "\\ud" not in text:
                     return text.encode("ascii")
@@ -653,7 +678,10 @@ class JSONEncoder(Encoder):
             _explain_refusal(data, "", 0)
             raise
         except RecursionError:
-            raise ValueError(f"The data nests deeper than {_MAX_DEPTH} levels; flatten it.") from None
+            raise ValueError(
+                f"The data nests deeper than {_MAX_DEPTH} levels, or is a pipeline of more steps than Python "
+                f"can encode (hundreds); flatten it."
+            ) from None
 
     def decode(self, data: bytes) -> Any:
         """Return the value; raise DecodeError if the bytes are no UTF-8 or no JSON."""
@@ -1520,7 +1548,7 @@ class Broker:
         try:
             return self.actors[actor_name]
         except KeyError:
-            raise ActorNotFound(actor_name) from None
+            raise _hinted(ActorNotFound(actor_name), _known("Actors", self.actors)) from None
 
     def get_declared_actors(self) -> set[str]:
         """The names of the actors."""
@@ -1569,8 +1597,75 @@ class Broker:
         """Drop the waiting and delayed messages of all queues, and the dead letters."""
         raise NotImplementedError
 
+    def pending(self) -> list[Message[Any]]:
+        """Return the messages that are not finished."""
+        raise NotImplementedError
+
+    @property
+    def dead_letters_by_queue(self) -> dict[str, list[MessageProxy]]:
+        """The messages of each queue that failed for good, oldest first."""
+        raise NotImplementedError
+
+    @property
+    def dead_letters(self) -> list[MessageProxy]:
+        """The messages that failed for good; `reason` of each says why."""
+        return [letter for letters in self.dead_letters_by_queue.values() for letter in letters]
+
+    def drain(self, *, max_messages: int = 10_000) -> int:
+        """Run what is ready in the calling thread, for tests: see drain()."""
+        return drain(self, max_messages=max_messages)
+
+    def assert_sent(
+        self,
+        actor: Any,
+        *,
+        args: Iterable[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        delay: int | timedelta | None = None,
+        times: int | None = None,
+        **options: Any,
+    ) -> list[Message[Any]]:
+        """Check, in a test, that a message like this was sent and not run yet; return them.
+
+        `actor` is an actor or its name; `args`, `kwargs`, `delay` (milliseconds, to the second)
+        and the options that are given must be those of the message; `times` is how many of them
+        there must be, one or more if it is not given.  Raises AssertionError with what there is.
+        """
+        __tracebackhide__ = True  # For pytest: the caller's line is what counts.
+        name = getattr(actor, "actor_name", actor)
+        wait = None if delay is None else _milliseconds(delay, "delay")
+        pending = self.pending()
+        wanted = {"args": args and tuple(_as_stored(list(args))), "kwargs": kwargs and _as_stored(kwargs)}
+        options = _as_stored(_check_options(options, name))
+        found = [
+            message
+            for message in pending
+            if message.actor_name == name
+            and all(v is None or getattr(message, field) == v for field, v in wanted.items())
+            and (wait is None or _was_delayed(message, wait))
+            and options.items() <= message.options.items()
+        ]
+        if bool(found) if times is None else len(found) == times:
+            return found
+        there = "".join(f"\n    {message} {message.options}" for message in pending[:20])
+        raise AssertionError(
+            f"{len(found)} messages for {name!r} are as asked for, not {'one or more' if times is None else times}. "
+            f"Of {len(pending)} there are:{there or ' none.'}"
+        )
+
     def close(self) -> None:
         """Let go of connections; the next use opens them again."""
+
+
+def _as_stored(value: Any) -> Any:
+    """What an argument or option comes back as."""
+    return _encoder.decode(_encoder.encode(value))
+
+
+def _was_delayed(message: Message[Any], wait: int) -> bool:
+    """Tell whether a message was sent with this delay in milliseconds, to the second."""
+    eta = message.options.get("eta")
+    return eta is not None and 0 <= eta - message.message_timestamp - wait <= 1000
 
 
 _broker_lock = threading.RLock()  # Guards the two below.
@@ -1889,6 +1984,10 @@ _OPTION_CHECKS: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
+#: Options of messages that are like none of those known: the user's own.
+_unusual_options: set[str] = set()
+
+
 def _check_options(options: Mapping[str, Any], actor_name: str) -> dict[str, Any]:
     """Return the options with standard ones checked and normalised; the order is kept."""
     checked = {}
@@ -1968,11 +2067,24 @@ class Actor(Generic[_P, _R]):
             "actor_name": self.actor_name,
             "args": tuple(args),
             "kwargs": {} if kwargs is None else kwargs,
-            "options": _check_options(options, self.actor_name) if options else options,
+            "options": self._check_own_options(options) if options else options,
             "message_id": _new_message_id(time_ms, broker._entropy()),
             "message_timestamp": time_ms,
         }
         return _build_message(fields, broker)
+
+    def _check_own_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a message; of those that nothing here knows, misspelt ones are refused."""
+        for name in options.keys() - _OPTION_CHECKS.keys() - self.broker.actor_options - _unusual_options:
+            import difflib
+
+            similar = difflib.get_close_matches(name, {*_OPTION_CHECKS, *self.broker.actor_options}, 1, 0.8)
+            if similar:
+                raise ValueError(
+                    f"Actor {self.actor_name!r}: there is no option {name!r}; did you mean {similar[0]!r}?"
+                )
+            _unusual_options.add(name)
+        return _check_options(options, self.actor_name)
 
     def send(self, *args: _P.args, **kwargs: _P.kwargs) -> Message[_R]:
         """Send a message: when this returns, it is stored and will be run.
@@ -2000,6 +2112,8 @@ class Actor(Generic[_P, _R]):
         """send() for coroutines: the event loop goes on while the message is stored."""
         import asyncio
 
+        if self.broker.clock.is_virtual:  # A thread's time is not that of the simulation.
+            return self.send(*args, **kwargs)
         return await asyncio.to_thread(self.send, *args, **kwargs)
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -2051,11 +2165,16 @@ def _code_flags(fn: Any) -> int:
 
 def _check_option_names(options: Mapping[str, Any], actor_name: str, broker: Broker) -> None:
     """Raise ValueError if no middleware of the broker understands one of these options."""
-    unknown = sorted(set(options) - broker.actor_options - broker.own_actor_options)
+    known = {*broker.actor_options, *broker.own_actor_options, "actor_name", "queue_name", "priority"}
+    unknown = sorted(set(options) - known)
     if unknown:
+        import difflib
+
+        similar = difflib.get_close_matches(unknown[0], known, 1)
         raise ValueError(
             f"Actor {actor_name!r} has undefined options: {', '.join(unknown)}. Did you forget to "
-            f"add a middleware to your broker? It knows: {', '.join(sorted(broker.actor_options))}."
+            f"add a middleware to your broker{f', or mean {similar[0]}' if similar else ''}? It knows: "
+            f"{', '.join(sorted(known))}."
         )
 
 
@@ -2138,6 +2257,10 @@ class _GenericActorMeta(type):
         instance = cast(Any, cls)()
         instance.__actor__ = registry(instance, **meta)
         return instance
+
+    if TYPE_CHECKING:  # A subclass's name is bound to its instance, which has what an Actor has.
+
+        def __getattr__(cls, name: str) -> Any: ...
 
     def _meta_options(cls) -> dict[str, Any]:
         """Meta's public attributes, inherited ones too; `abstract` counts only where it stands."""
@@ -3247,6 +3370,14 @@ _STORE_RESULT = """
 _RESULT = """
     SELECT value FROM dramalite_results WHERE message_id = ? AND key = ? AND expires_at > ?"""
 
+_HAS_VALUES = """
+    SELECT EXISTS (SELECT 1 FROM dramalite_results) OR EXISTS (SELECT 1 FROM dramalite_groups)"""
+
+_FORGET_VALUES = (
+    "DELETE FROM dramalite_results WHERE message_id = ?",
+    "DELETE FROM dramalite_groups WHERE uuid = ?",
+)
+
 _ADD_METRIC = """
     INSERT INTO dramalite_metrics (name, queue, actor, bucket, amount) VALUES (?, ?, ?, ?, ?)
         ON CONFLICT DO UPDATE SET amount = amount + excluded.amount"""
@@ -3773,8 +3904,8 @@ class _Database:
 
 #: A part of SQLite's error text, and what to tell the user.
 _SQLITE_ADVICE = (
-    ("locked", "was kept locked by another program for 30 s; find out which one holds a "
-               "transaction open on it"),
+    ("locked", "was kept locked for 30 s, by another program or by a transaction of this one that is "
+               "still open; end it before you send"),
     ("disk is full", "or its disk is full; nothing was stored. Free some space"),
     ("readonly", "is read-only; check the permissions of the file and its folder"),
     ("unable to open", "can't be opened; check the path and the permissions of file and folder"),
@@ -4003,6 +4134,19 @@ class _ValueDatabase(_WatchedDatabase):
         """The stored result of a message, None if there is none or its time has passed."""
         rows = self._read(_RESULT, (message_id, key, self._clock().time_ms()))
         return rows[0][0] if rows else None
+
+    def has_values(self) -> bool:
+        """Tell whether there are results or groups."""
+        return bool(self._read(_HAS_VALUES)[0][0])
+
+    @_uninterrupted
+    def forget_values(self, uuid: str) -> None:
+        """Drop the results of a message, or the count of a group, of this id."""
+        with self._writing():
+            connection = self._connect("work")
+            with self._transaction(connection):
+                for statement in _FORGET_VALUES:
+                    connection.execute(statement, (uuid,))
 
     # Rate limits.
 
@@ -4411,6 +4555,12 @@ class _Engine(_ValueDatabase):
             return clock.wait_for(is_done, timeout_s)
         return super().watch(is_done, timeout_s, is_announced)
 
+    async def watch_async(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        clock = self._clock()
+        if clock.is_virtual:
+            return await clock.wait_for_async(is_done, timeout_s)
+        return await super().watch_async(is_done, timeout_s)
+
     def counts(self) -> dict[str, dict[int, int]]:
         """How many messages each queue holds, by state."""
         counts: dict[str, dict[int, int]] = {}
@@ -4691,12 +4841,19 @@ class _ResultSearch:
         raise error(self._message)
 
 
+def _checked_broker(broker: Any) -> _EngineBroker:
+    """The broker whose database keeps results or limits; TypeError if it has none."""
+    if not hasattr(broker, "_engine"):
+        raise TypeError(f"{broker!r} keeps no results or limits; give a broker of dramalite.")
+    return cast("_EngineBroker", broker)
+
+
 class SQLiteResultBackend(ResultBackend):
     """Results in the database of a broker; what Results() uses if it is given no backend."""
 
-    def __init__(self, broker: _EngineBroker, **options: Any) -> None:
+    def __init__(self, broker: Broker, **options: Any) -> None:
         super().__init__(**options)
-        self.broker = broker
+        self.broker = _checked_broker(broker)
 
     def _key(self, message: Any) -> tuple[str, str]:
         return message.message_id, self.build_message_key(message)
@@ -4895,8 +5052,8 @@ class RateLimiterBackend:
 class SQLiteRateLimiterBackend(RateLimiterBackend):
     """Counters in the database of a broker; the default broker if None."""
 
-    def __init__(self, broker: _EngineBroker | None = None) -> None:
-        self.broker = cast("_EngineBroker", get_broker()) if broker is None else broker
+    def __init__(self, broker: Broker | None = None) -> None:
+        self.broker = _checked_broker(get_broker() if broker is None else broker)
 
     def add(self, key: str, value: int, ttl: int) -> bool:
         return self.broker._engine.change_limit(
@@ -4947,6 +5104,8 @@ class RateLimiter:
     """Base of rate limiters; use one as `with limiter.acquire(): ...`."""
 
     def __init__(self, backend: RateLimiterBackend, key: str) -> None:
+        if isinstance(backend, Broker):
+            raise TypeError(f"{backend!r} is a broker; give SQLiteRateLimiterBackend(broker).")
         self.backend = backend
         self.key = key
 
@@ -4991,12 +5150,12 @@ class ConcurrentRateLimiter(RateLimiter):
     """
 
     def __init__(
-        self, backend: RateLimiterBackend, key: str, *, limit: int = 1, ttl: int = 900_000
+        self, backend: RateLimiterBackend, key: str, *, limit: int = 1, ttl: int | timedelta = 900_000
     ) -> None:
         _check_limit("limit", limit)
         super().__init__(backend, key)
         self.limit = limit
-        self.ttl = ttl
+        self.ttl = _milliseconds(ttl, "ttl")
 
     def _acquire(self) -> tuple[str, float] | None:
         """The key of a place and until when it is ours, by the wall clock."""
@@ -5020,12 +5179,12 @@ class BucketRateLimiter(RateLimiter):
     """
 
     def __init__(
-        self, backend: RateLimiterBackend, key: str, *, limit: int = 1, bucket: int = 1000
+        self, backend: RateLimiterBackend, key: str, *, limit: int = 1, bucket: int | timedelta = 1000
     ) -> None:
         _check_limit("limit", limit)
         super().__init__(backend, key)
         self.limit = limit
-        self.bucket = bucket
+        self.bucket = max(_milliseconds(bucket, "bucket"), 1)
 
     def _acquire(self) -> bool:
         now = _clock_of(self.backend).time_ms()
@@ -5066,11 +5225,11 @@ def _clock_of(backend: RateLimiterBackend) -> Clock:
 class Barrier:
     """Lets threads and processes wait until a number of them has arrived."""
 
-    def __init__(self, backend: RateLimiterBackend, key: str, *, ttl: int = 900_000) -> None:
+    def __init__(self, backend: RateLimiterBackend, key: str, *, ttl: int | timedelta = 900_000) -> None:
         self.backend = backend
         self.key = key
         self.key_events = key + "@events"
-        self.ttl = ttl
+        self.ttl = _milliseconds(ttl, "ttl")
 
     def create(self, parties: int) -> bool:
         """Set the barrier up for so many; False if it exists already."""
@@ -5135,6 +5294,9 @@ _LATE_LOOK_S = 0.005
 
 class TimeLimitExceeded(Interrupt):
     """Raised in an actor that runs for longer than its time_limit."""
+
+    def __str__(self) -> str:
+        return super().__str__() or "It ran for longer than its time_limit."
 
 
 class TimeLimit(Middleware):
@@ -5357,7 +5519,7 @@ class Callbacks(Middleware):
         return {"on_failure", "on_success"}
 
     def concerns(self, options: Mapping[str, Any]) -> bool:
-        return bool(options.get("on_success"))
+        return bool(options.get("on_success") or options.get("on_failure"))
 
     def after_process_message(
         self,
@@ -5367,9 +5529,10 @@ class Callbacks(Middleware):
         result: Any = None,
         exception: BaseException | None = None,
     ) -> None:
+        exception = exception or message._exception  # Of a result that can't be kept or passed on.
         name = "on_success" if exception is None else "on_failure"
         callback = _truthy_option(message, name)
-        if not callback or (exception is None and message._exception is not None):
+        if not callback:
             return
         if exception is not None:
             result = {"type": type(exception).__name__, "message": _error_text(exception)}
@@ -6291,7 +6454,7 @@ class _EngineBroker(Broker):
 
     def _check_queue(self, queue_name: str) -> None:
         if self._is_private and _q_name(queue_name) not in self.queues:
-            raise QueueNotFound(queue_name)
+            raise _hinted(QueueNotFound(queue_name), _known("Queues", self.queues))
 
     def _encode(self, message: Message[Any]) -> bytes:
         try:
@@ -6408,7 +6571,7 @@ class _EngineBroker(Broker):
         """
         queue_name = _q_name(queue_name)
         if queue_name not in self.queues:
-            raise QueueNotFound(queue_name)
+            raise _hinted(QueueNotFound(queue_name), _known("Queues", self.queues))
         seconds = None if timeout is None else timeout / 1000
         if not self._engine.watch(lambda: not self._engine.is_busy(queue_name), seconds):
             counts = self._engine.counts().get(queue_name, {})
@@ -6429,52 +6592,10 @@ class _EngineBroker(Broker):
         """
         return [Message.decode(body) for body in self._engine.bodies()]
 
-    def drain(self, *, max_messages: int = 10_000) -> int:
-        """Run what is ready in the calling thread, for tests: see drain()."""
-        return drain(self, max_messages=max_messages)
-
-    def assert_sent(
-        self,
-        actor: Any,
-        *,
-        args: Iterable[Any] | None = None,
-        kwargs: Mapping[str, Any] | None = None,
-        delay: int | timedelta | None = None,
-        times: int | None = None,
-        **options: Any,
-    ) -> list[Message[Any]]:
-        """Check, in a test, that a message like this was sent and not run yet; return them.
-
-        `actor` is an actor or its name; `args`, `kwargs`, `delay` (milliseconds, to the second)
-        and the options that are given must be those of the message; `times` is how many of them
-        there must be, one or more if it is not given.  Raises AssertionError with what there is.
-        """
-        __tracebackhide__ = True  # For pytest: the caller's line is what counts.
-        name = getattr(actor, "actor_name", actor)
-        wait = None if delay is None else _milliseconds(delay, "delay")
-        pending = self.pending()
-        wanted = {"args": args and tuple(_as_stored(list(args))), "kwargs": kwargs and _as_stored(kwargs)}
-        options = _as_stored(_check_options(options, name))
-        found = [
-            message
-            for message in pending
-            if message.actor_name == name
-            and all(v is None or getattr(message, field) == v for field, v in wanted.items())
-            and (wait is None or _was_delayed(message, wait))
-            and options.items() <= message.options.items()
-        ]
-        if bool(found) if times is None else len(found) == times:
-            return found
-        there = "".join(f"\n    {message} {message.options}" for message in pending[:20])
-        raise AssertionError(
-            f"{len(found)} messages for {name!r} are as asked for, not {'one or more' if times is None else times}. "
-            f"Of {len(pending)} there are:{there or ' none.'}"
-        )
-
     def flush(self, queue_name: str) -> None:
         """Drop what waits or is delayed in a queue, and its dead letters; not what runs."""
         if _q_name(queue_name) not in self.queues:
-            raise QueueNotFound(queue_name)
+            raise _hinted(QueueNotFound(queue_name), _known("Queues", self.queues))
         self._engine.flush(_q_name(queue_name))
         if _q_name(queue_name) in self._buried:
             self._buried[_q_name(queue_name)].clear()
@@ -6505,25 +6626,9 @@ class _EngineBroker(Broker):
             letters[queue][-1].reason = reason
         return letters
 
-    @property
-    def dead_letters(self) -> list[MessageProxy]:
-        """All dead letters, queue by queue."""
-        return [letter for letters in self.dead_letters_by_queue.values() for letter in letters]
-
     def close(self) -> None:
         """Close the database; the next use opens it again."""
         self._engine.close()
-
-
-def _as_stored(value: Any) -> Any:
-    """What an argument or option comes back as."""
-    return _encoder.decode(_encoder.encode(value))
-
-
-def _was_delayed(message: Message[Any], wait: int) -> bool:
-    """Tell whether a message was sent with this delay in milliseconds, to the second."""
-    eta = message.options.get("eta")
-    return eta is not None and 0 <= eta - message.message_timestamp - wait <= 1000
 
 
 # ------------------------------------------------------------------------------------------
@@ -8122,6 +8227,10 @@ def drain(broker: Broker, *, max_messages: int = 10_000) -> int:
 #
 # A clock that stands still until its world lets time pass, and an event loop on that clock.
 # ------------------------------------------------------------------------------------------
+#: Milliseconds between two looks of a job that waits for something.
+_VIRTUAL_POLL_MS = 10
+
+
 class _World(abc.ABC):
     """Whose time a virtual clock shows."""
 
@@ -8159,6 +8268,18 @@ class _VirtualClock(Clock):
 
     def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
         return self._world.wait_for(is_done, timeout_s)
+
+    async def wait_for_async(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
+        import asyncio
+
+        if _virtual.thread is None:  # No job waits: the world goes on until it has happened.
+            return self.wait_for(is_done, timeout_s)
+        end_ms = None if timeout_s is None else self.now_ms + _whole_ms(timeout_s)
+        while not is_done():
+            if end_ms is not None and self.now_ms >= end_ms:
+                return False
+            await asyncio.sleep(_VIRTUAL_POLL_MS / 1000)
+        return True
 
 
 def _whole_ms(seconds: float) -> int:
@@ -8292,6 +8413,14 @@ class SimulatedEvent(NamedTuple):
         return what + (f", again at {self.next_eta.isoformat(' ')}" if self.next_eta else "")
 
 
+def _death(row: _Row, worker: int, now_ms: int) -> SimulatedEvent:
+    """The event of a message that is a dead letter since its workers died."""
+    error = f"{WorkerCrashed.__name__}: the last of {row.crashes} worker processes that ran it died"
+    return SimulatedEvent(
+        row.message_id, row.actor, row.crashes, now_ms, now_ms, worker, 0, "dead", None, None, error, row.body
+    )
+
+
 class SimulatedStep(NamedTuple):
     """Something that a virtual worker can do next; what choose() chooses from."""
 
@@ -8302,6 +8431,18 @@ class SimulatedStep(NamedTuple):
 
 class SimulationError(DramaliteError):
     """A simulation went on for longer than it may; the text has its last events."""
+
+
+def _time_ms(when: Any, what: str) -> int:
+    """Milliseconds since 1970 of a datetime; one without a time zone counts as UTC, everywhere."""
+    from datetime import datetime, timezone
+
+    if not isinstance(when, datetime):
+        raise TypeError(f"{what} is {when!r}; give a datetime.")
+    if when.tzinfo is None:
+        when = when.replace(tzinfo=timezone.utc)
+    seconds: float = when.timestamp()
+    return math.ceil(seconds * 1000)
 
 
 def _datetime(time_ms: int) -> datetime:
@@ -8328,10 +8469,6 @@ _SIMULATION_START_MS = 1_767_225_600_000
 
 #: Workers, and threads of each, that a simulation may have.
 _MOST_VIRTUAL = 64
-
-#: Milliseconds between two looks of a job that waits for something.
-_VIRTUAL_POLL_MS = 10
-
 
 class Simulation(_World):
     """A broker's work in virtual time; made by simulate()."""
@@ -8360,6 +8497,7 @@ class Simulation(_World):
         self._workers: list[_VirtualWorker] = []
         self._undo: contextlib.ExitStack = contextlib.ExitStack()
         self._outer: _World | None = None  # The simulation that this one is inside of.
+        self._has_past = False  # There are results or groups, perhaps of one with the same seed.
 
     # Looking.
 
@@ -8395,7 +8533,7 @@ class Simulation(_World):
             if self._steps() or self._next_time() is not None:
                 self._fail(f"is not idle after {max_steps} steps")
         if self._next_time() is not None:
-            self._fail(f"is not idle after {most_ms} ms")
+            self._fail(f"is not idle after {most_ms} ms, {most_ms / 86_400_000:.1f} days")
 
     def run_until(self, when: datetime, *, max_steps: int = _MOST_STEPS) -> None:
         """Take all steps up to a time, which it then is.
@@ -8403,7 +8541,7 @@ class Simulation(_World):
         Where there is only one virtual thread, a job that takes time is not interrupted: then it
         may be later.  Raises SimulationError after `max_steps` steps.
         """
-        end_ms = math.ceil(when.timestamp() * 1000)
+        end_ms = _time_ms(when, "when")
         for _ in range(max_steps):
             if not self._step(end_ms, may_skip=True):
                 break
@@ -8426,7 +8564,7 @@ class Simulation(_World):
         What it had claimed goes back; messages that ran count a crash.  A job under way is
         unwound by an exception, but nothing that it does then reaches the broker.
         """
-        dying, caller = self._workers[worker], _virtual.thread
+        dying, caller = self._worker(worker), _virtual.thread
         with self._set_aside_engine():
             for thread in dying.threads:
                 if thread.job is not None:
@@ -8444,12 +8582,17 @@ class Simulation(_World):
 
     def pause(self, worker: int = 0) -> None:
         """Have a virtual worker take no more messages."""
-        self._workers[worker].is_paused = True
+        self._worker(worker).is_paused = True
 
     def resume(self, worker: int = 0) -> None:
         """Undo pause()."""
-        self._workers[worker].is_paused = False
-        self._workers[worker].seen = None
+        self._worker(worker).is_paused = False
+        self._worker(worker).seen = None
+
+    def _worker(self, number: int) -> _VirtualWorker:
+        if number not in range(len(self._workers)):
+            raise ValueError(f"worker is {number!r}; there are {len(self._workers)}, counted from 0.")
+        return self._workers[number]
 
     @contextlib.contextmanager
     def _set_aside_engine(self) -> Iterator[None]:
@@ -8470,17 +8613,25 @@ class Simulation(_World):
             raise RuntimeError("This broker is worked on already, by a worker or a simulation.")
         self._saved = broker.clock, broker.random, broker._entropy, broker._engine, broker._buried
         broker.clock, broker.random = self._clock, self._jitter
-        broker._entropy = lambda: self._ids.getrandbits(80).to_bytes(10, "big")
+        broker._entropy = self._new_entropy
         if self._engine is not None:
             broker._engine, broker._buried = self._engine, collections.defaultdict(list)
         broker._is_simulated = True
         self._outer, _virtual.world = _virtual.world, self
         try:
+            self._has_past = broker._engine.has_values()
             self._start_workers()
         except BaseException:  # The database can't be opened, say.
             self._restore()
             raise
         return self
+
+    def _new_entropy(self) -> bytes:
+        """The random bits of an id, under which an earlier simulation may have left something."""
+        entropy = self._ids.getrandbits(80).to_bytes(10, "big")
+        if self._has_past:
+            self.broker._engine.forget_values(_new_message_id(self._clock.now_ms, entropy))
+        return entropy
 
     def _start_workers(self) -> None:
         logger = logging.getLogger(_SIMULATION_LOGGER)
@@ -8536,7 +8687,9 @@ class Simulation(_World):
         if _virtual.thread is not None:
             raise RuntimeError("A simulated job can't take steps of its own simulation.")
         if _virtual.world is not self:
-            raise RuntimeError("The simulation is over, or another one is inside; use it in its `with`.")
+            raise RuntimeError(
+                "The simulation has not begun, or is over, or another one is inside; use it in its `with`."
+            )
         while not (steps := self._steps()):
             next_ms = self._next_time()
             if next_ms is None or (end_ms is not None and next_ms > end_ms):
@@ -8603,7 +8756,7 @@ class Simulation(_World):
         thread = worker.threads[step.thread]
         if step.action == "recover":
             for outcome in worker.recover():
-                self._note_death(worker, outcome)
+                self.events.append(_death(outcome.row, worker.number, self._clock.now_ms))
         elif step.action == "resume":
             cast(_JobThread, thread.real).resume()
         else:
@@ -8699,17 +8852,6 @@ class Simulation(_World):
             )
         )  # fmt: skip
 
-    def _note_death(self, worker: _VirtualWorker, outcome: _Outcome) -> None:
-        """Add the event of a message that is a dead letter since its workers died."""
-        row, now = outcome.row, self._clock.now_ms
-        error = f"{WorkerCrashed.__name__}: the last of {row.crashes} worker processes that ran it died"
-        self.events.append(
-            SimulatedEvent(
-                row.message_id, row.actor, row.crashes, now, now, worker.number, 0, "dead", None, None,
-                error, row.body,
-            )
-        )  # fmt: skip
-
     def _fail(self, problem: str) -> None:
         last = "".join(f"\n    {event}" for event in self.events[-10:])
         raise SimulationError(
@@ -8742,7 +8884,8 @@ def simulate(
     Without a `broker` the default one's actors run on an empty database in memory; a broker that
     is given is worked on as it is, a file with what it holds.  Jobs take no time, but for
     simulated_work(), broker.clock.sleep() and what coroutines await of asyncio's timers; with
-    more than one virtual thread others run meanwhile.  Time starts at `start` (2026-01-01 UTC).
+    more than one virtual thread others run meanwhile.  Time starts at `start` (2026-01-01 UTC); a
+    datetime without a time zone counts as UTC.
     """
     world = get_broker() if broker is None else broker
     if not isinstance(world, _EngineBroker):
@@ -8751,7 +8894,7 @@ def simulate(
         if not 1 <= value <= _MOST_VIRTUAL:
             raise ValueError(f"{name} is {value!r}; give 1 to {_MOST_VIRTUAL}.")
     engine = _Engine(None, "full", lambda: world.clock) if broker is None else None
-    start_ms = _SIMULATION_START_MS if start is None else math.ceil(start.timestamp() * 1000)
+    start_ms = _SIMULATION_START_MS if start is None else _time_ms(start, "start")
     return Simulation(world, engine, seed, start_ms, (workers, threads), choose)
 
 
