@@ -5295,9 +5295,6 @@ _LATE_LOOK_S = 0.005
 class TimeLimitExceeded(Interrupt):
     """Raised in an actor that runs for longer than its time_limit."""
 
-    def __str__(self) -> str:
-        return super().__str__() or "It ran for longer than its time_limit."
-
 
 class TimeLimit(Middleware):
     """Raises TimeLimitExceeded in actors that run longer than time_limit (10 minutes).
@@ -7015,7 +7012,10 @@ class _Processor:
         exception = job.exception if message._exception is None else message._exception
         reason = "It was marked as failed."
         if exception is not None:
-            reason = f"{type(exception).__name__}: {_error_text(exception)}"
+            text = _error_text(exception)
+            if not text and isinstance(exception, Interrupt):
+                text = type(exception).__doc__ or ""
+            reason = f"{type(exception).__name__}: {text}"
         try:
             body = message._message.encode()
         except (TypeError, ValueError):
