@@ -12,8 +12,8 @@
 Save as tasks.py, run it, then `python -m dramalite worker tasks`.  Or, inside any program:
 `with dramalite.Worker(dramalite.get_broker()): ...`.
 
-Copy this file into your project or `pip install dramalite`.  Durations are milliseconds unless
-a name says otherwise.  MIT licence, in full at the end of the file.
+Copy this file into your project, or `pip install` it.  Durations are milliseconds unless a name
+says otherwise.  MIT licence, in full at the end of the file.
 
 Contents
     Platform
@@ -2205,7 +2205,14 @@ def actor(
 ) -> Any:
     """Make an actor of a function: @actor, or @actor(max_retries=3).
 
-    `broker` is the default broker if None; lower `priority` numbers run first.
+    `broker` is the default broker if None; lower `priority` numbers run first.  Options, which
+    send_with_options() takes too where the message can carry them, in milliseconds or timedeltas:
+    max_retries (20; None: for ever), min_backoff (15,000) and max_backoff (7 days), backoff (a list
+    or a function of the attempt in place of those), retry_when, throws, on_retry_exhausted;
+    time_limit (600,000), max_age (None), notify_shutdown (False); store_results (False) and
+    result_ttl (600,000); on_success, on_failure; pipe_ignore (False); max_crashes (3) and on_crash
+    ("requeue", or "fail").
+
     Raises ValueError for a bad queue name, an unknown option or a name that is taken, and
     TypeError for an option of a wrong type.
     """
@@ -2218,6 +2225,8 @@ def actor(
             raise AttributeError(f"{function!r} has no __name__ to call the actor by: give an actor_name.")
         _check_queue_name(queue_name)
         home = get_broker() if broker is None else broker
+        if not isinstance(home, Broker):
+            raise TypeError(f"Actor {name!r}: broker is {home!r}; give a Broker.")
         _check_option_names(options, name, home)
         return actor_class(
             function,
@@ -9300,7 +9309,7 @@ class _SourceWatch:
     """Calls `on_change(path)` when a file under a folder was changed, added or removed.
 
     Watched is what matches one of `include` and none of `exclude`: shell patterns, for the
-    whole path below the folder or for its last part; `*.py` is always included.
+    path below the folder or for the last parts of it; `*.py` is always included.
     """
 
     def __init__(
@@ -9341,8 +9350,12 @@ class _SourceWatch:
     def _matches(self, path: str, patterns: list[str]) -> bool:
         import fnmatch
 
-        names = (path.replace(os.sep, "/"), os.path.basename(path))
-        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns for name in names)
+        whole = os.path.abspath(os.path.join(self._folder, path)).replace(os.sep, "/")
+        below = path.replace(os.sep, "/")
+        return any(
+            fnmatch.fnmatch(below, pattern) or fnmatch.fnmatch(whole, "*/" + pattern.lstrip("/"))
+            for pattern in patterns
+        )
 
 
 # ------------------------------------------------------------------------------------------

@@ -51,6 +51,5 @@ if __name__ == "__main__":
     parse.send("twelve")
     with dramalite.Worker(broker, worker_threads=1):
         broker.join("default", timeout=10_000, fail_fast=False)
-    for letter in broker.dead_letters:  # Kept for 7 days, each with the traceback of its last failure.
-        reason = letter.options["traceback"].splitlines()[-1]
-        print(f"dead letter: {letter.actor_name} of {letter.args[0]!r}: {reason}")
+    for letter in broker.dead_letters:  # Kept for 7 days.
+        print(f"dead letter: {letter.actor_name} of {letter.args[0]!r}: {letter.reason}")
