@@ -2845,6 +2845,17 @@ class _Slots:
         highest = min(self.words[0], _SLOTS - 1)  # More, if the file holds something else.
         return range(_SLOT_WORDS, (highest + 1) * _SLOT_WORDS, _SLOT_WORDS)
 
+    def has_worker(self) -> bool:
+        """Tell whether a worker lives, in any process."""
+        with self.lock:
+            for base in self._used():
+                index = base // _SLOT_WORDS
+                if self.words[base + _OWNER] and self.words[base + _SERVES] not in (0, _WATCHING):
+                    if index in self.held or not self._take(index):
+                        return True
+                    self._give_back(index)
+        return False
+
     def _ring(self, base: int) -> None:
         bell = self.bells.get(base // _SLOT_WORDS)
         if bell is not None:
@@ -4509,6 +4520,13 @@ class _Engine(_ValueDatabase):
 
     # Looking.
 
+    def has_worker(self) -> bool:
+        """Tell whether a worker of this database lives; also True where that can't be known."""
+        try:
+            return self.slots().has_worker()
+        except BrokerError:
+            return True
+
     @_uninterrupted
     def data_version(self) -> int:
         """A number that changes when the database has changed."""
@@ -4794,6 +4812,10 @@ class ResultBackend:
         """Why there will never be a result that is not there now; None if it may still come."""
         return None
 
+    def _hint(self) -> str:
+        """What may be the reason where there is no result in time."""
+        return ""
+
     def _key(self, message: Any) -> Any:
         """What _get() and _store() are called with for a message: build_message_key()."""
         return self.build_message_key(message)
@@ -4847,7 +4869,7 @@ class _ResultSearch:
             return self._backend.unwrap_result(self._value)
         if self._why_never is not None:
             raise ResultUnavailable(self._message, self._why_never)
-        raise error(self._message)
+        raise _hinted(error(self._message), self._backend._hint())
 
 
 def _checked_broker(broker: Any) -> _EngineBroker:
@@ -4880,6 +4902,9 @@ class SQLiteResultBackend(ResultBackend):
 
     async def _wait_async(self, search: _ResultSearch, timeout: int) -> None:
         await self.broker._engine.watch_async(search.is_over, timeout / 1000)
+
+    def _hint(self) -> str:
+        return "" if self.broker._engine.has_worker() else f"No worker is running on {self.broker!r}."
 
     def _why_never(self, message: Any) -> str | None:
         broker = self.broker
@@ -5989,6 +6014,8 @@ class Prometheus(Middleware):
         environment = os.environ
         self.http_host = http_host or environment.get("dramatiq_prom_host", "127.0.0.1")
         self.http_port = int(environment.get("dramatiq_prom_port", 9191)) if http_port is None else http_port
+        if not 0 <= self.http_port <= 65535:
+            raise ValueError(f"http_port is {self.http_port!r}; give a port from 0 to 65535.")
         self._lock = threading.Lock()  # Guards the two below.
         self._counts: dict[tuple[str, str, str, float], float] = collections.defaultdict(float)
         self._started: dict[int, float] = {}  # By runner: monotonic seconds.
@@ -6150,6 +6177,10 @@ def _metrics_handler() -> Any:
         def __init__(self, render: Callable[[], str], *args: Any) -> None:
             self.render = render
             super().__init__(*args)
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):  # Who asked has gone.
+                super().handle()
 
         def do_GET(self) -> None:  # noqa: N802  (http.server's name)
             try:
@@ -6584,6 +6615,7 @@ class _EngineBroker(Broker):
             raise QueueJoinTimeout(
                 f"Queue {queue_name!r} is not done after {timeout} ms: {counts.get(_READY, 0)} wait, "
                 f"{counts.get(_DELAYED, 0)} are delayed, {counts.get(_CLAIMED, 0)} run."
+                f"{'' if self._engine.has_worker() else ' No worker is running.'}"
             )
         if self.fail_fast_default if fail_fast is None else fail_fast:
             for letter in self.dead_letters_by_queue.get(queue_name, [])[:1]:
@@ -7057,7 +7089,8 @@ class _Targets:
         self._logger = get_logger("dramalite.worker", "Worker")
         self._declared: tuple[int, ...] = ()  # How much was declared when they were worked out.
         self._seen = (0, (0, 0, 0))  # The database's version and what was declared, at the last look.
-        self._told: set[str] = set()  # Unknown actors that were logged.
+        self._told: set[str] = set()  # Unknown actors that were logged,
+        self._told_queues: set[str] = set()  # and queues.
 
     def json(self, with_async: bool) -> str:
         """The pairs as _CLAIM wants them, with those of coroutines or without."""
@@ -7097,7 +7130,12 @@ class _Targets:
             return False
         self._seen = seen
         for queue, name in self._broker._engine.ready_pairs():
-            if queue not in broker.queues or (self._queues and queue not in self._queues):
+            if self._queues and queue not in self._queues:
+                continue
+            if queue not in broker.queues:
+                if queue not in self._told_queues:
+                    self._told_queues.add(queue)
+                    self._logger.info("Queue %r holds messages, and no actor here declares it.", queue)
                 continue
             if name in broker.actors:
                 broker._pairs.add((queue, name))
