@@ -1415,8 +1415,10 @@ class Broker:
         self.random = Random()
         self._entropy: Callable[[], bytes] = functools.partial(os.urandom, 10)  # For message ids.
         self._hooks: dict[str, tuple[Callable[..., None], ...]] = dict.fromkeys(_HOOKS, ())
+        self._added: list[Middleware] = []  # By the user, after the broker was made.
         for item in self._default_middleware() if middleware is None else middleware:
             self.add_middleware(item)
+        self._added.clear()
 
     def _default_middleware(self) -> list[Middleware]:
         return [kind() for kind in default_middleware]
@@ -1440,6 +1442,7 @@ class Broker:
         if before is not None and after is not None:
             raise AssertionError("Give before or after, not both.")
         self._add_middleware_at(self._middleware_index(before, after), middleware)
+        self._added.append(middleware)
 
     def _add_middleware_at(self, index: int, middleware: Middleware) -> None:
         if any(isinstance(item, type(middleware)) for item in self.middleware):
@@ -1459,6 +1462,11 @@ class Broker:
             middleware.after_declare_queue(self, queue_name)
         for queue_name in sorted(self.get_declared_delay_queues()):
             middleware.after_declare_delay_queue(self, queue_name)
+
+    def _adopt_middleware(self, middleware: Middleware, former: Broker) -> None:
+        """Add what was added to another broker, unless there is one of the same type."""
+        if type(middleware) not in map(type, self.middleware):
+            self.add_middleware(middleware)
 
     def _middleware_index(
         self, before: type[Middleware] | None, after: type[Middleware] | None
@@ -1699,10 +1707,8 @@ def set_broker(broker: Broker) -> None:
         left_behind = _global_broker if _global_broker_is_implicit else None
         moving = []
         if left_behind is not None and left_behind is not broker:
-            there = {type(item) for item in (*broker.middleware, *left_behind._default_middleware())}
-            for item in left_behind.middleware:
-                if type(item) not in there:
-                    broker.add_middleware(item)
+            for item in left_behind._added:
+                broker._adopt_middleware(item, left_behind)
             moving = list(left_behind.actors.values())
             for actor in moving:  # All or none.
                 actor._check_fits(broker)
@@ -4812,7 +4818,7 @@ class ResultBackend:
         """Why there will never be a result that is not there now; None if it may still come."""
         return None
 
-    def _hint(self) -> str:
+    def _hint(self, message: Any) -> str:
         """What may be the reason where there is no result in time."""
         return ""
 
@@ -4869,7 +4875,7 @@ class _ResultSearch:
             return self._backend.unwrap_result(self._value)
         if self._why_never is not None:
             raise ResultUnavailable(self._message, self._why_never)
-        raise _hinted(error(self._message), self._backend._hint())
+        raise _hinted(error(self._message), self._backend._hint(self._message))
 
 
 def _checked_broker(broker: Any) -> _EngineBroker:
@@ -4903,8 +4909,10 @@ class SQLiteResultBackend(ResultBackend):
     async def _wait_async(self, search: _ResultSearch, timeout: int) -> None:
         await self.broker._engine.watch_async(search.is_over, timeout / 1000)
 
-    def _hint(self) -> str:
-        return "" if self.broker._engine.has_worker() else f"No worker is running on {self.broker!r}."
+    def _hint(self, message: Any) -> str:
+        is_here = getattr(message, "_broker", None) is self.broker
+        is_idle = is_here and not self.broker._engine.has_worker()
+        return f"No worker is running on {self.broker!r}." if is_idle else ""
 
     def _why_never(self, message: Any) -> str | None:
         broker = self.broker
@@ -6437,6 +6445,14 @@ class _EngineBroker(Broker):
             index = 0  # Its after hooks come last: see _default_middleware().
         super()._add_middleware_at(index, middleware)
 
+    def _adopt_middleware(self, middleware: Middleware, former: Broker) -> None:
+        if isinstance(middleware, Results) and getattr(middleware._backend, "broker", None) is former:
+            middleware._backend = None  # Results go where the messages are.
+        if any(type(item) is type(middleware) for item in self._built_in):
+            self.add_middleware(middleware)
+        else:
+            super()._adopt_middleware(middleware, former)
+
     def declare_actor(self, actor: Actor[Any, Any]) -> None:
         super().declare_actor(actor)
         self._engine.ring_all()  # Workers that run already serve it from now on.
@@ -6709,7 +6725,8 @@ class SQLiteBroker(_EngineBroker):
             raise ValueError("':memory:' is no file; use MemoryBroker().")
         if "://" in path:
             raise ValueError(f"{path!r} is a URL; give the path of a file.")
-        self.path = os.path.join(os.getcwd(), path)  # Not abspath(): SQLite follows links before `..`.
+        has_parents = os.pardir in path.split(os.sep)  # SQLite follows links first, abspath() does not.
+        self.path = os.path.join(os.getcwd(), path) if has_parents else os.path.abspath(path)
         super().__init__(
             self.path,
             middleware=middleware,
