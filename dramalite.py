@@ -4443,9 +4443,11 @@ class _Engine(_ValueDatabase):
         is_ready, next_due = connection.execute(_LOOK).fetchone()
         if next_due is None:
             return bool(is_ready)
-        if next_due > self._clock().time_ms() and (is_ready or not skip_to(next_due)):
-            return bool(is_ready)
         now = self._clock().time_ms()
+        if next_due > now:
+            if is_ready or not skip_to(next_due):
+                return bool(is_ready)
+            now = next_due
         due = connection.execute(_DUE, (now,)).fetchall()
         connection.executemany(_PROMOTE, [(now * 1000, row_id) for (row_id,) in due])
         return True

@@ -85,8 +85,8 @@ MUTANTS = [
     ),
     Mutant(
         "due-in-the-order-sent", "delayed messages do not run in the order of their times", "order_simulated",
-        "WHERE state = 1 AND eta <= ? ORDER BY eta, id LIMIT 256",
-        "WHERE state = 1 AND eta <= ? ORDER BY id LIMIT 256",
+        "WHERE state = 1 AND eta <= ? ORDER BY eta, id LIMIT 2000",
+        "WHERE state = 1 AND eta <= ? ORDER BY id LIMIT 2000",
     ),
     Mutant(
         "handed-back-to-the-end", "what a stopping worker gives back loses its place", "order_simulated",
@@ -103,8 +103,8 @@ MUTANTS = [
     ),
     Mutant(
         "due-early", "delayed messages become ready before their time", "engine",
-        "fetchone()\n        now = self._clock().time_ms()\n",
-        "fetchone()\n        now = self._clock().time_ms() + 40\n",
+        "        now = self._clock().time_ms()\n        if next_due > now:\n",
+        "        now = self._clock().time_ms() + 40\n        if next_due > now:\n",
     ),
     Mutant(
         "due-late", "delayed messages become ready after their time only", "chains",
@@ -134,11 +134,11 @@ MUTANTS = [
     # Nothing is lost or done twice
     Mutant(
         "ack-before-run", "a message is deleted when it is claimed", "once",
-        "                        ).fetchall()\n            for outcome in outcomes:",
-        "                        ).fetchall()\n"
+        "                    ).fetchall()\n                if limit and not rows:",
+        "                    ).fetchall()\n"
         '                    gone = "DELETE FROM dramalite_messages WHERE state = 2 AND id = ?"\n'
         "                    connection.executemany(gone, [(row[1],) for row in rows])\n"
-        "            for outcome in outcomes:",
+        "                if limit and not rows:",
     ),
     Mutant(
         "lost-in-a-crash", "what a dead worker had claimed is deleted", "once",
@@ -439,8 +439,8 @@ MUTANTS = [
     ),
     Mutant(
         "delays-in-groups-ignored", "members of a group start at once", "groups_once",
-        "                    self.broker.enqueue(child, delay=wait)\n",
-        "                    self.broker.enqueue(child)\n",
+        "                self.broker.enqueue(child, delay=wait)\n",
+        "                self.broker.enqueue(child)\n",
     ),
     Mutant(
         "the-shorter-delay", "the longer of two delays does not hold", "groups_once",
@@ -486,8 +486,8 @@ MUTANTS = [
     # Encoding
     Mutant(
         "keys-become-text", "a dict's key 1 is read back as \"1\"", "encoding",
-        "        for key in value:\n            if type(key) is not str:\n                return False\n",
-        "",
+        "                    if not isinstance(key, str):\n                        return False\n",
+        "                    pass\n",
     ),
     Mutant(
         "surrogates-stored", "text that is none is accepted", "encoding",
