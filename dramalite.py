@@ -2476,10 +2476,9 @@ class group:  # noqa: N801  (Dramatiq's name)
     def add_completion_callback(self, message: Message[Any], *, whatever: bool = False) -> None:
         """Send a message once all members have succeeded; with `whatever`, when all have ended.
 
-        Whether it is sent is decided in the commit of a member: no enqueue hook hears of it.
-
         A member that failed for good or was skipped has ended.  The count is committed with
-        each member's acknowledgement: none is lost or counted twice, and it never expires.
+        each member's acknowledgement: none is lost or counted twice, and it never expires.  Only
+        that commit decides whether the message is sent, so no enqueue hook hears of it.
         """
         if not isinstance(message, (Message, MessageProxy)):
             raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
@@ -4363,13 +4362,13 @@ class _Engine(_ValueDatabase):
     def exchange(
         self, slot: _Slot, outcomes: list[_Outcome], limit: int, targets: str, suspects: bool,
         skip_to: Callable[[int], bool] = lambda _due_ms: False,
-    ) -> tuple[list[_Row], int]:
+    ) -> tuple[list[_Row], int]:  # fmt: skip
         """In one transaction: write what came of earlier rows, and claim up to `limit` more.
 
         Returns the claimed rows, best first, and if there are none the data_version() of that
         look.  Outcomes of rows that are no longer this worker's change nothing.  `skip_to` is
         told, where nothing is ready, when the next message is due; virtual time can pass there.
-        """  # fmt: skip
+        """
         with self._writing():
             connection = self._connect("work")
             rows: list[Any] = []
