@@ -10115,7 +10115,8 @@ _MODULES: dict[str, str] = {
     "composition": "group pipeline",
     "encoder": "Encoder JSONEncoder PickleEncoder",
     "errors": "ActorNotFound BrokerConnectionError BrokerError ConnectionClosed ConnectionFailed "
-    "DecodeError DramatiqError QueueJoinTimeout QueueNotFound RateLimitExceeded Retry",
+    "ConnectionError=BrokerConnectionError DecodeError DramaliteError DramatiqError QueueJoinTimeout "
+    "QueueNotFound RateLimitExceeded Retry",
     "generic": "GenericActor",
     "logging": "get_logger",
     "message": "Message get_encoder set_encoder",
@@ -10144,11 +10145,12 @@ _MODULES: dict[str, str] = {
     "rate_limits.concurrent": "ConcurrentRateLimiter",
     "rate_limits.rate_limiter": "RateLimiter",
     "rate_limits.window": "WindowRateLimiter",
-    "results": "Missing ResultBackend ResultError ResultFailure ResultMissing ResultTimeout Results",
+    "results": "Missing ResultBackend ResultError ResultFailure ResultMissing ResultTimeout "
+    "ResultUnavailable Results",
     "results.backend": "Missing ResultBackend",
     "results.backends": "StubBackend=StubResultBackend SQLiteBackend=SQLiteResultBackend",
     "results.backends.stub": "StubBackend=StubResultBackend",
-    "results.errors": "ResultError ResultFailure ResultMissing ResultTimeout",
+    "results.errors": "ResultError ResultFailure ResultMissing ResultTimeout ResultUnavailable",
     "results.middleware": "Results",
     "threading": "Interrupt raise_thread_exception",
     "worker": "Worker",
