@@ -131,6 +131,16 @@ MUTANTS = [
         'limit = _truthy_option(message, "time_limit", self.time_limit)',
         'limit = message.options.get("time_limit") or self.time_limit',
     ),
+    Mutant(
+        "later-than-told", "one simulated thread goes on past the time up to which it is to go", "same_events",
+        "self._sizes != (1, 1) or (end_ms is not None and due_ms > end_ms):",
+        "self._sizes != (1, 1):",
+    ),
+    Mutant(
+        "some-are-passed", "one simulated thread goes on to a moment after what is due", "same_events",
+        "            self._jump(due_ms)\n            return True",
+        "            self._jump(due_ms + 1)\n            return True",
+    ),
     # Nothing is lost or done twice
     Mutant(
         "ack-before-run", "a message is deleted when it is claimed", "once",

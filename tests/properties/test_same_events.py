@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
+from datetime import timedelta
 from typing import NamedTuple
 
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 import dramalite
 
-from world import PATIENT, crashes, open_broker, retries, run_with, simulated, worlds
+from world import PATIENT, crashes, open_broker, places, retries, run_with, simulated, worlds
 
 
 class Job(NamedTuple):
@@ -82,6 +83,45 @@ def test_another_seed_gives_other_waits(seed):
     one, other = (run("memory", {"seed": number}, plan) for number in (seed, seed + 1))
 
     assert [event.started_ms for event in one] != [event.started_ms for event in other]
+
+
+# One virtual thread goes on to the next message by itself
+
+
+def take_steps(sim):
+    while sim.step():
+        pass
+
+
+def stop_after(gaps):
+    """How to run a simulation with stops, which only a job that takes its time can pass."""
+
+    def run(sim):
+        for gap in gaps:
+            end = sim.now + timedelta(milliseconds=gap)
+            sim.run_until(end)
+            assert sim.now == end or any(event.started <= end < event.ended for event in sim.events)
+        sim.run_until_idle()
+
+    return run
+
+
+def run_in_one_thread(place, seed, plan, how):
+    with open_broker(place) as broker, dramalite.simulate(broker, seed=seed) as sim:
+        send(declare(broker), plan)
+        how(sim)
+    return sim.events, sim.now
+
+
+@simulated
+@given(places, st.integers(0, 999), plans, st.lists(st.integers(1, 100), max_size=5))
+def test_one_thread_does_the_same_at_a_stretch_and_step_by_step_and_with_stops(place, seed, plan, gaps):
+    events, now = run_in_one_thread(place, seed, plan, lambda sim: sim.run_until_idle())
+    far = now + timedelta(days=1)
+
+    assert run_in_one_thread(place, seed, plan, take_steps) == (events, now)
+    assert run_in_one_thread(place, seed, plan, lambda sim: sim.run_until(far)) == (events, far)
+    assert run_in_one_thread(place, seed, plan, stop_after(gaps))[0] == events
 
 
 # Reopening
