@@ -2,8 +2,11 @@
 
 import asyncio
 import datetime
+import enum
 import functools
+import inspect
 import re
+import sys
 
 import pytest
 
@@ -135,6 +138,17 @@ def test_another_class_can_be_made_of_the_function(stub_broker):
         pass
 
     assert type(add) is MyActor
+
+
+def test_send_goes_through_the_send_with_options_of_another_class(stub_broker):
+    class Traced(Actor):
+        def send_with_options(self, **options):
+            return super().send_with_options(**options, trace="7")
+
+    sent = dramalite.actor(print, actor_name="work", actor_class=Traced).send(1, end="")
+
+    assert (sent.args, sent.kwargs, sent.options) == ((1,), {"end": ""}, {"trace": "7"})
+    assert stub_broker.pending() == [sent]
 
 
 def test_the_actor_class_may_be_any_callable(stub_broker):
@@ -570,6 +584,38 @@ def test_an_async_actor_works_for_a_worker(broker, worker):
     assert sorted(done) == [1, 2]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="inspect.markcoroutinefunction() is new in 3.12")
+def test_a_function_that_is_marked_as_a_coroutine_function_runs_as_one(broker):
+    done = []
+
+    @dramalite.actor
+    @inspect.markcoroutinefunction
+    def work(value):
+        async def later():
+            done.append(value)
+
+        return later()
+
+    work.send(1)
+    broker.drain()
+
+    assert done == [1]
+
+
+def test_an_object_with_an_async_call_runs_as_a_coroutine(broker):
+    class Work:
+        async def __call__(self, value):
+            done.append(value)
+
+    done = []
+    work = dramalite.actor(Work(), actor_name="work")
+    work.send(1)
+    broker.drain()
+    work(2)
+
+    assert done == [1, 2]
+
+
 # Messages of an actor
 
 
@@ -730,6 +776,20 @@ def test_nesting_of_a_hundred_levels_is_accepted(broker, worker):
     broker.join("default", timeout=DEADLINE * 1000)
 
     assert received == [value]
+
+
+def test_keys_may_be_of_a_subclass_of_str(broker):
+    class Colour(str, enum.Enum):
+        RED = "red"
+
+    received = []
+    work = dramalite.actor(lambda *args, **kwargs: received.append((args, kwargs)), actor_name="work")
+    work.send_with_options(args=({Colour.RED: 1},), kwargs={"by": [{Colour.RED: 2}]}, shade={Colour.RED: 3})
+    [waiting] = broker.pending()
+    broker.drain()
+
+    assert received == [(({"red": 1},), {"by": [{"red": 2}]})]
+    assert waiting.options == {"shade": {"red": 3}}
 
 
 def test_a_cycle_is_refused(stub_broker):
