@@ -65,6 +65,23 @@ def test_an_actor_in_place_of_its_message_is_refused_with_what_to_do(add, compos
         compose([add])
 
 
+@pytest.mark.parametrize("compose", [pipeline, group])
+def test_a_message_in_place_of_a_list_is_refused_with_what_to_do(add, compose):
+    with pytest.raises(TypeError, match="'add'.*give a list of messages"):
+        compose(add.message(1, 2))
+
+
+@pytest.mark.parametrize("compose", [pipeline, group])
+def test_a_proxy_stands_for_its_message(add, broker, compose):
+    message = add.message(1, 2)
+    composed = compose([dramalite.MessageProxy(message)])
+    composed.run()
+    broker.drain()
+
+    assert message.get_result() == 3
+    assert list(composed.get_results()) == [3]
+
+
 # Pipelines as objects
 
 
@@ -223,6 +240,15 @@ def test_running_a_group_enqueues_all_and_returns_it(add, enqueued):
     assert [(message.message_id, delay) for message, delay in enqueued] == [
         (message.message_id, None) for message in messages
     ]
+
+
+def test_a_group_sends_children_of_all_kinds_in_their_order(add, enqueued):
+    pipe, inner = add.message(2, 0) | add.message(0), group([add.message(3, 0), add.message(4, 0)])
+    delayed = add.message_with_options(args=(6, 0), delay=1000)
+    first, *others = (add.message(number, 0) for number in (0, 1, 5, 7))
+    group([first, others[0], pipe, inner, others[1], delayed, others[2]]).run()
+
+    assert [message.args[0] for message, _ in enqueued] == list(range(8))
 
 
 def test_a_group_delays_all_its_children(add, enqueued):

@@ -235,6 +235,17 @@ def test_an_empty_group_has_succeeded_at_once(broker, tell, told):
     assert sorted(told) == ["done", "ended"]
 
 
+def test_a_callback_that_is_no_message_is_refused_with_what_to_do(broker, member, tell):
+    members = group_of(member, 1)
+    for whatever in (False, True):
+        with pytest.raises(TypeError, match=r"actor\.message"):
+            members.add_completion_callback(tell, whatever=whatever)
+    members.run()
+    run(broker)
+
+    assert broker.dead_letters == []
+
+
 # Members that do not succeed
 
 
@@ -724,6 +735,18 @@ def test_a_pipeline_with_a_group_may_be_delayed(broker, step):
 
     assert before == 0
     assert result == ["end", [[1]]]
+
+
+@pytest.mark.parametrize("values", [[1, 2], []], ids=["group", "empty group"])
+def test_a_step_after_a_group_keeps_its_delay(broker, step, values):
+    last = step.message_with_options(args=("end",), delay=5000)
+    with dramalite.simulate(broker) as sim:
+        (step.message(0) | group_of(step, *values) | last).run()
+        sim.run_until_idle()
+
+    *_others, before, end = sim.events
+    assert end.message.args[0] == "end"
+    assert end.started_ms - before.ended_ms == 5000
 
 
 def test_several_groups_may_be_steps_of_a_pipeline(broker, step):

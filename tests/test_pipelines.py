@@ -111,6 +111,18 @@ def test_three_steps_of_one_parameter_each_run_as_written(broker, worker, caplog
     assert "final_step" in warnings[1]
 
 
+def test_a_class_based_step_whose_perform_takes_nothing_gets_nothing(broker, log):
+    class Last(dramalite.GenericActor):
+        def perform(self):
+            log.append("last")
+
+    first = dramalite.actor(lambda: 1, actor_name="first")
+    (first.message() | Last.message()).run()
+    broker.drain()
+
+    assert log == ["last"]
+
+
 def test_a_dropped_result_is_warned_about_once_for_each_actor(broker, worker, caplog, log):
     first = dramalite.actor(lambda: 1, actor_name="first")
     second = dramalite.actor(lambda: log.append("second"), actor_name="second")
