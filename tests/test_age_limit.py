@@ -108,6 +108,19 @@ def test_a_limit_may_be_a_timedelta(broker, worker, done, minutes, expected):
     assert done == expected
 
 
+def test_a_limit_that_a_middleware_gives_a_message_before_it_runs_holds(broker, worker, done):
+    class Limit(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            message.options["max_age"] = MINUTE
+
+    broker.add_middleware(Limit(), before=dramalite.AgeLimit)
+    old = send_aged(broker, dramalite.actor(lambda: done.append("ran"), actor_name="work"), 2 * MINUTE)
+    work_off(broker, worker)
+
+    assert done == []
+    assert [letter.message_id for letter in broker.dead_letters] == [old.message_id]
+
+
 def test_time_spent_delayed_counts(make_broker, clock, worker, done):
     broker = make_broker(clock=clock)
     actor = dramalite.actor(lambda: done.append("ran"), actor_name="work", max_age=3 * MINUTE)

@@ -130,6 +130,45 @@ def test_a_broker_that_is_set_late_takes_over_the_actors_declared_before(run_pyt
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_broker_that_is_set_late_takes_over_the_middleware_added_before(run_python):
+    done = run_python(
+        "import dramalite\n"
+        "class Note(dramalite.Middleware):\n"
+        "    actor_options = {'colour'}\n"
+        "    def before_enqueue(self, broker, message, delay): print('heard of', message.actor_name)\n"
+        "dramalite.get_broker().add_middleware(Note())\n"
+        "@dramalite.actor(colour='red')\n"
+        "def work(): pass\n"
+        "broker = dramalite.MemoryBroker()\n"
+        "kinds = [type(item) for item in broker.middleware]\n"
+        "dramalite.set_broker(broker)\n"
+        "assert [type(item) for item in broker.middleware] == [*kinds, Note]\n"
+        "work.send()\n"
+    )
+
+    assert (done.stdout, done.stderr) == ("heard of work\n", "")
+
+
+def test_a_broker_that_does_not_fit_all_actors_declared_before_is_refused_and_nothing_changes(run_python):
+    done = run_python(
+        "import dramalite\n"
+        "actors = [dramalite.actor(print, actor_name=name, **options) for name, options in \n"
+        "          [('first', {}), ('second', {'store_results': True}), ('third', {})]]\n"
+        "implicit, stub, broker = dramalite.get_broker(), dramalite.StubBroker(), dramalite.MemoryBroker()\n"
+        "try:\n"
+        "    dramalite.set_broker(stub)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "assert dramalite.get_broker() is implicit\n"
+        "assert [actor.broker for actor in actors] == [implicit] * 3 and not stub.actors\n"
+        "dramalite.set_broker(broker)\n"
+        "assert [actor.broker for actor in actors] == [broker] * 3\n"
+    )
+
+    assert "store_results" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_broker_that_was_set_on_purpose_keeps_its_actors(make_stub_broker):
     first = make_stub_broker()
 

@@ -924,6 +924,20 @@ def test_flush_all_forgets_dead_letters_and_later_ones_are_kept(broker, worker):
     assert [letter.args for letter in broker.dead_letters] == [(2,)]
 
 
+def test_what_a_hook_dropped_by_leaving_is_a_dead_letter(broker, worker):
+    class Leave(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            raise SystemExit("no")
+
+    broker.add_middleware(Leave())
+    sent = dramalite.actor(lambda: None, actor_name="work").send()
+    worker(broker)
+    with pytest.raises(Exception, match="A hook"):
+        broker.join("default", timeout=PATIENCE, fail_fast=True)
+
+    assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
+
+
 # Consumers, for code that does without Worker
 
 

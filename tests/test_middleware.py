@@ -192,6 +192,29 @@ def test_a_place_beside_a_class_that_is_not_there_is_refused(make_stub_broker, p
     assert names(broker) == ["First"]
 
 
+def test_a_bad_place_for_what_takes_the_place_of_a_built_in_one_changes_nothing(broker):
+    class MyResults(dramalite.Results):
+        pass
+
+    before, backend = list(broker.middleware), broker.get_results_backend()
+    with pytest.raises(ValueError):
+        broker.add_middleware(MyResults(backend=dramalite.StubResultBackend()), before=First)
+
+    assert broker.middleware == before
+    assert broker.get_results_backend() is backend
+
+
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_what_takes_the_place_of_a_built_in_one_may_name_that_place(broker, place):
+    class MyCurrentMessage(dramalite.CurrentMessage):
+        pass
+
+    before = names(broker)
+    broker.add_middleware(MyCurrentMessage(), **{place: dramalite.CurrentMessage})
+
+    assert names(broker) == [{"CurrentMessage": "MyCurrentMessage"}.get(name, name) for name in before]
+
+
 def test_before_and_after_exclude_each_other(make_stub_broker):
     broker = make_stub_broker(middleware=[First("", [])])
     with pytest.raises(AssertionError):
