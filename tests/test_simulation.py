@@ -278,6 +278,36 @@ def test_waiting_for_a_result_ends_with_its_virtual_timeout(broker, flaky):
         assert sim.now == START + timedelta(seconds=10)
 
 
+def test_a_result_is_seen_at_the_moment_it_comes(broker, flaky):
+    """Not when the next message is due, to which a simulation may go on by itself."""
+    with dramalite.simulate(broker) as sim:
+        later = flaky.send_with_options(args=(0,), delay=60_000)
+        message = flaky.send(0)
+
+        assert message.get_result(block=True, timeout=3_600_000) == 0
+        assert sim.now == START
+        assert later.get_result(block=True, timeout=3_600_000) == 0
+        assert sim.now == START + timedelta(minutes=1)
+
+
+def test_a_job_waits_for_a_result_until_its_virtual_timeout(broker, flaky):
+    seen = []
+
+    @dramalite.actor(max_retries=0)
+    def waiting():
+        with pytest.raises(dramalite.ResultTimeout):
+            later.get_result(block=True, timeout=5000)
+        seen.append(sim.now)
+
+    with dramalite.simulate(broker) as sim:
+        later = flaky.send_with_options(args=(0,), delay=1000)
+        waiting.send()
+        sim.run_until_idle()
+
+    assert seen == [START + timedelta(seconds=5)]
+    assert outcomes(sim) == ["done", "done"]
+
+
 def test_join_runs_the_simulation(broker, flaky):
     with dramalite.simulate(broker) as sim:
         flaky.send(3)
@@ -479,6 +509,24 @@ def test_a_simulation_that_ends_in_time_is_no_error(broker, work):
         sim.run_until_idle(max_steps=10, max_time=0)
 
     assert outcomes(sim) == ["done"]
+
+
+@pytest.mark.parametrize("place", ["hook", "job"])
+def test_a_subclass_of_skip_message_skips_as_well(broker, place):
+    class Cancelled(dramalite.SkipMessage):
+        pass
+
+    def cancel(*_args):
+        raise Cancelled("not today")
+
+    if place == "hook":
+        broker.add_middleware(type("Cancel", (dramalite.Middleware,), {"before_process_message": cancel})())
+    work = dramalite.actor(cancel if place == "job" else print, actor_name="work")
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert [(event.outcome, event.error) for event in sim.events] == [("skipped", "Cancelled: not today")]
 
 
 # Crashes

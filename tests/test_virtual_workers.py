@@ -135,6 +135,38 @@ def test_drain_raises_for_dead_letters_as_well(broker):
     assert len(broker.dead_letters) == 1
 
 
+def an_unstorable_result(broker):
+    dramalite.actor(lambda: {1}, actor_name="strange", store_results=True).send()
+
+
+def a_retry_too_many(broker):
+    def again():
+        raise dramalite.Retry("once more")
+
+    dramalite.actor(again, max_retries=0).send()
+
+
+def a_message_too_old(broker):
+    message = dramalite.actor(print, actor_name="late", max_age=1000).message()
+    broker.enqueue(message._replace(message_timestamp=message.message_timestamp - 2000))
+
+
+@pytest.mark.parametrize(
+    ("send", "error"),
+    [
+        (an_unstorable_result, TypeError),
+        (a_retry_too_many, dramalite.Retry),
+        (a_message_too_old, dramalite.SkipMessage),
+    ],
+)
+def test_drain_raises_what_became_a_dead_letter_though_no_job_failed(broker, send, error):
+    send(broker)
+    with pytest.raises(error):
+        broker.drain()
+
+    assert len(broker.dead_letters) == 1
+
+
 def test_drain_stores_results(broker):
     @dramalite.actor(store_results=True)
     def add(x, y):
@@ -225,6 +257,27 @@ def test_a_message_that_was_not_sent_like_this_fails_with_what_was(broker, note,
     note.send(1)
     with pytest.raises(AssertionError, match=r"note\(1\)"):
         broker.assert_sent(note, **wanted)
+
+
+@pytest.mark.parametrize("option", ["args", "kwargs", "on_success", "max_age"])
+def test_what_is_asked_for_may_be_given_as_it_was_sent(broker, note, option):
+    given = {
+        "args": ((1, 2),),
+        "kwargs": {"key": {"a": (3,)}},
+        "on_success": note,
+        "max_age": timedelta(seconds=5),
+    }
+    sent = note.send_with_options(**given)
+    note.send(1)
+    [found] = broker.assert_sent(note, **{option: given[option]})
+
+    assert found.message_id == sent.message_id
+
+
+def test_a_message_that_was_not_to_be_sent_fails_with_how_many_were_wanted(broker, note):
+    note.send(1)
+    with pytest.raises(AssertionError, match="1 messages for 'note' .* not 0"):
+        broker.assert_sent(note, times=0)
 
 
 def test_nothing_sent_fails_as_well(broker, note):
