@@ -93,3 +93,15 @@ def test_lines_of_a_worker_have_dramatiqs_form(run_python, tmp_path):
         r"dramalite \S+ is booting up\.\n",
         result.stderr,
     ), result.stderr
+
+
+def test_a_handler_that_was_there_before_keeps_its_own_form(run_python, tmp_path):
+    (tmp_path / "jobs.py").write_text("import dramalite\n")
+    result = run_python(
+        "import logging, sys, dramalite\n"
+        "logging.basicConfig(format='MINE %(message)s', level='INFO', stream=sys.stdout)\n"
+        "sys.exit(dramalite.main(['worker', 'jobs', '-p', '0']))"
+    )
+
+    assert re.match(r"MINE dramalite \S+ is booting up\.\n", result.stdout), result.stdout + result.stderr
+    assert result.stderr == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -150,6 +151,21 @@ def test_broken_code_at_a_reload_ends_the_worker_with_2(place):
 
     assert tree.wait(10) == 2, tree.tail()
     assert "broken" in tree.output()
+
+
+def test_a_reload_needs_no_notes_that_a_cleaner_of_old_files_left(place, tmp_path):
+    notes = tmp_path / "tmp"
+    notes.mkdir()
+    tree = place.ready_worker("-f", "jobs:forked", TMPDIR=str(notes))
+    place.wait_until(lambda: place.notes("forked"), "the fork function is called")
+    [folder] = notes.iterdir()
+    shutil.rmtree(folder)
+    tree.signal(signal.SIGHUP)
+    place.wait_until(lambda: len(pids(place, "forked")) == 2, "it is called again once a new worker process is ready")
+
+    assert worked_by(place, 1) in tree.children()
+    tree.signal(signal.SIGTERM)
+    assert tree.wait(10) == 0, tree.tail()
 
 
 # Watching
@@ -341,6 +357,65 @@ def test_a_program_of_its_own_can_be_the_supervisor(place, given):
     assert tree.wait(10) == 0, tree.tail()
 
 
+def test_a_program_has_its_signal_handlers_back_after_main(place):
+    place.script(
+        """
+        import signal
+        import dramalite
+
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD]
+        for number in numbers:
+            signal.signal(number, lambda *_: None)
+        before = [signal.getsignal(number) for number in numbers]
+        assert dramalite.main(["worker", "jobs", "-p", "0"]) == 0
+        assert [signal.getsignal(number) for number in numbers] == before
+        """
+    )
+
+
+def test_a_supervisor_that_finds_no_thread_or_process_left_for_a_child_tries_again(place):
+    tree = place.start_script(
+        """
+        import subprocess, sys, threading
+        import dramalite
+
+        def failing_once(function, error):
+            def call(*args, **kwargs):
+                if errors:
+                    raise errors.pop()
+                return function(*args, **kwargs)
+
+            errors = [error]
+            return call
+
+        if __name__ == "__main__":
+            dramalite._RESTART_DELAYS_S = (0.0,)  # It would wait for 30 s.
+            threading.Thread.start = failing_once(threading.Thread.start, RuntimeError("no thread left"))
+            subprocess.Popen = failing_once(subprocess.Popen, OSError("no process left"))
+            sys.exit(dramalite.main(["worker", "jobs", "-p", "1", "-t", "1"]))
+        """
+    )
+
+    assert worked_by(place, 1) in tree.children()
+    assert re.search("no thread left.*\n.*no process left", tree.output())
+    tree.signal(signal.SIGTERM)
+    assert tree.wait(10) == 0, tree.tail()
+
+
+def test_children_are_told_apart_though_the_caller_ignored_their_ends(place):
+    (place.folder / "broken.py").write_text("raise ValueError('broken')\n")
+    tree = place.start_script(
+        """
+        import os, signal, sys
+
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        os.execv(sys.executable, [sys.executable, "-m", "dramalite", "worker", "broken", "-p", "1"])
+        """
+    )
+
+    assert tree.wait(10) == 2, tree.tail()
+
+
 # Logging
 
 
@@ -354,6 +429,43 @@ def test_several_log_files_get_the_same(place, tmp_path):
     assert tree.wait(10) == 0
     assert "Bye" in logs[0].read_text()
     assert logs[0].read_text() == logs[1].read_text() == logs[2].read_text()
+
+
+def test_a_job_may_print_when_its_supervisor_and_with_it_the_log_is_gone(place, tmp_path):
+    place.jobs("""
+        class Stop(dramalite.Middleware):
+            def before_worker_shutdown(self, broker, worker):
+                note("stopping")
+
+        broker.add_middleware(Stop())
+
+        @dramalite.actor(max_retries=0)
+        def talk():
+            note("talking")
+            until(lambda: noted("stopping"))
+            print("Is anybody there?", flush=True)
+            note("talked")
+    """)
+    place.send("talk")
+    tree = place.worker("--log-file", str(tmp_path / "a.log"), "--log-file", str(tmp_path / "b.log"))
+    place.wait_until(lambda: place.notes("talking"), "the job runs")
+    kill(tree.pid)
+    place.wait_until(lambda: not tree.pids(), "nothing is left")
+
+    assert place.notes("talked")
+    assert (place.waiting(), place.dead()) == (0, 0)
+
+
+def test_a_log_file_serves_where_standard_error_is_closed(place, tmp_path):
+    log = tmp_path / "worker.log"
+    command = [sys.executable, "-m", "dramalite", "worker", "jobs", "-p", "1", "-t", "1", "--log-file", str(log)]
+    tree = place.start(["sh", "-c", 'exec "$0" "$@" 2>&-', *command])
+
+    assert worked_by(place, 1) in tree.children()
+    assert "ready for action" in log.read_text()
+    tree.signal(signal.SIGTERM)
+    assert tree.wait(10) == 0
+    assert "Bye" in log.read_text()
 
 
 def test_a_log_file_that_cannot_be_opened_ends_with_2(place, tmp_path):
@@ -402,6 +514,8 @@ def test_a_queue_filter_and_options_that_are_always_so_are_accepted(place):
         (["--worker-fork-timeout", "soon"], "soon"),
         (["--fork-function", "jobs"], "MODULE:FUNCTION"),
         (["--async-concurrency", "0"], "async-concurrency"),
+        (["-t", "0"], "'0' is not a whole number from 1 on"),
+        (["-p", "x"], "'x' is not a whole number from 0 on"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -246,6 +246,20 @@ def test_a_job_that_finished_before_the_stop_is_not_run_again(broker, worker):
     assert done == [1]
 
 
+def test_a_stop_may_have_any_time(broker, job):
+    dramalite.actor(job, actor_name="work").send("in hand")
+    worker = dramalite.Worker(broker, worker_threads=1)
+    worker.start()
+    job.running.wait(DEADLINE)
+    stopping = in_thread(worker.stop, timeout=10**13)
+    job.go_on.set()
+    stopping.join(DEADLINE)
+
+    assert stopping.is_alive() is False
+    assert job.finished == ["in hand"]
+    assert broker.pending() == []
+
+
 def test_stop_returns_when_its_timeout_is_over(broker, job):
     dramalite.actor(job, actor_name="work").send()
     worker = dramalite.Worker(broker, worker_threads=1)
