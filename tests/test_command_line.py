@@ -178,11 +178,13 @@ def test_several_processes_that_cannot_import_end_once_and_for_all(place):
         ("jobs:JOURNAL", "'jobs:JOURNAL' is not a Broker."),
         ("broken", "broken"),
         ("leaves", "leaves"),
+        ("cancelled", "CancelledError"),
     ],
 )
 def test_what_cannot_be_imported_is_named(place, target, named):
     (place.folder / "broken.py").write_text("def (:\n")
     (place.folder / "leaves.py").write_text("import sys\nsys.exit('leaving')\n")
+    (place.folder / "cancelled.py").write_text("import asyncio\nraise asyncio.CancelledError\n")
     tree = place.worker(module=target)
 
     assert tree.wait(10) == 2, tree.tail()
@@ -280,6 +282,56 @@ def test_the_processes_of_a_program_find_what_it_finds_beside_itself(place):
     place.wait_until(lambda: place.notes("ping", 1), "its worker process runs a job")
 
 
+COMMAND = ["worker", "jobs", "-p", "1", "-t", "1"]
+
+
+@pytest.mark.parametrize(
+    ("change", "call", "arguments"),
+    [
+        (f"sys.argv[1:] = {COMMAND}", "main()", ["of", "its", "own"]),
+        ("os.chdir(os.path.join(os.path.dirname(__file__), 'elsewhere'))", "main()", COMMAND),
+        pytest.param(
+            "os.chdir('elsewhere')",
+            "main()",
+            COMMAND,
+            marks=pytest.mark.xfail(strict=True, reason="The child process changes its folder once more, from there."),
+        ),
+        ("sys.frozen, sys.executable = True, os.path.abspath('program')", "main()", COMMAND),
+        ("sys.frozen, sys.executable = True, os.path.abspath('program')", f"main({COMMAND})", ["of", "its", "own"]),
+    ],
+    ids=[
+        "sets its arguments",
+        "changes its folder",
+        "changes to a folder beside",
+        "frozen",
+        "frozen, with arguments of its own",
+    ],
+)
+def test_a_program_starts_workers_and_not_itself_again_and_again(place, change, call, arguments):
+    (place.folder / "elsewhere").mkdir()
+    (place.folder / "program.py").write_text(
+        "import os, sys\n"
+        "os.environ['DEPTH'] = str(int(os.environ.get('DEPTH', 0)) + 1)\n"
+        "if int(os.environ['DEPTH']) > 3:\n"
+        "    sys.exit('It starts itself again and again.')\n"
+        "import dramalite\n"
+        "if __name__ == '__main__':\n"
+        f"    {change}\n"
+        f"    sys.exit(dramalite.{call})\n"
+    )
+    program = place.folder / "program"  # What the executable of a frozen program is.
+    program.write_text(f"#!/bin/sh\nexec '{sys.executable}' program.py \"$@\"\n")
+    program.chmod(0o755)
+    place.send("ping", 1)
+    tree = place.start([sys.executable, "program.py", *arguments])
+    place.wait_until(lambda: place.notes("ping", 1) or "died with" in tree.output(), "its worker process runs a job")
+
+    assert len(place.notes("ping", 1)) == 1, tree.tail()
+    assert sorted(tree.pids()) == sorted([tree.pid, int(place.notes("ping", 1)[0][2])])
+    tree.signal(signal.SIGTERM)
+    assert tree.wait(10) == 0, tree.tail()
+
+
 def test_a_module_that_starts_workers_when_it_is_imported_is_refused_with_what_to_do(place):
     place.jobs("sys.exit(dramalite.main(['worker', 'jobs', '-p', '1']))")
     tree = place.start([sys.executable, "jobs.py"])
@@ -328,6 +380,31 @@ def test_a_module_may_forbid_the_import_of_others(place):
     assert tree.alive(), tree.tail()
 
 
+def test_a_module_that_is_to_be_loaded_at_its_first_use_is_left_alone(place):
+    (place.folder / "heavy.py").write_text("import jobs\njobs.note('loaded')\n")
+    place.jobs(
+        """
+        import importlib.util
+
+        spec = importlib.util.find_spec("heavy")
+        spec.loader = importlib.util.LazyLoader(spec.loader)
+        heavy = sys.modules["heavy"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(heavy)
+
+        @dramalite.actor(max_retries=0)
+        def use():
+            note("used", heavy.jobs is sys.modules[__name__])
+        """
+    )
+    place.ready_worker()
+    before = place.notes("loaded")
+    place.send("use")
+    place.wait_until(lambda: place.notes("used", True), "the module is used")
+
+    assert before == []
+    assert place.notes("loaded")
+
+
 def test_the_broker_is_told_of_its_process_before_further_modules_are_imported(place):
     place.jobs(
         """
@@ -373,6 +450,15 @@ def test_only_the_named_queues_are_served(place):
     place.wait_until(lambda: place.waiting() == 1, "what was done is acknowledged")
 
 
+def test_options_of_several_values_may_come_before_the_modules(place):
+    place.send("ping", 1)
+    place.send("mail", 1, queue="mail")
+    place.start([sys.executable, "-m", "dramalite", "worker", "-p", "1", "-t", "1", "--queues", "mail", "--", "jobs"])
+
+    place.wait_until(lambda: place.notes("mail", 1), "the named queue is served")
+    assert place.notes("ping") == []
+
+
 def test_threads_of_one_process_work_at_the_same_time(place):
     place.worker(threads=3)
     for number in range(3):
@@ -409,6 +495,43 @@ def test_the_log_file_holds_what_workers_say_and_is_appended_to(place):
     assert text.startswith("earlier\n")
     for words in ("in the log: grüße", "on stdout: grüße", "on stderr: grüße"):
         assert words in text, text + tree.output()
+
+
+def test_what_a_job_prints_is_in_the_log_at_once_also_when_its_process_dies(place):
+    place.jobs(
+        """
+        @dramalite.actor(max_retries=0, max_crashes=1)
+        def leave():
+            print("first words")
+            until(lambda: noted("heard"))
+            print("last words")
+            os._exit(7)
+        """
+    )
+    place.send("leave")
+    tree = place.worker(PYTHONUNBUFFERED="")
+    place.wait_until(lambda: "first words\n" in tree.output(), "what was printed is in the log")
+    place.journal.write_text("heard\n")
+    place.wait_until(lambda: "died with exit code 7" in tree.output(), "the process dies")
+
+    assert "last words\n" in tree.output()
+
+
+def test_what_the_log_cannot_encode_is_printed_all_the_same(place):
+    place.jobs(
+        """
+        @dramalite.actor(max_retries=0)
+        def talk():
+            print("é →")
+            note("talked")
+        """
+    )
+    place.send("talk")
+    tree = place.worker(PYTHONIOENCODING="ascii")
+    place.drained()
+
+    assert place.notes("talked")
+    assert "\\xe9 \\u2192\n" in tree.output()
 
 
 @pytest.mark.parametrize("options", [[], ["--verbose"], ["-v"]], ids=["plain", "--verbose", "-v"])
@@ -488,6 +611,72 @@ def test_a_pid_file_that_is_not_ours_ends_with_4_and_stays(place, content):
     assert tree.wait(10) == 4, tree.tail()
     assert pid_file.read_text() == content
     assert str(pid_file) in tree.output()
+
+
+@pytest.mark.parametrize("is_new", [True, False], ids=["another file", "the same file"])
+def test_a_pid_file_that_is_another_processs_by_the_end_stays(place, is_new):
+    pid_file = place.folder / "worker.pid"
+    tree = place.ready_worker("--pid-file", str(pid_file))
+    if is_new:
+        pid_file.unlink()
+    pid_file.write_text(str(os.getpid()))
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(10) == 0, tree.tail()
+    assert pid_file.read_text() == str(os.getpid())
+
+
+def test_of_two_supervisors_that_start_at_once_with_one_pid_file_one_ends_with_4(place):
+    source = """
+        import os, sys, time
+        import dramalite
+
+        def meet(event, arguments):
+            # Both are about to write the file, having seen that there is none.
+            if event == "open" and arguments[0] == "worker.pid" and arguments[2] & os.O_CREAT:
+                open(f"here-{os.getpid()}", "w").close()
+                deadline = time.monotonic() + 10
+                while sum(name.startswith("here-") for name in os.listdir()) < 2 and time.monotonic() < deadline:
+                    time.sleep(0.001)
+
+        if __name__ == "__main__":
+            sys.addaudithook(meet)
+            sys.exit(dramalite.main(["worker", "jobs", "-p", "1", "-t", "1", "--pid-file", "worker.pid"]))
+    """
+    trees = [place.start_script(source) for _ in range(2)]
+    place.wait_until(lambda: not all(tree.alive() for tree in trees), "one gives way")
+    loser, winner = sorted(trees, key=harness.Tree.alive)
+
+    assert loser.wait() == 4, loser.tail()
+    assert "worker.pid" in loser.output()
+    place.wait_until(lambda: (place.folder / "worker.pid").read_text() == str(winner.pid), "the file is the other's")
+    assert winner.alive(), winner.tail()
+
+
+def test_a_signal_to_the_process_of_the_pid_file_is_never_too_early(place):
+    pid_file = place.folder / "worker.pid"
+    tree = place.start_script(
+        """
+        import os, signal, sys
+        import dramalite
+
+        chmod = os.chmod
+
+        def chmod_and_signal(path, *arguments):
+            chmod(path, *arguments)
+            if str(path) == "worker.pid":  # It has just been made.
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        if __name__ == "__main__":
+            os.chmod = chmod_and_signal
+            sys.exit(dramalite.main(["worker", "jobs", "-p", "1", "-t", "1", "--pid-file", "worker.pid"]))
+        """
+    )
+
+    assert tree.wait(10) == 0, tree.tail()
+    assert "SIGTERM" in tree.output()
+    assert not pid_file.exists()
+    assert tree.pids() == []
 
 
 def test_a_pid_file_that_cannot_be_written_ends_with_4(place):
@@ -609,6 +798,48 @@ def test_a_signal_during_the_start_stops_the_worker(place):
     assert tree.pids() == []
 
 
+def test_a_stop_during_the_start_waits_no_longer_than_it_is_told(place):
+    place.jobs("note('importing')\nuntil(lambda: noted('release'))")
+    tree = place.worker("--worker-shutdown-timeout", "50")
+    place.wait_until(lambda: place.notes("importing"), "the import is under way")
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(10) in (0, 1), tree.tail()
+    assert tree.pids() == []
+
+
+@pytest.mark.xfail(
+    sys.version_info >= (3, 11),
+    strict=True,
+    reason="What ends an import that outlasts the stop can't sleep for threading.TIMEOUT_MAX there: a traceback is logged.",
+)
+def test_a_stop_may_have_any_time(place):
+    tree = place.worker("--worker-shutdown-timeout", "10000000000000")
+    place.send("held", 1)
+    started(place, 1)
+    tree.signal(signal.SIGTERM)
+    place.wait_until(lambda: "Stopping worker process" in tree.output(), "the worker process knows")
+    harness.let_pass(0.3)  # Whatever thread fails meanwhile says so.
+    (place.folder / "release").touch()
+
+    assert tree.wait(10) == 0, tree.tail()
+    assert place.runs("end") == {"1": 1}
+    assert place.waiting() == 0
+    assert "Traceback" not in tree.output()
+
+
+def test_a_child_that_is_killed_while_it_stops_is_told_of_by_the_exit_code(place):
+    tree = place.worker()
+    place.send("held", 1)
+    child = started(place, 1)
+    tree.signal(signal.SIGTERM)
+    place.wait_until(lambda: "Stopping worker process" in tree.output(), "the child stops")
+    kill(child)
+
+    assert tree.wait(10) == 1, tree.tail()
+    assert "killed by SIGKILL while it stopped" in tree.output()
+
+
 def test_jobs_run_with_no_signal_blocked(place):
     place.jobs(
         """
@@ -684,6 +915,15 @@ def test_a_child_that_stops_leaves_soon_when_its_parent_is_killed(place):
     kill(tree.pid)
 
     place.wait_until(lambda: not tree.pids(), "the orphan leaves", 3.0)
+
+
+def test_a_child_that_still_imports_leaves_soon_when_its_parent_is_killed(place):
+    place.jobs("note('importing')\nuntil(lambda: noted('release'))")
+    tree = place.worker()
+    place.wait_until(lambda: place.notes("importing"), "the import is under way")
+    kill(tree.pid)
+
+    place.wait_until(lambda: not tree.pids(), "the orphan leaves", 5.0)
 
 
 def test_the_parent_stops_its_children_when_one_cannot_start_again(place):
