@@ -497,6 +497,9 @@ class Clock:
 
 _SYSTEM_CLOCK = Clock()
 
+#: Seconds that any system can wait for: three years.
+_LONGEST_WAIT_S = 10**8
+
 #: The longest duration that is accepted, the largest integer that all JSON readers keep.
 _MAX_DURATION_MS = 1 << 53
 
@@ -3138,6 +3141,14 @@ def _make_sender() -> socket.socket | None:
     return sender
 
 
+def _current_folder() -> str:
+    """The working folder; as a dot, where it was deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return os.curdir
+
+
 def _file_identity(path: str) -> tuple[int, int] | None:
     """Device and inode of a file, None where there is none."""
     try:
@@ -4044,7 +4055,9 @@ class _WatchedDatabase(_Database):
         """
         deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
         nap = 2e-3
-        with self._watching(is_announced):
+        with self._watching(is_announced) as must_listen:
+            if must_listen:
+                self._start_listening()
             while True:
                 seen = self._changes
                 if is_done():
@@ -4066,7 +4079,9 @@ class _WatchedDatabase(_Database):
         deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
         nap = 2e-3
-        with self._watching(is_announced=True):
+        with self._watching(is_announced=True) as must_listen:
+            if must_listen:
+                await asyncio.to_thread(self._start_listening)
             while True:
                 event = asyncio.Event()
                 callback = functools.partial(loop.call_soon_threadsafe, event.set)
@@ -4089,36 +4104,38 @@ class _WatchedDatabase(_Database):
                             self._callbacks.remove(callback)
 
     @contextlib.contextmanager
-    def _watching(self, is_announced: bool) -> Iterator[None]:
+    def _watching(self, is_announced: bool) -> Iterator[bool]:
+        """Count one more that watches meanwhile; gives whether it is to start the listener."""
         with self.changed:
             self._watchers += 1
             must_listen = is_announced and self.path is not None and not self._is_listening
             if must_listen:
                 self._is_listening = True
-        if must_listen:
-            self._start_listening()
         try:
-            yield
+            yield must_listen
         finally:
             with self.changed:
                 self._watchers -= 1
 
     def _start_listening(self) -> None:
-        listener = threading.Thread(target=self._listen, name="dramalite-listener", daemon=True)
-        try:
-            listener.start()
-        except BaseException as error:
-            self._is_listening = False
-            if not isinstance(error, RuntimeError):  # The system has no threads left.
-                raise
-
-    def _listen(self) -> None:
-        """Pass on, while somebody watches, the rings of workers in other processes."""
         try:
             slot = self.take_slot(_WATCHING, tracked=False)
         except (BrokerError, OSError):  # No slot free, no side file: those that watch look themselves.
             self._is_listening = False
             return
+        listener = threading.Thread(
+            target=self._listen, args=(slot,), name="dramalite-listener", daemon=True
+        )
+        try:
+            listener.start()
+        except BaseException as error:
+            self._is_listening = False
+            slot.release()
+            if not isinstance(error, RuntimeError):  # The system has no threads left.
+                raise
+
+    def _listen(self, slot: _Slot) -> None:
+        """Pass on, while somebody watches, the rings of workers in other processes."""
         try:
             while slot.is_held() and slot.is_current():
                 slot.sleep_until(_FOREVER)  # Said before the look that notify() causes.
@@ -7841,7 +7858,7 @@ class Worker:
         In a signal handler that interrupts work with the database, the worker is stopped by a
         thread of its own, for which the interpreter waits.
         """
-        timeout = min(timeout, int(threading.TIMEOUT_MAX) * 1000)
+        timeout = min(timeout, _LONGEST_WAIT_S * 1000)
         me = threading.current_thread()
         with self._stop_lock:
             dispatcher = self._running()
@@ -9102,7 +9119,7 @@ class _ChildProcess(abc.ABC):
 
     def _end_start(self, timeout_ms: float) -> None:
         """End the process if it is still importing after this time."""
-        _SYSTEM_CLOCK.sleep(min(timeout_ms / 1000, threading.TIMEOUT_MAX))
+        _SYSTEM_CLOCK.sleep(min(timeout_ms / 1000, _LONGEST_WAIT_S))
         if not self._has_started:
             os._exit(_EXIT_KILLED)
 
@@ -9538,11 +9555,12 @@ class _Supervisor:
     """Keeps child processes running.  Events come in through one queue, from signal handlers,
     from a thread per child that waits for its end, and from the watch."""
 
-    def __init__(self, namespace: argparse.Namespace, command: list[str]) -> None:
+    def __init__(self, namespace: argparse.Namespace, command: list[str], folder: str) -> None:
         import queue
 
         self._namespace = namespace
-        self._command = command  # That starts this program again, as a child process.
+        self._command = command  # That starts this program again, as a child process,
+        self._folder = folder  # and where.
         self._logger = get_logger("dramalite.MainProcess")
         self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._children = {str(i): _Child(str(i)) for i in range(namespace.processes)}
@@ -9707,7 +9725,7 @@ class _Supervisor:
             waiter.start()
             with _without_ctrl_c():  # Until the child is ready to leave it to us.
                 child.process = subprocess.Popen(
-                    self._command, stdin=subprocess.PIPE, bufsize=0, env=environment
+                    self._command, stdin=subprocess.PIPE, bufsize=0, env=environment, cwd=self._folder
                 )
             started.put(child.process)
         except (OSError, RuntimeError) as error:  # Too many processes, no memory: that may pass.
@@ -9907,6 +9925,9 @@ def _describe_exit(code: int) -> str:
 # ------------------------------------------------------------------------------------------
 _CHILD_VARIABLE = "_DRAMALITE_CHILD"
 
+#: Where this program was started, unless it has changed the folder before its imports.
+_START_FOLDER = _current_folder()
+
 _WORKER_TEXT = (
     "Run the actors of your modules until stopped by Ctrl+C or SIGTERM; SIGHUP starts the worker "
     "processes anew."
@@ -10076,27 +10097,30 @@ def main(args: list[str] | argparse.Namespace | None = None) -> int:
             f"--threads {namespace.threads} and --async-concurrency {namespace.async_concurrency} are more "
             f"than {_MAX_TRACKED} together; use more --processes instead."
         )
-    return _Supervisor(namespace, _child_command(args is None)).run()
+    return _Supervisor(namespace, *_child_command(args is None)).run()
 
 
-def _child_command(is_main: bool) -> list[str]:
-    """The command that starts this very program again; where it does more than main(), not that."""
+def _child_command(is_main: bool) -> tuple[list[str], str]:
+    """The command that starts this very program again, and the folder for it.
+
+    Where the program gives main() its arguments, what it does before is not done again.
+    """
     import subprocess
 
     own = sys.argv[1:]
     if getattr(sys, "frozen", False):  # Its executable is no Python.
-        return [sys.executable, *own]
+        return [sys.executable, *own], _START_FOLDER
     if is_main and own and sys.orig_argv[-len(own) :] == own:
         command = [sys.executable, *sys.orig_argv[1:]]
         main_module = sys.modules["__main__"]
         if main_module.__spec__ is None and getattr(main_module, "__file__", None):
-            command[-len(own) - 1] = cast(str, main_module.__file__)  # The folder may have changed.
-        return command
+            command[-len(own) - 1] = cast(str, main_module.__file__)
+        return command, _START_FOLDER
     # With the path that this program has, whatever it was made of.
     path = [entry for entry in sys.path if isinstance(entry, str)]
     program = f"import sys; sys.path[:] = {path!r}; from {__name__} import main; sys.exit(main())"
     flags = cast(Any, subprocess)._args_from_interpreter_flags()  # As multiprocessing does.
-    return [sys.executable, *flags, "-c", program]
+    return [sys.executable, *flags, "-c", program], os.curdir
 
 
 # ------------------------------------------------------------------------------------------
