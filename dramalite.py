@@ -2818,14 +2818,13 @@ class _Slots:
             return _Remains(self, 0, None, False, 0)
         base = index * _SLOT_WORDS
         with self.lock:
-            current = self.words[base + _OWNER] == owner
-            if index in self.held:
-                return None if current else _Remains(self, index, None, False, 0)
-            if not self._take(index):
-                return None if current else _Remains(self, index, None, False, 0)
+            if self.words[base + _OWNER] != owner:
+                return _Remains(self, index, None, False, 0)
+            if index in self.held or not self._take(index):
+                return None
             running = None
-            pid = self.words[base + _PID] if current else 0
-            if current and self.words[base + _RUNNING] >= 0:
+            pid = self.words[base + _PID]
+            if self.words[base + _RUNNING] >= 0:
                 words = self.words[base + _RUNNING : base + _SLOT_WORDS]
                 running = [word for word in words if word]
             self.held.add(index)
@@ -4527,7 +4526,7 @@ class _Engine(_ValueDatabase):
     def move_slot(self, old: _Slot, running: dict[int, int]) -> _Slot:
         """Take a slot in the place of one whose side file is gone, with its bell and its rows.
 
-        `running` has the rows that run, by thread.
+        `running` has the rows that run, by thread.  The caller gives the old one up.
         """
         new = self.take_slot(0, tracked=True, bell=old.bell)
         try:
@@ -4539,7 +4538,6 @@ class _Engine(_ValueDatabase):
         except BaseException:
             new.give_up()
             raise
-        old.give_up()
         return new
 
     # Looking.
@@ -5512,9 +5510,11 @@ class ShutdownNotifications(Middleware):
         self.logger.debug("Sending shutdown notification to worker threads...")
         self._stopping.add(id(worker))
         self._notify(worker)
-        threading.Thread(  # For those that have been taken up, but whose actor is still to begin.
+        late = threading.Thread(  # For those that have been taken up, but whose actor is still to begin.
             target=self._notify_late_ones, args=(worker,), name="dramalite-shutdown", daemon=True
-        ).start()
+        )
+        with contextlib.suppress(RuntimeError):  # At the interpreter's exit there are no new threads.
+            late.start()
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         self._stopping.discard(id(worker))
@@ -7740,11 +7740,12 @@ class _Dispatcher(_Exchanger):
         with self._exchange_lock:
             with self._lock:
                 running = {job.key: job.row.id for job in self.running.values()}
-            slot = self._engine.move_slot(self._slot, running)
+            old, slot = self._slot, self._engine.move_slot(self._slot, running)
             with self._lock:
                 self._slot = slot
                 for key in running.keys() | self.running.keys():
                     slot.run(key, self.running[key].row.id if key in self.running else 0)
+            old.give_up()
             self._targets.refresh(self._slot, anew=True)
         self._slot.bell.ring()
 
