@@ -319,7 +319,7 @@ def stop_twice_at_once(worker, held):
     stopping = [in_thread(worker.stop)]
     wait_until(lambda: held.held)
     stopping.append(in_thread(worker.stop))
-    stopping[1].join(0.1)  # Time to get into the hook, if nothing keeps it from that.
+    stopping[1].join(0.05)  # That it waits for the first one shows nowhere; late, it can only pass more easily.
     return stopping
 
 
@@ -371,6 +371,19 @@ def test_two_stops_at_once_call_the_hooks_once(broker, worker):
         thread.join(DEADLINE)
 
     assert len(held.held) == 1
+
+
+def test_a_second_stop_returns_when_the_first_one_is_over(broker, worker):
+    held, returned = Held(stops=2), []
+    broker.add_middleware(held)
+    stopping = stop_twice_at_once(worker(broker), held)
+    returned.append(not stopping[1].is_alive())
+    for event in held.events:
+        event.set()
+    stopping[1].join(DEADLINE)
+    returned.append(not stopping[1].is_alive())
+
+    assert returned == [False, True]
 
 
 def test_two_stops_at_once_do_not_give_another_workers_job_away(make_file_broker, worker, job):
@@ -448,6 +461,20 @@ def test_a_coroutine_that_outlives_the_stop_logs_no_errors_without_end_when_the_
         wait_until(lambda: len(caplog.records) > 10, timeout=0.2)
 
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+@pytest.mark.parametrize("hook", ["after_worker_thread_boot", "after_consumer_thread_boot"])
+def test_a_hook_that_wants_to_end_the_thread_it_is_told_of_does_not_keep_the_worker_from_work(broker, worker, hook):
+    def leave(self, broker, thread):
+        raise SystemExit("no settings")
+
+    done = []
+    broker.add_middleware(type("Leaves", (dramalite.Middleware,), {hook: leave})())
+    dramalite.actor(done.append, actor_name="work").send(1)
+    worker(broker)
+    broker.join("default", timeout=2000)
+
+    assert done == [1]
 
 
 def test_a_worker_can_be_started_again(broker):
@@ -720,6 +747,86 @@ def test_an_outcome_survives_a_worker_that_had_no_memory_to_write_it(make_broker
     broker.join("default", timeout=2000)
 
     assert ran == [0, 1, 2, 3]
+
+
+@pytest.fixture
+def takes_many(monkeypatch):
+    """Workers take up as many messages at a time as they may, as they do where each takes little time."""
+    monkeypatch.setattr("dramalite._BATCH_S", 5.0)
+
+
+def test_after_a_moments_trouble_what_is_done_and_what_is_held_need_not_wait_for_a_long_job(
+    broker, worker, job, takes_many, monkeypatch
+):
+    exchange, failed = dramalite._Engine.exchange, []
+
+    def fail_once(engine, slot, outcomes, *options):
+        if outcomes and job.running.is_set() and not failed:
+            failed.append(1)
+            raise dramalite.BrokerError("database or disk is full")
+        return exchange(engine, slot, outcomes, *options)
+
+    monkeypatch.setattr("dramalite._Engine.exchange", fail_once)
+    monkeypatch.setattr("dramalite._IDLE_TICK_S", 0.05)  # After which the worker tries again.
+    short = dramalite.actor(lambda number: number, actor_name="short", store_results=True)
+    long = dramalite.actor(job, actor_name="long")
+    first, _, *others = broker.enqueue_many([short.message(1), long.message(), short.message(2), short.message(3)])
+    worker(broker)
+    wait_until(lambda: failed)
+    result = first.get_result(block=True, timeout=4000)
+    worker(broker)
+
+    assert result == 1
+    assert [sent.get_result(block=True, timeout=4000) for sent in others] == [2, 3]
+    assert job.finished == []
+
+
+def test_what_a_worker_held_is_run_though_ctrl_c_kept_pause_from_handing_it_back(
+    broker, worker, job, takes_many, monkeypatch
+):
+    done, hand_back = [], dramalite._Engine.hand_back
+
+    def interrupt(*_):
+        monkeypatch.setattr("dramalite._Engine.hand_back", hand_back)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dramalite._Dispatcher.look_after", lambda dispatcher: None)  # So that all is held until then.
+    short = dramalite.actor(done.append, actor_name="short")
+    long = dramalite.actor(job, actor_name="long")
+    broker.enqueue_many([long.message(), *[short.message(number) for number in range(5)]])
+    started = worker(broker)
+    job.running.wait(DEADLINE)
+    monkeypatch.setattr("dramalite._Engine.hand_back", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        started.pause()
+    job.go_on.set()
+    started.resume()
+    broker.join("default", timeout=3000)
+
+    assert done == list(range(5))
+
+
+def test_joining_a_worker_ends_when_what_it_held_went_back_to_the_queue(broker, worker, takes_many, monkeypatch):
+    done, held, take_in = [], threading.Event(), dramalite._Dispatcher._take_in
+
+    def take_in_and_wait(dispatcher, rows, limit):
+        result = take_in(dispatcher, rows, limit)
+        if len(rows) > 1 and dispatcher is first._dispatcher and not held.is_set():
+            held.set()
+            wait_until(lambda: len(done) == 20)  # As a thread does that gets no processor.
+        return result
+
+    work = dramalite.actor(done.append, actor_name="work")
+    monkeypatch.setattr("dramalite._Dispatcher._take_in", take_in_and_wait)
+    first = worker(broker)
+    broker.enqueue_many([work.message(number) for number in range(20)])
+    held.wait(DEADLINE)
+    joining = in_thread(first.join)
+    worker(broker)
+    joining.join(4)
+
+    assert len(done) == 20
+    assert joining.is_alive() is False
 
 
 # One thread alone, or several
@@ -1086,6 +1193,28 @@ def test_in_a_file_a_message_is_left_for_a_worker_that_knows_its_actor(make_file
     assert done == ["other", 1]
 
 
+def test_what_waits_in_another_queue_for_an_actor_that_is_declared_later_is_run_without_further_sends(
+    make_file_broker, worker, monkeypatch
+):
+    looks, prune, ran = [], dramalite._Engine.prune, threading.Event()
+
+    def prune_and_count(engine):
+        prune(engine)
+        looks.append(1)
+
+    monkeypatch.setattr("dramalite._IDLE_TICK_S", 0.02)
+    monkeypatch.setattr("dramalite._Engine.prune", prune_and_count)  # It follows each look for what is new.
+    sender, broker = make_file_broker(), make_file_broker()
+    for each in (sender, broker):
+        each.declare_queue("old")
+    sender.enqueue(Message("old", "late", (), {}, {}))
+    worker(broker)
+    wait_until(lambda: len(looks) > 5)  # Nothing is new any more.
+    dramalite.actor(ran.set, actor_name="late", queue_name="new")
+
+    assert ran.wait(2) is True
+
+
 # Fencing: a worker that gave its message back has no more say in it
 
 
@@ -1110,6 +1239,22 @@ def test_a_job_that_outlasts_the_stop_is_given_back_to_another_worker(broker, wo
     broker.join("default", timeout=PATIENCE)
 
     assert len(runs) == 2
+
+
+def test_a_job_that_may_not_run_twice_and_outlasts_the_stop_is_a_dead_letter(broker, worker, job):
+    runs = []
+
+    def work():
+        runs.append(1)
+        job()
+
+    dramalite.actor(work, on_crash="fail").send()
+    hand_over(broker, worker, job)
+    worker(broker)
+    broker.join("default", timeout=2000)
+
+    assert runs == [1]
+    assert ["still running" in letter.reason for letter in broker.dead_letters] == [True]
 
 
 def test_a_late_failure_of_a_given_back_message_changes_nothing(broker, worker, job):
