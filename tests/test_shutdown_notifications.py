@@ -212,7 +212,8 @@ def test_no_job_begins_in_the_place_of_one_that_was_notified(make_broker, worker
     assert begun.is_set() is False
 
 
-def test_a_job_that_begins_after_the_notification_is_notified_too(make_broker, worker, job):
+@pytest.mark.parametrize("place", ["before", "after"])
+def test_a_job_that_begins_after_the_notification_is_notified_too(make_broker, worker, job, place):
     begun, announced = threading.Event(), Announced()
 
     class Late(dramalite.Middleware):
@@ -220,7 +221,8 @@ def test_a_job_that_begins_after_the_notification_is_notified_too(make_broker, w
             begun.set()
             announced.event.wait(DEADLINE)
 
-    broker = make_broker(middleware=[ShutdownNotifications(), Late(), announced])
+    broker = make_broker(middleware=[ShutdownNotifications(), announced])
+    broker.add_middleware(Late(), **{place: ShutdownNotifications})
     dramalite.actor(job, actor_name="work", notify_shutdown=True).send()
     started = worker(broker)
     begun.wait(DEADLINE)

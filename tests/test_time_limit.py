@@ -375,6 +375,23 @@ def test_a_limit_that_a_hook_kept_from_ending_does_not_strike_a_job_without_limi
     assert log == ["first", "done"]
 
 
+def test_a_job_that_was_handed_back_at_a_stop_is_watched_no_more_when_it_has_ended(make_broker, worker):
+    running, go_on = threading.Event(), threading.Event()
+
+    def work():
+        running.set()
+        go_on.wait(DEADLINE)
+
+    before = set(threading.enumerate())
+    broker = make_broker(middleware=[TimeLimit(interval=10)])
+    dramalite.actor(work, time_limit=MINUTE).send()
+    started = worker(broker)
+    running.wait(DEADLINE)
+    started.stop(timeout=0)
+    go_on.set()
+    wait_until(lambda: set(threading.enumerate()) <= before, timeout=2)  # Who watches, ends when nobody is left.
+
+
 def add_a_number(backend):
     backend.add("key", 1, MINUTE)
     busy()
