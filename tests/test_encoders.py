@@ -264,3 +264,18 @@ def test_a_pickled_message_is_not_unpickled_unless_pickle_was_chosen(broker, wor
 
     assert received == ["json"]
     assert len(broker.dead_letters) == 1
+
+
+def test_an_encoder_that_makes_text_in_place_of_bytes_is_refused_by_name(broker):
+    class Text(dramalite.JSONEncoder):
+        def encode(self, data):
+            return json.dumps(data)
+
+    work = dramalite.actor(print, actor_name="work")
+    dramalite.set_encoder(Text())
+    with pytest.raises(TypeError) as raised:
+        work.send(1)
+    dramalite.set_encoder(dramalite.JSONEncoder())
+
+    assert "Text" in str(raised.value) and "bytes" in str(raised.value)
+    assert broker.pending() == []

@@ -154,6 +154,14 @@ def test_a_refused_change_does_not_prolong_a_number(backend, clock):
     assert backend.incr("key", 2, 2, 1000) is True
 
 
+@pytest.mark.parametrize(("value", "ttl"), [(1 << 63, MINUTE), (-(1 << 63) - 1, MINUTE), (1, 1 << 63)])
+def test_a_number_or_time_that_takes_more_than_64_bits_is_refused(backend, value, ttl):
+    with pytest.raises(ValueError, match="64 bits"):
+        backend.add("key", value, ttl)
+
+    assert backend.add("key", 1, MINUTE) is True
+
+
 def test_keys_are_counted_apart(backend):
     backend.incr("one", 1, 1, MINUTE)
 

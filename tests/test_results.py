@@ -1,5 +1,6 @@
 """Results: storing what actors return, reading it back, and knowing when there will be none."""
 
+import contextlib
 import datetime
 import hashlib
 import logging
@@ -458,6 +459,19 @@ def test_waiting_goes_on_while_an_earlier_step_has_not_ended(broker, worker):
 
     assert type(raised.value) is dramalite.ResultTimeout
     assert pipe.get_result(block=True, timeout=PATIENCE) is True
+
+
+def test_waiting_goes_on_while_an_earlier_step_has_not_ended_in_a_database_of_utf_16(make_file_broker, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+        connection.execute("PRAGMA encoding = 'UTF-16'")
+        connection.execute("CREATE TABLE application (x)")
+    make_file_broker()
+    work = storing(lambda value=0: value)
+    pipe = (work.message() | work.message()).run()
+    with pytest.raises(dramalite.DramatiqError) as raised:
+        pipe.get_result(block=True, timeout=30)
+
+    assert type(raised.value) is dramalite.ResultTimeout
 
 
 def test_the_result_of_a_pipeline_whose_step_failed_is_that_failure(broker, worker):
