@@ -64,6 +64,47 @@ def test_the_path_may_be_text(tmp_path, clean_state):
     assert (tmp_path / "text.db").exists()
 
 
+def test_the_path_may_be_bytes(tmp_path, clean_state):
+    broker = dramalite.SQLiteBroker(os.fsencode(tmp_path / "bytes.db"))
+    clean_state.callback(broker.close)
+    dramalite.actor(print, actor_name="work", broker=broker).send(1)
+
+    assert (tmp_path / "bytes.db").exists()
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "sqlite:///queue.db",
+        "redis://localhost/0",
+        pytest.param("\ud800.db", marks=pytest.mark.skipif(sys.platform == "win32", reason="Windows can name it")),
+    ],
+)
+def test_a_path_that_names_no_file_is_refused_and_shown(path):
+    with pytest.raises(ValueError) as raised:
+        dramalite.SQLiteBroker(path)
+
+    assert repr(path) in str(raised.value)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="makes a symbolic link")
+def test_a_path_that_leaves_a_linked_folder_names_the_file_that_sqlite_would_open(tmp_path, clean_state):
+    (tmp_path / "releases" / "5").mkdir(parents=True)
+    (tmp_path / "current").symlink_to("releases/5")
+    broker = dramalite.SQLiteBroker("current/../queue.db")
+    clean_state.callback(broker.close)
+    dramalite.actor(print, actor_name="work", broker=broker).send(1)
+
+    assert "dramalite_messages" in tables("current/../queue.db")
+    assert not (tmp_path / "queue.db").exists()
+
+
+@pytest.mark.parametrize("size", [None, "1MB", 1.5])
+def test_a_largest_size_that_is_no_number_of_bytes_is_refused_by_name(tmp_path, size):
+    with pytest.raises(TypeError, match="max_message_size"):
+        dramalite.SQLiteBroker(tmp_path / "queue.db", max_message_size=size)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="POSIX file modes")
 def test_the_files_belong_to_their_owner_alone(make_file_broker, worker, tmp_path):
     mask = os.umask(0o000)
@@ -94,6 +135,35 @@ def test_a_folder_where_every_user_may_write_is_told_of_once(tmp_path, caplog, c
     work.send(2)
 
     assert ["every user" in record.getMessage() for record in caplog.records] == [True] * is_told
+
+
+def side_file_of(database, worker):
+    """Have a worker work on the application's database; the side file that it makes."""
+    broker = dramalite.SQLiteBroker(database)
+    dramalite.actor(lambda: None, actor_name="work", broker=broker).send()
+    started = worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    started.stop()
+    broker.close()
+    return database.with_name(database.name + "-lock").stat()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX file modes")
+@pytest.mark.parametrize("mode", [0o660, 0o666], ids=oct)
+def test_the_side_file_is_for_those_who_may_use_the_database(tmp_path, worker, mode):
+    (tmp_path / "app.db").touch()
+    (tmp_path / "app.db").chmod(mode)
+
+    assert stat.S_IMODE(side_file_of(tmp_path / "app.db", worker).st_mode) == mode
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="gives a file away, as root can")
+def test_the_side_file_that_root_makes_belongs_to_the_databases_owner(tmp_path, worker):
+    (tmp_path / "app.db").touch()
+    os.chown(tmp_path / "app.db", 12345, 12346)
+    side_file = side_file_of(tmp_path / "app.db", worker)
+
+    assert (side_file.st_uid, side_file.st_gid) == (12345, 12346)
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="gives a file away, as root can")
@@ -175,6 +245,20 @@ def test_an_applications_database_is_shared_and_left_alone(make_file_broker, wor
 
     assert done == [1]
     assert kept == [[(42,)], [(4711,)], [("mine",)]]
+
+
+def test_the_log_beside_an_applications_database_of_large_pages_stays_short(make_file_broker, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+        connection.execute("PRAGMA page_size = 65536")
+        connection.execute("CREATE TABLE application (x)")
+    make_file_broker()
+    work = dramalite.actor(print, actor_name="work")
+    longest = 0
+    for number in range(60):
+        work.send(number)
+        longest = max(longest, (tmp_path / "queue.db-wal").stat().st_size)
+
+    assert longest < 3 << 20
 
 
 def test_a_file_that_is_no_database_is_refused_by_name_and_left_alone(make_file_broker, tmp_path):
@@ -465,6 +549,21 @@ def test_delayed_messages_that_are_due_together_run_in_the_order_of_their_times(
     broker.join("default", timeout=PATIENCE)
 
     assert done == [1, 2, 3]
+
+
+def test_the_most_urgent_of_many_messages_that_are_due_together_runs_first(make_broker, clock, worker):
+    broker = make_broker(clock=clock)
+    done = []
+    work = dramalite.actor(lambda: done.append("work"), actor_name="work", priority=10)
+    urgent = dramalite.actor(lambda: done.append("urgent"), actor_name="urgent", priority=0)
+    soon, later = clock.time_ms() + 1000, clock.time_ms() + 2000
+    broker.enqueue_many([work.message_with_options(eta=soon) for _ in range(1500)])
+    broker.enqueue(urgent.message_with_options(eta=later))
+    clock.advance(HOUR)
+    worker(broker)
+    wait_until(lambda: done)
+
+    assert done[0] == "urgent"
 
 
 def test_times_apart_by_real_milliseconds_are_kept_in_order_too(broker, worker):
@@ -1008,6 +1107,72 @@ def test_what_a_closed_consumer_held_goes_back_to_its_place(broker):
     another.close()
 
     assert order == [(0,), (1,), (2,)]
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """What is put into this list is raised, once, in place of the next write."""
+    connect, errors = sqlite3.connect, []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if errors and statement.lstrip().startswith(("BEGIN", "UPDATE")):
+                raise errors.pop()
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("verb", "rest"), [("ack", (0, 0, False)), ("nack", (0, 1, False)), ("requeue", (1, 0, True))]
+)
+def test_what_a_consumer_could_not_write_it_can_write_later(failing, make_broker, verb, rest):
+    broker = make_broker()
+    dramalite.actor(print, actor_name="work").send()
+    consumer = broker.consume("default", timeout=10)
+    message = next(consumer)
+    what = [message] if verb == "requeue" else message
+    failing.append(sqlite3.OperationalError("database or disk is full"))
+    with pytest.raises(dramalite.BrokerError, match="full"):
+        getattr(consumer, verb)(what)
+    getattr(consumer, verb)(what)
+    another = broker.consume("default", timeout=10)
+    is_there = next(another) is not None
+    another.close()
+    consumer.close()
+
+    assert (len(broker.pending()), len(broker.dead_letters), is_there) == rest
+
+
+def test_what_a_consumer_could_not_give_back_as_it_was_closed_is_run_by_a_worker(
+    failing, make_broker, worker, monkeypatch
+):
+    monkeypatch.setattr("dramalite._UNKNOWN_S", 0.0, raising=False)  # The consumer is known to be gone.
+    broker, done = make_broker(), []
+    dramalite.actor(done.append, actor_name="work").send(1)
+    consumer = broker.consume("default", timeout=10)
+    next(consumer)
+    failing.append(sqlite3.OperationalError("database or disk is full"))
+    with pytest.raises(dramalite.BrokerError, match="full"):
+        consumer.close()
+    worker(broker)
+    broker.join("default", timeout=3000)
+
+    assert done == [1]
+
+
+def test_a_closed_consumer_claims_nothing(broker, worker):
+    done = []
+    dramalite.actor(done.append, actor_name="work").send(1)
+    consumer = broker.consume("default", timeout=10)
+    consumer.close()
+    with pytest.raises(dramalite.ConnectionClosed):
+        next(consumer)
+    worker(broker)
+    broker.join("default", timeout=3000)
+
+    assert done == [1]
 
 
 def test_a_consumer_of_an_empty_queue_looks_a_few_times_only(make_broker, monkeypatch):
