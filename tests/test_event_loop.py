@@ -8,6 +8,7 @@ import contextvars
 import functools
 import gc
 import os
+import sqlite3
 import textwrap
 import threading
 import time
@@ -618,6 +619,48 @@ def test_the_loop_survives_coroutines_that_want_to_end_the_program(run_python):
     assert result.stdout == "2 True\n", result.stderr
 
 
+@pytest.mark.parametrize("call", ["asyncio.create_task(leave())", "asyncio.get_running_loop().stop()"])
+def test_what_a_coroutine_does_to_the_loop_ends_no_other_coroutine(run_python, call):
+    result = run_python(
+        f"""if True:
+        import asyncio, dramalite, sys, threading
+        broker = dramalite.MemoryBroker()
+        dramalite.set_broker(broker)
+        inside, leave_now, ended = threading.Event(), threading.Event(), threading.Event()
+
+        @dramalite.actor
+        async def wait():
+            inside.set()
+            while not leave_now.is_set():
+                await asyncio.sleep(0.002)
+            ended.set()
+
+        async def leave():
+            sys.exit(3)
+
+        @dramalite.actor(max_retries=0)
+        async def culprit():
+            {call}
+            await asyncio.sleep(0.01)
+
+        worker = dramalite.Worker(broker, worker_threads=2)
+        worker.start()
+        wait.send()
+        inside.wait(5)
+        culprit.send()
+        pause = threading.Event()
+        for _ in range(400):
+            pause.wait(0.005)
+            if len(broker.pending()) == 1:
+                break
+        leave_now.set()
+        print(ended.wait(2))
+        """
+    )
+
+    assert result.stdout == "True\n", result.stderr
+
+
 def test_an_exception_that_is_false_ends_a_coroutine_too(broker, worker, outcomes):
     class Falsy(Exception):
         def __len__(self):
@@ -971,6 +1014,46 @@ def test_a_coroutine_awaits_a_result(broker, worker):
         return await sent.get_result_async(timeout=PATIENCE)
 
     assert asyncio.run(main()) == 42
+
+
+def test_a_loop_goes_on_that_awaits_a_result_while_another_program_writes(make_file_broker, monkeypatch):
+    connect, waiting, held = sqlite3.connect, threading.Event(), []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            try:
+                return super().execute(statement, *values)
+            except sqlite3.OperationalError:
+                waiting.set()  # The file is locked.
+                raise
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    broker = make_file_broker()
+    work = dramalite.actor(print, actor_name="work", store_results=True)
+    sent = work.send(1)
+
+    async def main():
+        awaiting = asyncio.ensure_future(sent.get_result_async(timeout=100))
+        for _ in range(10):
+            await asyncio.sleep(0.002)
+        held.append(other.in_transaction)
+        other.rollback()
+        with pytest.raises(dramalite.ResultTimeout):
+            await awaiting
+
+    with contextlib.closing(connect(broker.path, check_same_thread=False)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        sending = threading.Thread(target=work.send, args=(2,), daemon=True)
+        sending.start()  # It rightly waits.
+        waiting.wait(DEADLINE)
+        until = threading.Timer(2, other.rollback)  # At the latest.
+        until.start()
+        asyncio.run(main())
+        until.cancel()
+        until.join()
+        sending.join(DEADLINE)
+
+    assert held == [True]
 
 
 def test_many_results_are_awaited_at_once_without_threads(broker, worker, gate):
