@@ -6,6 +6,7 @@ import contextlib
 import re
 import signal
 import sqlite3
+import sys
 import threading
 
 import dramalite
@@ -202,6 +203,96 @@ def test_a_send_in_a_signal_handler_that_interrupts_a_checkpoint_is_stored(place
     assert place.waiting() == len(place.notes("sent")) + 3
 
 
+def test_a_signal_handler_that_interrupts_a_checkpoint_may_fork(place):
+    place.durability = "full"
+    place.script(
+        """
+        import os, signal, sqlite3
+
+        connect, armed, codes = sqlite3.connect, [True], []
+
+        class Connection(sqlite3.Connection):
+            def execute(self, statement, *values):
+                if armed and "wal_checkpoint" in statement:
+                    armed.clear()
+                    os.kill(os.getpid(), signal.SIGUSR1)
+                return super().execute(statement, *values)
+
+        sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)
+        import jobs
+
+        def handler(*_):
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            codes.append(os.waitpid(child, 0)[1])
+
+        signal.signal(signal.SIGUSR1, handler)
+        while not codes:
+            jobs.note("sent")
+            jobs.job.send("x" * 1_000_000)
+        assert codes == [0]
+        """,
+        seconds=5,
+    )
+
+    assert place.waiting() == len(place.notes("sent"))
+
+
+def test_a_signal_handler_that_interrupts_a_send_may_stop_a_worker(place):
+    # The job has ended by then, but its outcome can only be written when the send is over.
+    place.script(
+        """
+        import os, signal, sqlite3, threading
+        from pathlib import Path
+
+        connect, armed = sqlite3.connect, []
+
+        class Connection(sqlite3.Connection):
+            def execute(self, *statement):
+                if armed and threading.current_thread() is threading.main_thread():
+                    armed.clear()
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return super().execute(*statement)
+
+        sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)
+        import dramalite
+        import jobs
+
+        class Watch(dramalite.Middleware):
+            def after_worker_shutdown(self, broker, worker):
+                jobs.note("stopped")
+
+        @dramalite.actor
+        def held():
+            jobs.note("holding")
+            jobs.until(lambda: Path("release").exists())
+            jobs.note("held")
+
+        def handler(*_):
+            Path("release").touch()
+            jobs.until(lambda: jobs.noted("held"))
+            worker.stop(timeout=1000)
+            jobs.note("returned")
+
+        signal.signal(signal.SIGTERM, handler)
+        jobs.broker.add_middleware(Watch())
+        worker = dramalite.Worker(jobs.broker, worker_threads=1, queues=["default"])
+        worker.start()
+        held.send()
+        jobs.until(lambda: jobs.noted("holding"))
+        jobs.broker.declare_queue("other")
+        armed.append(True)
+        jobs.broker.enqueue(jobs.job.message(1).copy(queue_name="other"))
+        jobs.until(lambda: jobs.noted("stopped"), 5)
+        """,
+        seconds=7,
+    )
+
+    assert [note[0] for note in place.notes()] == ["holding", "held", "returned", "stopped"]
+    assert place.query("SELECT queue FROM dramalite_messages") == [("other",)]
+
+
 @pytest.mark.parametrize("interruptions", [150, pytest.param(3000, marks=pytest.mark.torture)])
 def test_an_exception_from_a_signal_handler_in_the_middle_of_a_send_breaks_nothing(place, interruptions):
     # What Ctrl+C does to a script that goes on: a later send is stored, and not only said to be.
@@ -269,6 +360,30 @@ def test_sends_are_stored_after_an_exception_from_a_signal_handler_as_a_transact
         (stored,) = connection.execute("SELECT count(*) FROM dramalite_messages").fetchone()
 
     assert stored == 2
+
+
+def test_sys_exit_in_a_signal_handler_that_closes_the_broker_ends_a_send_it_interrupts(make_file_broker, monkeypatch):
+    connect, armed = sqlite3.connect, []
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            result = super().execute(statement, *values)
+            if armed and statement.startswith("BEGIN"):
+                armed.clear()  # What a handler does that comes here:
+                broker.close()
+                sys.exit(7)
+            return result
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    broker = make_file_broker()
+    job = dramalite.actor(print, actor_name="job")
+    job.send("before")
+    armed.append(True)
+    with pytest.raises(SystemExit):
+        broker.enqueue_many([job.message("interrupted"), job.message("too")])
+    job.send("afterwards")
+
+    assert [message.args for message in broker.pending()] == [("before",), ("afterwards",)]
 
 
 def test_an_exception_anywhere_in_a_send_leaves_another_threads_send_stored_or_refused(place):

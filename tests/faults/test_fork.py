@@ -44,6 +44,16 @@ JOBS = """
         note("forked", number)
 
     @dramalite.actor(max_retries=0)
+    async def forks_in_a_coroutine(number):
+        child = os.fork()
+        if child:
+            note("forked", number)
+
+    @dramalite.actor(max_retries=0, notify_shutdown=True, queue_name="told")
+    def told(number):
+        held(number)
+
+    @dramalite.actor(max_retries=0)
     def held(number):
         note("held", number)
         until(lambda: (HERE / "release").exists())
@@ -434,6 +444,46 @@ def test_a_worker_in_a_forked_child_does_not_watch_the_time_limits_of_the_parent
     )
 
     assert place.runs("ran") == {"2": 1}
+
+
+def test_a_worker_that_stops_in_a_forked_child_notifies_nobody_in_place_of_the_parents_jobs(place):
+    # The child's threads get the identities of the parent's, which are not there.
+    place.script(
+        """
+        import dramalite
+        import jobs
+
+        class Releases(dramalite.Middleware):
+            def before_worker_shutdown(self, broker, worker):
+                (jobs.HERE / "release").touch()
+
+        def work():
+            jobs.broker.add_middleware(Releases())  # After that which notifies.
+            with dramalite.Worker(jobs.broker, worker_threads=4, queues=["default"]):
+                for number in range(4):
+                    jobs.held.send(f"child-{number}")
+                jobs.until(lambda: jobs.noted("held") == 8)
+
+        with dramalite.Worker(jobs.broker, worker_threads=4, queues=["told"]):
+            for number in range(4):
+                jobs.told.send(f"parent-{number}")
+            jobs.until(lambda: jobs.noted("held") == 4)
+            jobs.in_child(work)
+            jobs.broker.join("told", timeout=5000)
+        """,
+        seconds=15,
+    )
+
+    assert sorted(place.runs("ended")) == [f"{who}-{number}" for who in ("child", "parent") for number in range(4)]
+
+
+def test_a_child_that_a_coroutine_forks_ends_where_it_returns(place):
+    place.send("forks_in_a_coroutine", 1)
+    tree = place.worker(threads=2)
+    place.wait_until(lambda: place.notes("forked", 1), "the coroutine comes back in the parent")
+    place.drained()
+
+    place.wait_until(lambda: len(tree.pids()) == 2, "no process but the supervisor and its worker stays", 5)
 
 
 @pytest.mark.parametrize("ending", ["returns", "raises", "exits", "closes"])

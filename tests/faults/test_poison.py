@@ -167,6 +167,35 @@ def test_a_message_that_must_never_run_twice_does_not_if_its_worker_dies_right_a
     assert place.runs("once") == {str(number): 1 for number in range(60)}
 
 
+#: A lone worker that fails to write the first outcome, as on a full disk, and is killed as it writes it again.
+FAILS_TO_WRITE = """
+    import os, signal
+    import dramalite
+
+    exchange, failed = dramalite._Engine.exchange, []
+
+    def fail_once(engine, slot, outcomes, *options):
+        if outcomes and failed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if outcomes:
+            failed.append(1)
+            raise dramalite.BrokerError("database or disk is full")
+        return exchange(engine, slot, outcomes, *options)
+
+    dramalite._Engine.exchange = fail_once
+""" + ONE_THREAD
+
+
+def test_a_message_that_must_never_run_twice_does_not_if_its_worker_dies_before_it_could_write_that(place):
+    place.script("import jobs; jobs.once.send(1, False)")
+    assert place.start_script(FAILS_TO_WRITE).wait() == -9
+    place.start_script(ONE_THREAD)
+    place.drained()
+
+    assert place.runs("once") == {"1": 1}
+    assert place.dead() == 1
+
+
 def test_a_worker_of_many_coroutines_that_died_is_blamed_for_nothing_that_it_had_not_begun(place):
     place.script(
         """
