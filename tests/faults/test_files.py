@@ -279,7 +279,10 @@ def test_rubbish_left_in_the_side_files_by_a_crash_does_not_matter(place):
     assert place.sound()
 
 
-@pytest.mark.parametrize("content", [b"12345\n", b"\x7f" * 5000], ids=["text", "large numbers"])
+RUBBISH = {"text": b"12345\n", "large numbers": b"\x7f" * 5000, "large numbers to its end": b"\x7f" * (1 << 20)}
+
+
+@pytest.mark.parametrize("content", RUBBISH.values(), ids=RUBBISH)
 def test_a_send_is_no_error_where_the_side_file_holds_something_else(make_file_broker, tmp_path, content):
     make_file_broker()
     (tmp_path / "queue.db-lock").write_bytes(content)
@@ -289,7 +292,7 @@ def test_a_send_is_no_error_where_the_side_file_holds_something_else(make_file_b
     assert [message.args for message in sent] == [(1,), (2,)]
 
 
-@pytest.mark.parametrize("content", [b"12345\n", b"\x7f" * 5000], ids=["text", "large numbers"])
+@pytest.mark.parametrize("content", RUBBISH.values(), ids=RUBBISH)
 def test_a_worker_works_where_the_side_file_holds_something_else(make_file_broker, worker, tmp_path, content):
     broker = make_file_broker()
     (tmp_path / "queue.db-lock").write_bytes(content)
@@ -309,6 +312,50 @@ def test_a_worker_works_where_the_side_file_holds_something_else(make_file_broke
 
 
 # Deleted and replaced while in use
+
+
+#: The same in another queue, and a worker that looks for its side file only when there is no file "late".
+LATE_IN_ANOTHER_QUEUE = """
+    for actor in (job, held):
+        dramalite.actor(actor.fn, actor_name="other_" + actor.actor_name, queue_name="other", max_retries=0)
+
+    check_slot = dramalite._Dispatcher._check_slot
+
+    def check_slot_late(dispatcher):
+        until(lambda: "IS_LATE" not in os.environ or not (HERE / "late").exists(), 60)
+        check_slot(dispatcher)
+
+    dramalite._Dispatcher._check_slot = check_slot_late
+"""
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        pytest.param(0, marks=pytest.mark.xfail(strict=True, reason="The other's slot is free in the new file, so it counts as dead.")),
+        1,
+    ],
+    ids=["the older makes another", "the younger makes another"],
+)
+def test_a_side_file_deleted_beside_two_workers_gives_nobodys_job_away(place, first):
+    place.jobs(JOBS + LATE_IN_ANOTHER_QUEUE)
+    workers, late = [], place.folder / "late"
+    for number, actor, queue in ((1, "held", "default"), (3, "other_held", "other")):
+        is_late = {"IS_LATE": "1"} if len(workers) != first else {}
+        workers.append(place.worker("--queues", queue, **is_late))
+        place.send(actor, number, queue=queue)
+        place.wait_until(lambda: place.notes("start", number), "its job starts")
+    late.touch()
+    os.remove(f"{place.db}-lock")
+    place.wait_until(lambda: "was deleted or replaced" in workers[first].output(), "the first one makes another side file")
+    place.send(*[("job", 7), ("other_job", 7)][first], queue=["default", "other"][first], delay=500)
+    place.wait_until(lambda: place.notes("ran", 7), "the first one had time to take over")
+    late.unlink()
+    place.wait_until(lambda: "was deleted or replaced" in workers[1 - first].output(), "the other one comes along")
+    (place.folder / "release").touch()
+    place.drained()
+
+    assert place.runs("start") == place.runs("end") == {"1": 1, "3": 1}, place.story()
 
 
 def delete(path):
@@ -677,6 +724,24 @@ def test_a_worker_whose_side_file_was_deleted_leaves_no_descriptor_open(make_fil
     broker.close()
 
     assert descriptors(tmp_path) == []
+
+
+@pytest.mark.xfail(strict=True, reason="The old slot's file is closed before the worker has the new slot: its process would be ended.")
+def test_a_worker_that_makes_another_side_file_never_seems_to_have_lost_its_descriptors(
+    make_file_broker, worker, tmp_path, monkeypatch
+):
+    give_up, lost = dramalite._Slot.give_up, []
+
+    def give_up_and_look(slot):
+        give_up(slot)
+        lost.append(started.has_lost_descriptors())  # As a worker process does now and then, in another thread.
+
+    monkeypatch.setattr("dramalite._Slot.give_up", give_up_and_look)
+    started = worker(make_file_broker())
+    (tmp_path / "queue.db-lock").unlink()
+    wait_until(lambda: lost, "the worker makes another one")
+
+    assert lost == [False]
 
 
 def test_a_closed_broker_is_not_opened_again_by_a_wait_for_a_result_that_is_over(make_file_broker, tmp_path, monkeypatch):
