@@ -756,18 +756,20 @@ def takes_many(monkeypatch):
 
 
 def test_after_a_moments_trouble_what_is_done_and_what_is_held_need_not_wait_for_a_long_job(
-    broker, worker, job, takes_many, monkeypatch
+    make_broker, worker, job, takes_many, monkeypatch
 ):
-    exchange, failed = dramalite._Engine.exchange, []
+    connect, failed = sqlite3.connect, []
 
-    def fail_once(engine, slot, outcomes, *options):
-        if outcomes and job.running.is_set() and not failed:
-            failed.append(1)
-            raise dramalite.BrokerError("database or disk is full")
-        return exchange(engine, slot, outcomes, *options)
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if statement.startswith("BEGIN") and job.running.is_set() and not failed:
+                failed.append(statement)
+                raise sqlite3.OperationalError("database or disk is full")
+            return super().execute(statement, *values)
 
-    monkeypatch.setattr("dramalite._Engine.exchange", fail_once)
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
     monkeypatch.setattr("dramalite._IDLE_TICK_S", 0.05)  # After which the worker tries again.
+    broker = make_broker()
     short = dramalite.actor(lambda number: number, actor_name="short", store_results=True)
     long = dramalite.actor(job, actor_name="long")
     first, _, *others = broker.enqueue_many([short.message(1), long.message(), short.message(2), short.message(3)])
@@ -782,21 +784,25 @@ def test_after_a_moments_trouble_what_is_done_and_what_is_held_need_not_wait_for
 
 
 def test_what_a_worker_held_is_run_though_ctrl_c_kept_pause_from_handing_it_back(
-    broker, worker, job, takes_many, monkeypatch
+    make_broker, worker, job, takes_many, monkeypatch
 ):
-    done, hand_back = [], dramalite._Engine.hand_back
+    connect, armed, done = sqlite3.connect, [], []
 
-    def interrupt(*_):
-        monkeypatch.setattr("dramalite._Engine.hand_back", hand_back)
-        raise KeyboardInterrupt
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if armed and threading.current_thread() is threading.main_thread():
+                raise armed.pop()
+            return super().execute(statement, *values)
 
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
     monkeypatch.setattr("dramalite._Dispatcher.look_after", lambda dispatcher: None)  # So that all is held until then.
+    broker = make_broker()
     short = dramalite.actor(done.append, actor_name="short")
     long = dramalite.actor(job, actor_name="long")
     broker.enqueue_many([long.message(), *[short.message(number) for number in range(5)]])
     started = worker(broker)
     job.running.wait(DEADLINE)
-    monkeypatch.setattr("dramalite._Engine.hand_back", interrupt)
+    armed.append(KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         started.pause()
     job.go_on.set()
@@ -807,18 +813,19 @@ def test_what_a_worker_held_is_run_though_ctrl_c_kept_pause_from_handing_it_back
 
 
 def test_joining_a_worker_ends_when_what_it_held_went_back_to_the_queue(broker, worker, takes_many, monkeypatch):
-    done, held, take_in = [], threading.Event(), dramalite._Dispatcher._take_in
+    done, held = [], threading.Event()
 
-    def take_in_and_wait(dispatcher, rows, limit):
-        result = take_in(dispatcher, rows, limit)
-        if len(rows) > 1 and dispatcher is first._dispatcher and not held.is_set():
+    def take_in_and_wait(rows, limit):
+        result = take_in(rows, limit)
+        if len(rows) > 1 and not held.is_set():
             held.set()
             wait_until(lambda: len(done) == 20)  # As a thread does that gets no processor.
         return result
 
     work = dramalite.actor(done.append, actor_name="work")
-    monkeypatch.setattr("dramalite._Dispatcher._take_in", take_in_and_wait)
     first = worker(broker)
+    take_in = first._dispatcher._take_in
+    monkeypatch.setattr(first._dispatcher, "_take_in", take_in_and_wait)
     broker.enqueue_many([work.message(number) for number in range(20)])
     held.wait(DEADLINE)
     joining = in_thread(first.join)
@@ -1196,15 +1203,11 @@ def test_in_a_file_a_message_is_left_for_a_worker_that_knows_its_actor(make_file
 def test_what_waits_in_another_queue_for_an_actor_that_is_declared_later_is_run_without_further_sends(
     make_file_broker, worker, monkeypatch
 ):
-    looks, prune, ran = [], dramalite._Engine.prune, threading.Event()
-
-    def prune_and_count(engine):
-        prune(engine)
-        looks.append(1)
-
-    monkeypatch.setattr("dramalite._IDLE_TICK_S", 0.02)
-    monkeypatch.setattr("dramalite._Engine.prune", prune_and_count)  # It follows each look for what is new.
+    looks, ran = [], threading.Event()
     sender, broker = make_file_broker(), make_file_broker()
+    prune = broker._engine.prune
+    monkeypatch.setattr("dramalite._IDLE_TICK_S", 0.02)
+    monkeypatch.setattr(broker._engine, "prune", lambda: looks.append(prune()))  # It follows each look for what is new.
     for each in (sender, broker):
         each.declare_queue("old")
     sender.enqueue(Message("old", "late", (), {}, {}))

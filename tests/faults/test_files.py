@@ -730,14 +730,15 @@ def test_a_worker_whose_side_file_was_deleted_leaves_no_descriptor_open(make_fil
 def test_a_worker_that_makes_another_side_file_never_seems_to_have_lost_its_descriptors(
     make_file_broker, worker, tmp_path, monkeypatch
 ):
-    give_up, lost = dramalite._Slot.give_up, []
+    lost, started = [], worker(make_file_broker())
+    slot = started._dispatcher._slot
+    give_up = slot.give_up
 
-    def give_up_and_look(slot):
-        give_up(slot)
+    def give_up_and_look():
+        give_up()
         lost.append(started.has_lost_descriptors())  # As a worker process does now and then, in another thread.
 
-    monkeypatch.setattr("dramalite._Slot.give_up", give_up_and_look)
-    started = worker(make_file_broker())
+    monkeypatch.setattr(slot, "give_up", give_up_and_look)
     (tmp_path / "queue.db-lock").unlink()
     wait_until(lambda: lost, "the worker makes another one")
 
