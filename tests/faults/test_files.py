@@ -329,14 +329,7 @@ LATE_IN_ANOTHER_QUEUE = """
 """
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        pytest.param(0, marks=pytest.mark.xfail(strict=True, reason="The other's slot is free in the new file, so it counts as dead.")),
-        1,
-    ],
-    ids=["the older makes another", "the younger makes another"],
-)
+@pytest.mark.parametrize("first", [0, 1], ids=["the older makes another", "the younger makes another"])
 def test_a_side_file_deleted_beside_two_workers_gives_nobodys_job_away(place, first):
     place.jobs(JOBS + LATE_IN_ANOTHER_QUEUE)
     workers, late = [], place.folder / "late"
@@ -726,7 +719,6 @@ def test_a_worker_whose_side_file_was_deleted_leaves_no_descriptor_open(make_fil
     assert descriptors(tmp_path) == []
 
 
-@pytest.mark.xfail(strict=True, reason="The old slot's file is closed before the worker has the new slot: its process would be ended.")
 def test_a_worker_that_makes_another_side_file_never_seems_to_have_lost_its_descriptors(
     make_file_broker, worker, tmp_path, monkeypatch
 ):

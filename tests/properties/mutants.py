@@ -162,10 +162,8 @@ MUTANTS = [
     ),
     Mutant(
         "taken-from-the-living", "a new worker takes what others are running", "once",
-        "            if index in self.held:\n"
-        "                return None if current else _Remains(self, index, None, False, 0)\n"
-        "            if not self._take(index):",
-        "            if not self._take(index):",
+        "            if index in self.held or not self._take(index):\n                return None\n",
+        "            if not self._take(index):\n                return None\n",
     ),
     Mutant(
         "lost-in-a-stop", "what a stopping worker gives back is deleted", "once",
