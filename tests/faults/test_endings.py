@@ -170,13 +170,11 @@ def test_a_send_in_a_signal_handler_that_interrupts_a_send_is_stored(place):
     assert_noted_is_stored(place, 151)
 
 
-def test_a_send_in_a_signal_handler_that_interrupts_a_checkpoint_is_stored(place):
-    place.durability = "full"
-    place.script(
-        """
+#: The first checkpoint of the script that begins like this is interrupted by a signal.
+SIGNAL_IN_A_CHECKPOINT = """
         import os, signal, sqlite3
 
-        connect, armed, from_handler = sqlite3.connect, [True], []
+        connect, armed = sqlite3.connect, [True]
 
         class Connection(sqlite3.Connection):
             def execute(self, statement, *values):
@@ -187,6 +185,16 @@ def test_a_send_in_a_signal_handler_that_interrupts_a_checkpoint_is_stored(place
 
         sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)
         import jobs
+
+"""
+
+
+def test_a_send_in_a_signal_handler_that_interrupts_a_checkpoint_is_stored(place):
+    place.durability = "full"
+    place.script(
+        SIGNAL_IN_A_CHECKPOINT
+        + """
+        from_handler = []
 
         def handler(*_):
             for _ in range(3):  # Enough for a checkpoint of its own.
@@ -206,20 +214,9 @@ def test_a_send_in_a_signal_handler_that_interrupts_a_checkpoint_is_stored(place
 def test_a_signal_handler_that_interrupts_a_checkpoint_may_fork(place):
     place.durability = "full"
     place.script(
-        """
-        import os, signal, sqlite3
-
-        connect, armed, codes = sqlite3.connect, [True], []
-
-        class Connection(sqlite3.Connection):
-            def execute(self, statement, *values):
-                if armed and "wal_checkpoint" in statement:
-                    armed.clear()
-                    os.kill(os.getpid(), signal.SIGUSR1)
-                return super().execute(statement, *values)
-
-        sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)
-        import jobs
+        SIGNAL_IN_A_CHECKPOINT
+        + """
+        codes = []
 
         def handler(*_):
             child = os.fork()
