@@ -6335,8 +6335,10 @@ class _EngineConsumer(Consumer):
         self._is_closed = True
         try:
             self.requeue([proxy for proxy, _row in self._claimed.values()])
-        finally:
-            self._slot.release()  # What could not be given back is a dead worker's now.
+        except BaseException:
+            self._slot.abandon()  # What could not be given back is a dead worker's now.
+            raise
+        self._slot.release()
 
 
 class _QueueView:
@@ -7665,9 +7667,12 @@ class _Dispatcher(_Exchanger):
             self._settled.wait_for(lambda: all(job in self._ended for job in jobs), timeout_s)
 
     def close(self) -> None:
-        """Write the last outcomes and leave."""
+        """Write the last outcomes and leave; what can't be written is a dead worker's then."""
         self.write()
-        self._slot.release()
+        if self._finished:
+            self._slot.abandon()
+        else:
+            self._slot.release()
 
     def give_up(self, job: _Job) -> bool:
         """Take a job that can't be stopped away from its thread or coroutine, if it still runs."""
@@ -8298,8 +8303,10 @@ def drain(broker: Broker, *, max_messages: int = 10_000) -> int:
             runs += 1
             row = worker.exchange([job.outcome])
             worker.slot.run(0, 0)
-    finally:
-        worker.slot.release()
+    except BaseException:
+        worker.slot.abandon()  # What it may still hold is a dead worker's.
+        raise
+    worker.slot.release()
     for failure in failures.values():
         raise failure
     return runs
