@@ -1626,57 +1626,12 @@ class Broker:
         """Run what is ready in the calling thread, for tests: see drain()."""
         return drain(self, max_messages=max_messages)
 
-    def assert_sent(
-        self,
-        actor: Any,
-        *,
-        args: Iterable[Any] | None = None,
-        kwargs: Mapping[str, Any] | None = None,
-        delay: int | timedelta | None = None,
-        times: int | None = None,
-        **options: Any,
-    ) -> list[Message[Any]]:
-        """Check, in a test, that a message like this was sent and not run yet; return them.
-
-        `actor` is an actor or its name; `args`, `kwargs`, `delay` (milliseconds, to the second)
-        and the options that are given must be those of the message; `times` is how many of them
-        there must be, one or more if it is not given.  Raises AssertionError with what there is.
-        """
-        __tracebackhide__ = True  # For pytest: the caller's line is what counts.
-        name = getattr(actor, "actor_name", actor)
-        wait = None if delay is None else _milliseconds(delay, "delay")
-        pending = self.pending()
-        wanted = {"args": args and tuple(_as_stored(list(args))), "kwargs": kwargs and _as_stored(kwargs)}
-        options = _as_stored(_check_options(options, name))
-        found = [
-            message
-            for message in pending
-            if message.actor_name == name
-            and all(v is None or getattr(message, field) == v for field, v in wanted.items())
-            and (wait is None or _was_delayed(message, wait))
-            and options.items() <= message.options.items()
-        ]
-        if bool(found) if times is None else len(found) == times:
-            return found
-        there = "".join(f"\n    {message} {message.options}" for message in pending[:20])
-        raise AssertionError(
-            f"{len(found)} messages for {name!r} are as asked for, not {'one or more' if times is None else times}. "
-            f"Of {len(pending)} there are:{there or ' none.'}"
-        )
+    def assert_sent(self, actor: Any, **wanted: Any) -> list[Message[Any]]:
+        """Check, in a test, that a message like this was sent and not run yet; return them."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Let go of connections; the next use opens them again."""
-
-
-def _as_stored(value: Any) -> Any:
-    """What an argument or option comes back as."""
-    return _encoder.decode(_encoder.encode(value))
-
-
-def _was_delayed(message: Message[Any], wait: int) -> bool:
-    """Tell whether a message was sent with this delay in milliseconds, to the second."""
-    eta = message.options.get("eta")
-    return eta is not None and 0 <= eta - message.message_timestamp - wait <= 1000
 
 
 _broker_lock = threading.RLock()  # Guards the two below.
@@ -2039,15 +1994,17 @@ class Actor(Generic[_P, _R]):
         self.queue_name = queue_name
         self.priority = _check_priority(priority, f"Actor {actor_name!r}: priority")
         self.options = _check_options(options, actor_name)
-        if actor_name in broker.actors:
-            raise ValueError(f"An actor named {actor_name!r} is already registered.")
+        self._check_name(broker)
         broker.declare_actor(self)
+
+    def _check_name(self, broker: Broker) -> None:
+        if self.actor_name in broker.actors:
+            raise ValueError(f"An actor named {self.actor_name!r} is already registered.")
 
     def _check_fits(self, broker: Broker) -> None:
         """Raise ValueError if a broker does not know an option, or has an actor of this name."""
         _check_option_names(self.options, self.actor_name, broker)
-        if self.actor_name in broker.actors:
-            raise ValueError(f"An actor named {self.actor_name!r} is already registered.")
+        self._check_name(broker)
 
     def _move(self, broker: Broker) -> None:
         """Leave the implicit default broker for the one that was set after all."""
@@ -3138,14 +3095,6 @@ def _make_sender() -> socket.socket | None:
         return None
     sender.setblocking(False)
     return sender
-
-
-def _current_folder() -> str:
-    """The working folder; as a dot, where it was deleted."""
-    try:
-        return os.getcwd()
-    except OSError:
-        return os.curdir
 
 
 def _file_identity(path: str) -> tuple[int, int] | None:
@@ -4490,6 +4439,7 @@ class _Engine(_ValueDatabase):
         with self._writing():
             connection = self._connect("work")
             owners = [owner for (owner,) in connection.execute(_OWNERS).fetchall()]
+            self._unknown_since = {o: at for o, at in self._unknown_since.items() if o in owners}
             for owner in owners:
                 remains = None if owner == slot.owner else self.slots().seize(owner)
                 if remains is None or not (remains.locked or self._is_long_unknown(owner)):
@@ -6527,7 +6477,10 @@ class _EngineBroker(Broker):
 
     def _check_queue(self, queue_name: str) -> None:
         if self._is_private and _q_name(queue_name) not in self.queues:
-            raise _hinted(QueueNotFound(queue_name), _known("Queues", self.queues))
+            raise self._unknown_queue(queue_name)
+
+    def _unknown_queue(self, queue_name: str) -> QueueNotFound:
+        return _hinted(QueueNotFound(queue_name), _known("Queues", self.queues))
 
     def _encode(self, message: Message[Any]) -> bytes:
         try:
@@ -6644,7 +6597,7 @@ class _EngineBroker(Broker):
         """
         queue_name = _q_name(queue_name)
         if queue_name not in self.queues:
-            raise _hinted(QueueNotFound(queue_name), _known("Queues", self.queues))
+            raise self._unknown_queue(queue_name)
         seconds = None if timeout is None else timeout / 1000
         if not self._engine.watch(lambda: not self._engine.is_busy(queue_name), seconds):
             counts = self._engine.counts().get(queue_name, {})
@@ -6666,10 +6619,48 @@ class _EngineBroker(Broker):
         """
         return [Message.decode(body) for body in self._engine.bodies()]
 
+    def assert_sent(
+        self,
+        actor: Any,
+        *,
+        args: Iterable[Any] | None = None,
+        kwargs: Mapping[str, Any] | None = None,
+        delay: int | timedelta | None = None,
+        times: int | None = None,
+        **options: Any,
+    ) -> list[Message[Any]]:
+        """Check, in a test, that a message like this was sent and not run yet; return them.
+
+        `actor` is an actor or its name; `args`, `kwargs`, `delay` (milliseconds, to the second)
+        and the options that are given must be those of the message; `times` is how many of them
+        there must be, one or more if it is not given.  Raises AssertionError with what there is.
+        """
+        __tracebackhide__ = True  # For pytest: the caller's line is what counts.
+        name = getattr(actor, "actor_name", actor)
+        wait = None if delay is None else _milliseconds(delay, "delay")
+        pending = self.pending()
+        wanted = {"args": args and tuple(_as_stored(list(args))), "kwargs": kwargs and _as_stored(kwargs)}
+        options = _as_stored(_check_options(options, name))
+        found = [
+            message
+            for message in pending
+            if message.actor_name == name
+            and all(v is None or getattr(message, field) == v for field, v in wanted.items())
+            and (wait is None or _was_delayed(message, wait))
+            and options.items() <= message.options.items()
+        ]
+        if bool(found) if times is None else len(found) == times:
+            return found
+        there = "".join(f"\n    {message} {message.options}" for message in pending[:20])
+        raise AssertionError(
+            f"{len(found)} messages for {name!r} are as asked for, not {'one or more' if times is None else times}. "
+            f"Of {len(pending)} there are:{there or ' none.'}"
+        )
+
     def flush(self, queue_name: str) -> None:
         """Drop what waits or is delayed in a queue, and its dead letters; not what runs."""
         if _q_name(queue_name) not in self.queues:
-            raise _hinted(QueueNotFound(queue_name), _known("Queues", self.queues))
+            raise self._unknown_queue(queue_name)
         self._engine.flush(_q_name(queue_name))
         if _q_name(queue_name) in self._buried:
             self._buried[_q_name(queue_name)].clear()
@@ -6703,6 +6694,17 @@ class _EngineBroker(Broker):
     def close(self) -> None:
         """Close the database; the next use opens it again."""
         self._engine.close()
+
+
+def _as_stored(value: Any) -> Any:
+    """What an argument or option comes back as."""
+    return _encoder.decode(_encoder.encode(value))
+
+
+def _was_delayed(message: Message[Any], wait: int) -> bool:
+    """Tell whether a message was sent with this delay in milliseconds, to the second."""
+    eta = message.options.get("eta")
+    return eta is not None and 0 <= eta - message.message_timestamp - wait <= 1000
 
 
 # ------------------------------------------------------------------------------------------
@@ -7644,18 +7646,19 @@ class _Dispatcher(_Exchanger):
                 job.is_given_up = True
             self.running.clear()
             self._free_keys = list(range(self._coroutines))  # Of no use any more; none counts.
+        outcomes = []
         for job in given_up:
             if job.may_not_run_again():
-                outcome = fail(job.row, "It was still running when its worker stopped; it is not run again.")
+                reason = "It was still running when its worker stopped; it is not run again."
+                outcomes.append(fail(job.row, reason))
             else:
-                outcome = _handed_back(job.row)
+                outcomes.append(_handed_back(job.row))
                 self.logger.warning(
                     "Message %s of %s is still running; it is handed back and will run again.",
                     job.row.message_id, job.row.actor,
                 )  # fmt: skip
-            with self._lock:
-                self._finished.append(outcome)
         with self._lock:
+            self._finished += outcomes
             self._settled.notify_all()
             self._cond.notify_all()
         self._slot.bell.ring()
@@ -8785,6 +8788,7 @@ class Simulation(_World):
             if next_ms is None or (end_ms is not None and next_ms > end_ms):
                 return False
             self._jump(next_ms)
+
         def skip_to(due_ms: int) -> bool:
             if not may_skip or self._sizes != (1, 1) or (end_ms is not None and due_ms > end_ms):
                 return False
@@ -9931,6 +9935,14 @@ def _describe_exit(code: int) -> str:
 #
 # A child process is the same program once more; a variable of its environment tells it what it is.
 # ------------------------------------------------------------------------------------------
+def _current_folder() -> str:
+    """The working folder; as a dot, where it was deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return os.curdir
+
+
 _CHILD_VARIABLE = "_DRAMALITE_CHILD"
 
 #: Where this program was started, unless it has changed the folder before its imports.
@@ -9988,7 +10000,10 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
         "--async-concurrency", type=_positive_count, default=100, metavar="N",
         help="messages of async actors that a process runs at once (default: %(default)s)",
     )  # fmt: skip
-    add("--queues", "-Q", nargs="*", metavar="Q", help="work on these queues only; after the modules, or before -- (default: all)")
+    add(
+        "--queues", "-Q", nargs="*", metavar="Q",
+        help="work on these queues only; after the modules, or before -- (default: all)",
+    )  # fmt: skip
     add(
         "--path", "-P", nargs="*", default=["."], metavar="DIR",
         help="where to import modules from; after the modules, or before -- (default: the current folder)",
