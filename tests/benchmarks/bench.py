@@ -18,7 +18,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent.parent)]
@@ -29,6 +29,7 @@ from bench_support import (  # noqa: E402
     FULL_SIZES,
     QUICK_SIZES,
     ROOT,
+    TARGET_DUMPS_US,
     BenchError,
     Figure,
     Run,
@@ -51,6 +52,7 @@ SCENARIOS: dict[str, Scenario] = {
     "latency": scenarios.latency,
     "lateness": scenarios.lateness,
     "urgency": scenarios.urgency,
+    "simulation": scenarios.simulation,
     "idle": scenarios.idle,
     "memory": scenarios.memory,
     "import": scenarios.imports,
@@ -145,8 +147,10 @@ def _measure(names: list[str], run: Run) -> tuple[list[Figure], dict[str, str]]:
     for name in names:
         print(f"\n{name}: {_title(SCENARIOS[name])}", flush=True)
         before = _Busy.now()
+        run.pace.read()
         try:
-            for figure in SCENARIOS[name](run):
+            for measured in SCENARIOS[name](run):
+                figure = replace(measured, slowness=run.pace.slowness())
                 print(figure.as_line(), flush=True)
                 figures.append(figure)
         except Skipped as reason:
@@ -196,10 +200,13 @@ def _title(scenario: Scenario) -> str:
 
 def _print_summary(figures: list[Figure], failures: dict[str, str], seconds: float) -> None:
     aimed = [figure for figure in figures if figure.target is not None]
-    missed = [figure.name for figure in aimed if not figure.reached]
+    missed = [figure for figure in aimed if not figure.reached]
     print(f"\n{len(aimed) - len(missed)} of {len(aimed)} targets reached in {seconds:.0f} s.")
-    for name in missed:
-        print(f"  missed: {name}")
+    really = sum(not figure.reached_at_target_pace for figure in aimed)
+    print(f"{len(aimed) - really} at the pace of the targets: json.dumps in {TARGET_DUMPS_US} us a message.")
+    for figure in missed:
+        at_pace = " (not at the targets' pace)" if figure.reached_at_target_pace else ""
+        print(f"  missed: {figure.name}{at_pace}")
     for name in failures:
         print(f"  failed: {name}")
 

@@ -85,7 +85,7 @@ def _compare(
     """Sends and drains of a peer and of dramalite in turns."""
     sizes = run.sizes
     rates: dict[str, list[float]] = {key: [] for key in ("sent", "we sent", "done", "we did")}
-    for _ in range(run.repeat):
+    for _ in run.repeats():
         rates["sent"].append(send(sizes.peer_sends))
         rates["we sent"].append(send_rate(durability, sizes.peer_sends))
         rates["done"].append(drain(sizes.peer_drain))

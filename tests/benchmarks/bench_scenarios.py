@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import sqlite3
 import statistics
@@ -22,6 +23,7 @@ from bench_samples import Samples
 from bench_support import (
     PATIENCE_S,
     ROOT,
+    BenchError,
     Figure,
     Run,
     Sizes,
@@ -31,7 +33,6 @@ from bench_support import (
     descendants,
     drain_rate,
     dramalite_worker,
-    dumps_us,
     need_proc,
     next_key,
     percentile,
@@ -99,7 +100,7 @@ def sends(run: Run) -> Iterator[Figure]:
     targets = {"full": (None, Target(at_least=0.8)), "normal": (Target(at_least=20_000), None)}
     for durability, label in DURABILITIES.items():
         bare, ours = [], []
-        for _ in range(run.repeat):
+        for _ in run.repeats():
             bare.append(_bare_rate(durability, counts[durability]))
             ours.append(send_rate(durability, counts[durability]))
         rate_target, ratio_target = targets[durability]
@@ -111,7 +112,7 @@ def sends(run: Run) -> Iterator[Figure]:
 def sends_from_threads(run: Run) -> Iterator[Figure]:
     """One by one from 8 threads of one process at once."""
     for durability, label in DURABILITIES.items():
-        rates = [_threads_rate(durability, run.sizes.thread_sends) for _ in range(run.repeat)]
+        rates = [_threads_rate(durability, run.sizes.thread_sends) for _ in run.repeats()]
         yield Figure(f"send one by one from 8 threads, {label}", "/s", rates)
 
 
@@ -119,7 +120,7 @@ def sends_in_bulk(run: Run) -> Iterator[Figure]:
     """Many at once, the building of the messages included; durable, as by default."""
     target = Target(at_least=50_000)
     for name, send in (("group.run", _send_group), ("enqueue_many", _send_many)):
-        rates = [_bulk_rate(send, run.sizes.bulk) for _ in range(run.repeat)]
+        rates = [_bulk_rate(send, run.sizes.bulk) for _ in run.repeats()]
         yield Figure(f"send {run.sizes.bulk:,} in bulk, {name}, durable", "/s", rates, target)
 
 
@@ -199,38 +200,33 @@ def _send_many(broker: Any, actors: SimpleNamespace, count: int) -> None:
 
 def drains(run: Run) -> Iterator[Figure]:
     """No-ops by the command line's worker, between 5 % and 95 % of a full queue done."""
-    one, in_dumps, two = [], [], []
-    for _ in range(run.repeat):
-        rate, cost = drain_cost(run, "noop")
-        one.append(rate)
-        in_dumps.append(cost)
+    one, two = [], []
+    for _ in run.repeats():
+        one.append(worker_drain_rate(run.sizes.drain, processes=1))
         two.append(worker_drain_rate(run.sizes.drain, processes=2))
     target = Target(at_least=30_000)
     yield Figure("drain, 1 process of 8 threads", "/s", one, target)
-    yield Figure("drain, time of a job in json.dumps", "x", in_dumps, note="30,000 /s at 4.2 us: 7.9")
     yield Figure("drain, 2 processes of 8 threads", "/s", two)
     yield Figure("drain, 2 processes over 1", "x", ratios(two, one), Target(at_least=1.0))
 
 
 def result_drains(run: Run) -> Iterator[Figure]:
     """Jobs whose results are stored, by the command line's worker."""
-    rates, in_dumps = zip(*(drain_cost(run, "kept") for _ in range(run.repeat)), strict=True)
+    rates = [worker_drain_rate(run.sizes.drain, processes=1, kind="kept") for _ in run.repeats()]
     yield Figure("drain with stored results, 1 process", "/s", rates, Target(at_least=18_000))
-    name = "drain with stored results, time of a job in json.dumps"
-    yield Figure(name, "x", in_dumps, note="18,000 /s at 4.2 us: 13.2")
 
 
 def coroutines(run: Run) -> Iterator[Figure]:
     """Coroutines of 100 ms each in one worker process, from its start to the end of the last."""
     count = run.sizes.coroutines
-    taken = [1 / _memory_rate(dramalite.MemoryBroker, count, "wait") * count for _ in range(run.repeat)]
+    taken = [1 / _memory_rate(dramalite.MemoryBroker, count, "wait") * count for _ in run.repeats()]
     yield Figure(f"{count:,} coroutines that await 100 ms", "s", taken, Target(at_most=2.0))
 
 
 def memory_drains(run: Run) -> Iterator[Figure]:
     """No-ops by a Worker of 8 threads in this process, from its start to the end of join()."""
     for kind in (dramalite.MemoryBroker, dramalite.StubBroker):
-        rates = [_memory_rate(kind, run.sizes.memory_drain) for _ in range(run.repeat)]
+        rates = [_memory_rate(kind, run.sizes.memory_drain) for _ in run.repeats()]
         yield Figure(f"drain in process, {kind.__name__}", "/s", rates)
 
 
@@ -239,20 +235,9 @@ def production(run: Run) -> Iterator[Figure]:
     counts = {"full": run.sizes.produced_full, "normal": run.sizes.produced_normal}
     targets = {"full": 3_500, "normal": 10_000}
     for durability, label in DURABILITIES.items():
-        rates = [_production_rate(durability, counts[durability]) for _ in range(run.repeat)]
+        rates = [_production_rate(durability, counts[durability]) for _ in run.repeats()]
         target = Target(at_least=targets[durability])
         yield Figure(f"2 producer processes and 1 worker, {label}", "/s", rates, target)
-
-
-def drain_cost(run: Run, kind: str) -> tuple[float, float]:
-    """The rate of one worker process, and its time for a job in json.dumps of a message.
-
-    The latter compares machines, and one whose speed changes with itself: json.dumps is measured
-    before and after.
-    """
-    before = dumps_us()
-    rate = worker_drain_rate(run.sizes.drain, processes=1, kind=kind)
-    return rate, 1e6 / rate / statistics.mean((before, dumps_us()))
 
 
 def worker_drain_rate(count: int, *, processes: int, kind: str = "noop") -> float:
@@ -305,7 +290,7 @@ def latency(run: Run) -> Iterator[Figure]:
     """From the call of send() here to the first line of the actor in an idle worker process."""
     targets = {"full": 1.5, "normal": 1.0}
     for durability, label in DURABILITIES.items():
-        taken = [_latencies(durability, run.sizes) for _ in range(run.repeat)]
+        taken = [_latencies(durability, run.sizes) for _ in run.repeats()]
         name = f"start latency across processes, {label}"
         middle = [percentile(values, 50) for values in taken]
         worst = [percentile(values, 99) for values in taken]
@@ -315,7 +300,7 @@ def latency(run: Run) -> Iterator[Figure]:
 
 def lateness(run: Run) -> Iterator[Figure]:
     """Messages delayed by 0 to 5 s, sent by another process, and undelayed ones meanwhile."""
-    taken = [_lateness(run.sizes) for _ in range(run.repeat)]
+    taken = [_lateness(run.sizes) for _ in run.repeats()]
     late = [values for values, _ in taken]
     probes = [values for _, values in taken]
     name = f"lateness of {run.sizes.late:,} delayed by 0 to 5 s"
@@ -332,7 +317,7 @@ def urgency(run: Run) -> Iterator[Figure]:
     """From send() here to the start of an urgent message that passes a backlog, 4 threads."""
     backlogs = {"nap": ("20 ms jobs", 30.0), "noop": ("no-ops", 20.0)}
     for kind, (name, longest_ms) in backlogs.items():
-        taken = [_urgencies(kind, run.sizes) for _ in range(run.repeat)]
+        taken = [_urgencies(kind, run.sizes) for _ in run.repeats()]
         title = f"urgent start at a backlog of {name}"
         yield Figure(f"{title}, p50", "ms", [percentile(values, 50) for values in taken])
         worst = [percentile(values, 99) for values in taken]
@@ -406,6 +391,48 @@ def _lateness(sizes: Sizes) -> tuple[list[float], list[float]]:
 
 
 # ------------------------------------------------------------------------------------------
+# Simulation
+# ------------------------------------------------------------------------------------------
+
+
+def simulation(run: Run) -> Iterator[Figure]:
+    """Messages that fail 21 times each over virtual weeks, on a broker in memory."""
+    count = run.sizes.simulated
+    taken = [_simulated_s(count) / count * 10_000 for _ in run.repeats()]
+    name, note = "10,000 messages with 20 retries each, simulated", f"by {count:,} of them"
+    yield Figure(name, "s", taken, Target(at_most=30.0), note)
+
+
+def _simulated_s(count: int) -> float:
+    broker = dramalite.MemoryBroker()
+
+    @dramalite.actor(broker=broker, max_retries=20)
+    def fail(number: int) -> None:
+        raise ValueError(number)
+
+    with _quiet(), dramalite.simulate(broker) as sim:
+        broker.enqueue_many([fail.message(number) for number in range(count)])
+        start = time.perf_counter()
+        sim.run_until_idle(max_steps=100 * count)
+        elapsed = time.perf_counter() - start
+        attempts = len(sim.events)
+    broker.close()
+    if attempts != 21 * count:
+        raise BenchError(f"{attempts:,} attempts were simulated, and not {21 * count:,}.")
+    return elapsed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is logged: what is expected to fail would fill the screen."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+# ------------------------------------------------------------------------------------------
 # What it takes
 # ------------------------------------------------------------------------------------------
 
@@ -422,6 +449,7 @@ def idle(run: Run) -> Iterator[Figure]:
             start = time.monotonic()
             time.sleep(run.sizes.idle_s)
             elapsed = time.monotonic() - start
+            run.pace.read()
             share = {
                 role: (_cpu(members) - used[role]) / elapsed * 100 for role, members in pids.items()
             }
@@ -439,7 +467,7 @@ def memory(run: Run) -> Iterator[Figure]:
     """Resident memory of an idle worker of 8 threads and of the processes around it."""
     need_proc()
     taken: dict[str, list[float]] = {"worker": [], "supervisor": [], "helpers": []}
-    for _ in range(run.repeat):
+    for _ in run.repeats():
         with workplace() as folder, _idle_worker(folder / "queue.db", run) as worker:
             workers = worker_pids(worker)
             helpers = {child.pid for child in descendants(worker.pid)} - set(workers)
@@ -462,6 +490,7 @@ def imports(run: Run) -> Iterator[Figure]:
     for _ in range(run.sizes.imports):
         for name, source in code.items():
             taken[name].append(_interpreter_ms(source))
+        run.pace.read()
     over = statistics.median(taken["ours"]) - statistics.median(taken["bare"])
     note = f"difference of the medians of {run.sizes.imports} runs"
     yield Figure("start of a bare interpreter", "ms", taken["bare"])
@@ -547,7 +576,7 @@ def _refilled_rates(run: Run) -> tuple[list[float], list[float]]:
         _enqueue_many(broker, actors, 1_000)
         with dramalite_worker(path) as worker:
             wait_until_empty(path)
-            for _ in range(run.repeat):
+            for _ in run.repeats():
                 seconds = 0.0
                 for _ in range(run.sizes.refills):
                     seconds += _refill_seconds(path, broker, actors)

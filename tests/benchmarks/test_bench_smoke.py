@@ -12,7 +12,8 @@ import pytest
 BENCH = Path(__file__).with_name("bench.py")
 
 CHEAP = (
-    "sends", "threads", "bulk", "drain", "results", "coroutines", "memory-brokers", "latency", "import",
+    "sends", "threads", "bulk", "drain", "results", "coroutines", "memory-brokers", "latency", "simulation",
+    "import",
 )  # fmt: skip
 
 
@@ -27,7 +28,7 @@ def test_the_benchmark_prints_a_figure_for_each_cheap_scenario(tmp_path: Path) -
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     found = json.loads(report.read_text())
     assert found["failures"] == {}
-    assert len(found["figures"]) == 26
+    assert len(found["figures"]) == 25
     assert all(figure["median"] > 0 for figure in found["figures"])
     assert all(figure["name"] in done.stdout for figure in found["figures"])
 
