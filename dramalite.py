@@ -2709,6 +2709,7 @@ _OWNER, _PORT, _WAKE_AT, _SERVES, _PID, _RUNNING = range(6)  # Words of a slot; 
 _MAX_TRACKED = _SLOT_WORDS - _RUNNING
 
 _SIDE_FILE_SIZE = 8 * _SLOTS * _SLOT_WORDS
+_BLANK_SLOT = memoryview(bytes(8 * _SLOT_WORDS)).cast("q")
 
 #: Seconds between two looks whether another process has filled the side file up.
 _FILL_NAP_S = 1e-4
@@ -2724,9 +2725,7 @@ class _Slots:
     """The workers of a database in memory."""
 
     def __init__(self) -> None:
-        import array
-
-        self.words: Any = array.array("q", bytes(8 * _SLOTS * _SLOT_WORDS))
+        self.words: Any = memoryview(bytearray(_SIDE_FILE_SIZE)).cast("q")
         self.held: set[int] = set()  # Slots of this process.  Guarded by lock.
         self.bells: dict[int, _Bell] = {}  # Their bells.
         self.lock: Any = threading.RLock()
@@ -2740,7 +2739,9 @@ class _Slots:
         with self.lock:
             unused = [i for i in range(1, _SLOTS) if not self.words[i * _SLOT_WORDS + _OWNER]]
             used = [i for i in range(1, _SLOTS) if i not in unused]
-            for index in unused + used:  # A dead worker's slot tells whom it ran: leave it.
+            # A dead worker's slot tells what it ran: rather take one that was only watching.
+            used.sort(key=lambda i: bool(self.words[i * _SLOT_WORDS + _RUNNING] >= 0))
+            for index in unused + used:
                 if index not in self.held and self._take(index):
                     break
             else:
@@ -2787,6 +2788,12 @@ class _Slots:
             self.held.add(index)
             return _Remains(self, index, running, True, pid)
 
+    def clear(self, owner: int) -> None:
+        """Free the slot of a dead worker that has left nothing behind."""
+        remains = self.seize(owner)
+        if remains is not None:
+            remains.release()
+
     def wake(self, due_ms: int, bit: int) -> None:
         """Ring one worker that serves `bit` and sleeps beyond `due_ms`, if there is one."""
         words = self.words
@@ -2812,13 +2819,25 @@ class _Slots:
     def has_worker(self) -> bool:
         """Tell whether a worker lives, in any process."""
         with self.lock:
-            for base in self._used():
-                index = base // _SLOT_WORDS
-                if self.words[base + _OWNER] and self.words[base + _SERVES] not in (0, _WATCHING):
-                    if index in self.held or not self._take(index):
-                        return True
-                    self._give_back(index)
-        return False
+            return any(
+                self.words[base + _SERVES] not in (0, _WATCHING) and not self._is_dead(base)
+                for base in self._used()
+                if self.words[base + _OWNER]
+            )
+
+    def dead(self) -> list[int]:
+        """The owners that have died and whose slots nobody has freed."""
+        with self.lock:
+            owners = [(base, self.words[base + _OWNER]) for base in self._used()]
+            return [owner for base, owner in owners if owner and self._is_dead(base)]
+
+    def _is_dead(self, base: int) -> bool:
+        """Tell whether the owner of a slot has died.  Call with lock held."""
+        index = base // _SLOT_WORDS
+        if index in self.held or not self._take(index):
+            return False
+        self._give_back(index)
+        return True
 
     def _ring(self, base: int) -> None:
         bell = self.bells.get(base // _SLOT_WORDS)
@@ -2826,8 +2845,9 @@ class _Slots:
             bell.ring()
 
     def _clear(self, index: int) -> None:
-        for word in range(index * _SLOT_WORDS, (index + 1) * _SLOT_WORDS):
-            self.words[word] = 0
+        base = index * _SLOT_WORDS
+        self.words[base + _OWNER] = 0  # First, since it makes the rest valid.
+        self.words[base : base + _SLOT_WORDS] = _BLANK_SLOT
 
     def _take(self, index: int) -> bool:
         return True
@@ -4426,7 +4446,7 @@ class _Engine(_ValueDatabase):
             self.wake(0, queue, actor)
 
     def recover(self, slot: _Slot) -> tuple[list[tuple[_Row, int]], bool]:
-        """Take back what dead workers had claimed.
+        """Take back what dead workers had claimed, and free their slots.
 
         Counts a crash for each message that was running.  Returns those that have reached
         their limit, claimed by this worker, to be made dead letters of, each with the id of the
@@ -4434,11 +4454,14 @@ class _Engine(_ValueDatabase):
         """
         crashed: list[tuple[_Row, int]] = []
         is_news = False
-        if set(self._read(_OWNERS)) <= {(slot.owner,)}:
+        dead = self.slots().dead()  # Before the look at what is claimed: they claim no more.
+        if set(self._read(_OWNERS)) <= {(slot.owner,)} and not dead:
             return crashed, is_news
         with self._writing():
             connection = self._connect("work")
             owners = [owner for (owner,) in connection.execute(_OWNERS).fetchall()]
+            for owner in set(dead).difference(owners):
+                self.slots().clear(owner)
             self._unknown_since = {o: at for o, at in self._unknown_since.items() if o in owners}
             for owner in owners:
                 remains = None if owner == slot.owner else self.slots().seize(owner)

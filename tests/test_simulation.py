@@ -556,6 +556,19 @@ def test_a_crash_leaves_the_other_workers_alone(broker, work):
     assert sorted((e.outcome, e.attempt) for e in sim.events) == [("crashed", 1), ("done", 1), ("done", 2)]
 
 
+def test_more_workers_may_die_than_there_are_slots_for(broker, work):
+    with dramalite.simulate(broker, workers=2, threads=2, choose=lambda steps: steps[0]) as sim:
+        work.send(1000)
+        for _ in range(130):
+            sim.crash(1)
+            sim.advance(1)
+        sim.crash(0)
+        sim.crash(1)
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["crashed", "done"]
+
+
 def test_a_job_that_kills_its_worker_becomes_a_dead_letter(broker):
     @dramalite.actor(max_crashes=3)
     def poison():
