@@ -3002,12 +3002,11 @@ class _SideFile(_Slots):
             _open_to_users_of(self.path.removesuffix("-lock"), descriptor)
         try:
             _fill_up(descriptor, _SIDE_FILE_SIZE)
-            status = os.fstat(descriptor)
             mapping = mmap.mmap(descriptor, _SIDE_FILE_SIZE)
         except OSError:
             os.close(descriptor)  # Nothing of this process is locked through it yet.
             raise
-        identity = status.st_dev, status.st_ino
+        identity = _file_identity(descriptor)
         return self._files.setdefault(
             identity,
             types.SimpleNamespace(
@@ -3029,11 +3028,7 @@ class _SideFile(_Slots):
         return bool(_file_identity(self.path) == self._identity)
 
     def is_held(self) -> bool:
-        try:
-            status = os.fstat(self._descriptor)
-        except OSError:  # Closed by a job: the locks went with it.
-            return False
-        return bool((status.st_dev, status.st_ino) == self._identity)
+        return bool(_file_identity(self._descriptor) == self._identity)  # If not, a job has closed it.
 
     def _ring(self, base: int) -> None:
         port = self.words[base + _PORT]
@@ -3117,10 +3112,10 @@ def _make_sender() -> socket.socket | None:
     return sender
 
 
-def _file_identity(path: str) -> tuple[int, int] | None:
-    """Device and inode of a file, None where there is none."""
+def _file_identity(file: str | int) -> tuple[int, int] | None:
+    """Device and inode of the file at a path, or of an open one; None where there is none."""
     try:
-        status = os.stat(path)
+        status = os.stat(file)
     except OSError:
         return None
     return status.st_dev, status.st_ino
@@ -9498,7 +9493,7 @@ def _pid_file(path: str | None) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):  # It may be another's by now, or may not be removed.
             os.lseek(descriptor, 0, os.SEEK_SET)
-            if os.read(descriptor, 32) in (own, b"") and _is_open_as(descriptor, path):
+            if os.read(descriptor, 32) in (own, b"") and _file_identity(descriptor) == _file_identity(path):
                 os.remove(path)
         os.close(descriptor)
 
@@ -9514,14 +9509,9 @@ def _open_pid_file(path: str) -> int:
         if not _try_lock_byte(descriptor, _PID_FILE_LOCK):
             os.close(descriptor)
             raise _PidFileError(f"The pid file {path!r} belongs to a process that is just starting.")
-        if _is_open_as(descriptor, path):
+        if _file_identity(descriptor) == _file_identity(path):
             return descriptor
         os.close(descriptor)  # Its former owner has removed it meanwhile.
-
-
-def _is_open_as(descriptor: int, path: str) -> bool:
-    status = os.fstat(descriptor)
-    return _file_identity(path) == (status.st_dev, status.st_ino)
 
 
 def _check_pid_file(path: str) -> None:
