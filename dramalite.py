@@ -2729,7 +2729,6 @@ class _Slots:
         self.held: set[int] = set()  # Slots of this process.  Guarded by lock.
         self.bells: dict[int, _Bell] = {}  # Their bells.
         self.lock: Any = threading.RLock()
-        self.broken = False
 
     def make_bell(self) -> _Bell:
         return _Bell()
@@ -2764,29 +2763,26 @@ class _Slots:
     def free(self, index: int) -> None:
         """Give a slot of this process back."""
         with self.lock:
-            self._clear(index)
-            self.bells.pop(index, None)
-            self.held.discard(index)
-            self._give_back(index)
+            base = index * _SLOT_WORDS
+            self.words[base + _OWNER] = 0  # First, since it makes the rest valid.
+            self.words[base : base + _SLOT_WORDS] = _BLANK_SLOT
+            self.abandon(index)
 
     def seize(self, owner: int) -> _Remains | None:
         """Take what a worker left behind if it is dead; None while it lives."""
-        index = owner & 0xFF if isinstance(owner, int) else 0
-        if not 0 < index < _SLOTS:  # Another program wrote it; there was no such worker.
-            return _Remains(self, 0, None, False, 0)
+        index = owner & 0xFF if isinstance(owner, int) else 0  # Another program may have written it.
         base = index * _SLOT_WORDS
         with self.lock:
-            if self.words[base + _OWNER] != owner:
-                return _Remains(self, index, None, False, 0)
+            if not 0 < index < _SLOTS or self.words[base + _OWNER] != owner:
+                return _Remains(self)
             if index in self.held or not self._take(index):
                 return None
             running = None
-            pid = self.words[base + _PID]
             if self.words[base + _RUNNING] >= 0:
                 words = self.words[base + _RUNNING : base + _SLOT_WORDS]
                 running = [word for word in words if word]
             self.held.add(index)
-            return _Remains(self, index, running, True, pid)
+            return _Remains(self, index, running, self.words[base + _PID])
 
     def clear(self, owner: int) -> None:
         """Free the slot of a dead worker that has left nothing behind."""
@@ -2843,11 +2839,6 @@ class _Slots:
         bell = self.bells.get(base // _SLOT_WORDS)
         if bell is not None:
             bell.ring()
-
-    def _clear(self, index: int) -> None:
-        base = index * _SLOT_WORDS
-        self.words[base + _OWNER] = 0  # First, since it makes the rest valid.
-        self.words[base : base + _SLOT_WORDS] = _BLANK_SLOT
 
     def _take(self, index: int) -> bool:
         return True
@@ -2954,19 +2945,18 @@ class _Remains(NamedTuple):
     """What a dead worker left: the rows that it was running, None if that is not known."""
 
     slots: _Slots
-    slot: int
-    running: list[int] | None
-    locked: bool  # False where no slot knows the worker: its side file may be gone.
-    pid: int
+    slot: int = 0  # 0 where no slot knows the worker: its side file may be gone.
+    running: list[int] | None = None
+    pid: int = 0
 
     def release(self) -> None:
         """Free the slot for another worker, once everything was taken from it."""
-        if self.locked:
+        if self.slot:
             self.slots.free(self.slot)
 
     def leave(self) -> None:
         """Leave them as they were found, for another look."""
-        if self.locked:
+        if self.slot:
             self.slots.abandon(self.slot)
 
 
@@ -4460,7 +4450,7 @@ class _Engine(_ValueDatabase):
             self._unknown_since = {o: at for o, at in self._unknown_since.items() if o in owners}
             for owner in owners:
                 remains = None if owner == slot.owner else self.slots().seize(owner)
-                if remains is None or not (remains.locked or self._is_long_unknown(owner)):
+                if remains is None or not (remains.slot or self._is_long_unknown(owner)):
                     continue
                 running = None if remains.running is None else json.dumps(remains.running)
                 values = {"dead": owner, "owner": slot.owner, "running": running}
