@@ -2880,7 +2880,7 @@ class _Slot:
     """A worker's slot: its identity, its bell, and what it tells the others."""
 
     def __init__(self, slots: _Slots, index: int, bell: _Bell, tracked: bool) -> None:
-        self._slots = slots
+        self.slots = slots
         self._index = index
         self._base = index * _SLOT_WORDS
         self._words = slots.words
@@ -2913,20 +2913,14 @@ class _Slot:
         if self._tracked and self._is_ours:
             self._words[self._base + _RUNNING + thread] = row_id
 
-    def is_current(self) -> bool:
-        return self._slots.is_current()
-
-    def is_held(self) -> bool:
-        return self._slots.is_held()
-
     def renew(self) -> None:
         """Take the lock back if a job has dropped it, by opening and closing the side file."""
-        self._slots.renew(self._index)
+        self.slots.renew(self._index)
 
     def abandon(self) -> None:
         """Die: the others find what this worker leaves behind."""
         self._is_ours = False
-        self._slots.abandon(self._index)
+        self.slots.abandon(self._index)
         self.bell.close()
 
     def release(self) -> None:
@@ -2938,7 +2932,7 @@ class _Slot:
         """Leave, but keep the bell, which another slot has."""
         if self._is_ours:
             self._is_ours = False
-            self._slots.free(self._index)
+            self.slots.free(self._index)
 
 
 class _Remains(NamedTuple):
@@ -4090,7 +4084,7 @@ class _WatchedDatabase(_Database):
     def _listen(self, slot: _Slot) -> None:
         """Pass on, while somebody watches, the rings of workers in other processes."""
         try:
-            while slot.is_held() and slot.is_current():
+            while slot.slots.is_held() and slot.slots.is_current():
                 slot.sleep_until(_FOREVER)  # Said before the look that notify() causes.
                 self.notify()
                 if not slot.bell.wait(1.0):
@@ -7374,7 +7368,7 @@ class _Exchanger:
 
     def has_lost_descriptors(self) -> bool:
         """Tell whether a job has closed what holds our locks; the process had better end."""
-        if self._slot.is_held():
+        if self._slot.slots.is_held():
             return False
         with self._lock:  # One of these did it: they count as running in the crash.
             for index, outcome in enumerate((self._finished + self._traded)[:_MAX_TRACKED]):
@@ -7749,7 +7743,7 @@ class _Dispatcher(_Exchanger):
 
     def _check_slot(self) -> None:
         """If the side file was deleted or replaced, get a slot in the one that others see."""
-        if self._slot.is_current():
+        if self._slot.slots.is_current():
             self._slot.renew()
             return
         self.logger.error("The side file of %r was deleted or replaced; making a new one.", self._broker)
