@@ -233,13 +233,12 @@ def _import_for_sending() -> None:
 
     In CPython 3.10 and 3.11 an import there fails if it interrupts one of the same module.
     """
-    import array
     import mmap
     import socket
     import sqlite3
     import zlib
 
-    del array, mmap, socket, sqlite3, zlib
+    del mmap, socket, sqlite3, zlib
 
 
 def _process_is_alive(pid: int) -> bool:
