@@ -2332,7 +2332,7 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
         for child in children:
             steps = child.messages if isinstance(child, pipeline) else [child]
             self.messages += [step.copy() for step in steps]
-        pairs = list(zip(self.messages, self.messages[1:], strict=False))
+        pairs = [*itertools.pairwise(self.messages)]
         for step, successor in reversed(pairs):  # What a step is told holds all that follows.
             if isinstance(step, Message):
                 step.options.pop("pipe_group", None)
@@ -2368,18 +2368,13 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
     @property
     def completed(self) -> bool:
         """Whether the last message has a result; raises ResultFailure if it failed."""
-        return not self.messages or self._has_result(self.messages[-1])
+        return not self.messages or _has_result(self.messages[-1], self.broker)
 
     @property
     def completed_count(self) -> int:
         """How many messages, from the first on, have results; raises ResultFailure."""
-        for count, message in enumerate(self.messages):
-            if not self._has_result(message):
-                return count
-        return len(self.messages)
-
-    def _has_result(self, step: Message[Any] | group) -> bool:
-        return step.completed if isinstance(step, group) else _has_result(step, self.broker)
+        have_results = (_has_result(step, self.broker) for step in self.messages)
+        return sum(itertools.takewhile(bool, have_results))
 
     def get_result(self, *, block: bool = False, timeout: int | None = None) -> Any:
         """Return the last step's result, a list if it is a group; see Message.get_result()."""
@@ -2542,10 +2537,7 @@ class group:  # noqa: N801  (Dramatiq's name)
     @property
     def completed_count(self) -> int:
         """How many children have results, in any order; raises ResultFailure."""
-        return sum(
-            _has_result(child, self.broker) if isinstance(child, Message) else child.completed
-            for child in self.children
-        )
+        return sum(_has_result(child, self.broker) for child in self.children)
 
     def get_results(self, *, block: bool = False, timeout: int | None = None) -> Iterator[Any]:
         """Yield each child's result, in order: a pipeline's last, a group's as a list."""
@@ -2602,9 +2594,11 @@ def _delay_after_group(message: Message[Any]) -> int | None:
     return (message.options.get("delay") or None) if "pipe_results" in message.options else None
 
 
-def _has_result(message: Message[Any], broker: Broker) -> bool:
+def _has_result(child: Message[Any] | pipeline | group, broker: Broker) -> bool:
+    if not isinstance(child, Message):
+        return child.completed
     try:
-        message.get_result(backend=broker.get_results_backend())
+        child.get_result(backend=broker.get_results_backend())
     except ResultMissing:
         return False
     return True
