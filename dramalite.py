@@ -743,9 +743,12 @@ def set_encoder(encoder: Encoder) -> None:
 #: What a queue may be called; matched against the whole name.  .DQ and .XQ endings are taken.
 QUEUE_NAME_PATTERN = r"[a-zA-Z_][a-zA-Z0-9._-]*"
 
-_WIRE_FIELDS = frozenset(
-    ("queue_name", "actor_name", "args", "kwargs", "options", "message_id", "message_timestamp")
-)
+#: The fields of a message, in their order, and of what type each is in JSON.
+_FIELD_TYPES: dict[str, type] = {
+    "queue_name": str, "actor_name": str, "args": list, "kwargs": dict, "options": dict,
+    "message_id": str, "message_timestamp": int,
+}  # fmt: skip
+_WIRE_FIELDS = frozenset(_FIELD_TYPES)
 
 
 def _check_queue_name(name: Any) -> str:
@@ -922,7 +925,7 @@ class Message(Generic[_R]):
         """
         try:
             fields = _encoder.decode(data)
-            if not _is_well_formed(fields):
+            if type(fields) is not dict or {k: type(v) for k, v in fields.items()} != _FIELD_TYPES:
                 _check_fields(fields)
             fields["args"] = tuple(fields["args"])
         except Exception as error:  # An encoder is foreign code; any failure means the same.
@@ -967,27 +970,6 @@ def _build_message(fields: dict[str, Any], broker: Broker | None) -> Message[Any
     return message
 
 
-_FIELD_TYPES: tuple[tuple[str, type], ...] = (
-    ("queue_name", str), ("actor_name", str), ("args", list), ("kwargs", dict), ("options", dict),
-    ("message_id", str), ("message_timestamp", int),
-)  # fmt: skip
-
-
-def _is_well_formed(fields: Any) -> bool:
-    """Tell whether decoded data are exactly a message's fields, each of its type."""
-    return (
-        type(fields) is dict
-        and fields.keys() == _WIRE_FIELDS
-        and type(fields["queue_name"]) is str
-        and type(fields["actor_name"]) is str
-        and type(fields["args"]) is list
-        and type(fields["kwargs"]) is dict
-        and type(fields["options"]) is dict
-        and type(fields["message_id"]) is str
-        and type(fields["message_timestamp"]) is int
-    )
-
-
 def _check_fields(fields: Any) -> None:
     """Add the fields that may be missing; raise TypeError for what else is not well-formed."""
     if not isinstance(fields, dict):
@@ -997,7 +979,7 @@ def _check_fields(fields: Any) -> None:
     if fields.keys() != _WIRE_FIELDS:
         wrong = sorted(fields.keys() ^ _WIRE_FIELDS)
         raise TypeError(f"these fields are missing or unknown: {', '.join(map(str, wrong))}")
-    for name, kind in _FIELD_TYPES:
+    for name, kind in _FIELD_TYPES.items():
         value = fields[name]
         if name == "args" and isinstance(value, tuple):
             continue  # As pickle keeps them.
