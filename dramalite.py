@@ -1959,17 +1959,16 @@ class Actor(Generic[_P, _R]):
         priority: int,
         options: dict[str, Any],
     ) -> None:
-        if _code_flags(fn.perform if isinstance(fn, GenericActor) else fn) & _CO_GENERATORS:
+        function = fn.perform if isinstance(fn, GenericActor) else fn
+        if _code_flags(function) & _CO_GENERATORS:
             raise TypeError(
                 f"Actor {actor_name!r} is a generator function, whose body would never run."
             )
         module = getattr(fn, "__module__", None) or "_"
         self.logger = get_logger(module, actor_name)
         #: The function if it is `async def`; workers then run it without holding a thread.
-        self.coroutine_fn = _coroutine_function(fn)
-        self.fn: Callable[_P, _R] = (
-            fn if self.coroutine_fn is None else async_to_sync(self.coroutine_fn)
-        )
+        self.coroutine_fn = function if _is_coroutine_function(function) else None
+        self.fn: Callable[_P, _R] = fn if self.coroutine_fn is None else async_to_sync(function)
         self.broker = broker
         self.actor_name = actor_name
         self.queue_name = queue_name
@@ -2087,12 +2086,6 @@ _CO_COROUTINE = 0x80
 
 #: Those of generators, plain and async.
 _CO_GENERATORS = 0x20 | 0x200
-
-
-def _coroutine_function(fn: Any) -> Callable[..., Coroutine[Any, Any, Any]] | None:
-    """What makes a coroutine when an actor's function is called, if anything does."""
-    made_of = fn.perform if isinstance(fn, GenericActor) else fn
-    return made_of if _is_coroutine_function(made_of) else None
 
 
 def _is_coroutine_function(fn: Any) -> bool:
