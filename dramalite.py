@@ -1650,10 +1650,12 @@ def set_broker(broker: Broker) -> None:
                 broker._adopt_middleware(item, left_behind)
             moving = list(left_behind.actors.values())
             for actor in moving:  # All or none.
-                actor._check_fits(broker)
+                _check_option_names(actor.options, actor.actor_name, broker)
+                actor._check_name(broker)
         _global_broker, _global_broker_is_implicit = broker, False
         for actor in moving:
-            actor._move(broker)
+            broker.declare_actor(actor)
+            actor.broker = broker
 
 
 # ------------------------------------------------------------------------------------------
@@ -1980,16 +1982,6 @@ class Actor(Generic[_P, _R]):
     def _check_name(self, broker: Broker) -> None:
         if self.actor_name in broker.actors:
             raise ValueError(f"An actor named {self.actor_name!r} is already registered.")
-
-    def _check_fits(self, broker: Broker) -> None:
-        """Raise ValueError if a broker does not know an option, or has an actor of this name."""
-        _check_option_names(self.options, self.actor_name, broker)
-        self._check_name(broker)
-
-    def _move(self, broker: Broker) -> None:
-        """Leave the implicit default broker for the one that was set after all."""
-        broker.declare_actor(self)
-        self.broker = broker
 
     def message(self, *args: _P.args, **kwargs: _P.kwargs) -> Message[_R]:
         """Make a message without sending it."""
