@@ -2192,7 +2192,7 @@ class _GenericActorMeta(type):
     ) -> Any:
         cls = super().__new__(mcs, name, bases, namespace)
         meta = cls._meta_options()
-        if meta.pop("abstract", False):
+        if meta.pop("abstract"):
             return cls
         registry = meta.pop("actor", actor)
         instance = cast(Any, cls)()
@@ -2205,14 +2205,10 @@ class _GenericActorMeta(type):
 
     def _meta_options(cls) -> dict[str, Any]:
         """Meta's public attributes, inherited ones too; `abstract` counts only where it stands."""
-        meta = cls.__dict__.get("Meta")
-        inherited = getattr(cls, "Meta", None)
         options: dict[str, Any] = {}
-        for base in reversed(getattr(inherited, "__mro__", ())):
+        for base in reversed(cls.Meta.__mro__):
             options.update({k: v for k, v in vars(base).items() if not k.startswith("_")})
-        options.pop("abstract", None)
-        if meta is not None and vars(meta).get("abstract", False):
-            options["abstract"] = True
+        options["abstract"] = vars(vars(cls).get("Meta", object)).get("abstract", False)
         return options
 
 
