@@ -1829,25 +1829,19 @@ def async_to_sync(fn: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, _R]
 # given, at decoration or at send(), by the table _OPTION_CHECKS; to add an option, give it a
 # row there and name it in the actor_options of the middleware that reads it.
 # ------------------------------------------------------------------------------------------
-def _check_duration(value: Any, what: str) -> int | None:
-    return None if value is None else _milliseconds(value, what)
+def _check_time_limit(value: Any, what: str) -> int | float:
+    return math.inf if value == math.inf else _milliseconds(value, what)
 
 
-def _check_time_limit(value: Any, what: str) -> int | float | None:
-    return value if value == float("inf") else _check_duration(value, what)
-
-
-def _check_count(value: Any, what: str) -> int | None:
-    if value is None:
-        return None
+def _check_count(value: Any, what: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} is {value!r}; give an int, or None.")
+        raise TypeError(f"{what} is {value!r}; give an int.")
     if not 0 <= value <= 1 << 62:
         raise ValueError(f"{what} is {value!r}; give 0 or more, of at most 62 bits.")
     return value
 
 
-def _check_crash_limit(value: Any, what: str) -> int | None:
+def _check_crash_limit(value: Any, what: str) -> int:
     if value == 0 and not isinstance(value, bool):
         raise ValueError(f"{what} is {value!r}; give 1 or more: a message that runs may crash.")
     return _check_count(value, what)
@@ -1861,25 +1855,23 @@ def _check_priority(value: Any, what: str) -> int:
     return value
 
 
-def _check_flag(value: Any, what: str) -> bool | None:
-    if value is not None and not isinstance(value, bool):
+def _check_flag(value: Any, what: str) -> bool:
+    if not isinstance(value, bool):
         raise TypeError(f"{what} is {value!r}; give True or False.")
     return value
 
 
-def _check_callback(value: Any, what: str) -> str | None:
+def _check_callback(value: Any, what: str) -> str:
     """An actor's name, also for the Actor or the generic actor itself."""
     actor = getattr(value, "__actor__", value)
     if isinstance(actor, Actor):
         return actor.actor_name
-    if value is not None and not isinstance(value, str):
+    if not isinstance(value, str):
         raise TypeError(f"{what} value must be an Actor or the name of one, not {value!r}.")
     return value
 
 
-def _check_throws(value: Any, what: str) -> tuple[type[BaseException], ...] | None:
-    if value is None:
-        return None
+def _check_throws(value: Any, what: str) -> tuple[type[BaseException], ...]:
     kinds = tuple(value) if isinstance(value, (tuple, list, set, frozenset)) else (value,)
     for kind in kinds:
         if not isinstance(kind, type) or not issubclass(kind, BaseException):
@@ -1887,35 +1879,35 @@ def _check_throws(value: Any, what: str) -> tuple[type[BaseException], ...] | No
     return kinds
 
 
-def _check_function(value: Any, what: str) -> Callable[..., Any] | None:
-    if value is not None and not callable(value):
+def _check_function(value: Any, what: str) -> Any:
+    if not callable(value):
         raise TypeError(f"{what} is {value!r}; give a function.")
-    return cast("Callable[..., Any] | None", value)
+    return value
 
 
-def _check_backoff(value: Any, what: str) -> Callable[[int], int] | list[int] | None:
-    if value is None or callable(value):
-        return cast("Callable[[int], int] | None", value)
+def _check_backoff(value: Any, what: str) -> Any:
+    if callable(value):
+        return value
     if not isinstance(value, (list, tuple)) or not value:
         raise TypeError(f"{what} is {value!r}; give a list of milliseconds or a function of the attempt.")
     return [_milliseconds(item, what) for item in value]
 
 
-def _check_on_crash(value: Any, what: str) -> str | None:
-    if value not in (None, "requeue", "fail"):
+def _check_on_crash(value: Any, what: str) -> Any:
+    if value not in ("requeue", "fail"):
         raise ValueError(f'{what} is {value!r}; give "requeue" or "fail".')
-    return cast("str | None", value)
+    return value
 
 
 #: What each standard option must be: a function that returns the value to keep, or raises.
 _OPTION_CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "max_age": _check_duration,
+    "max_age": _milliseconds,
     "time_limit": _check_time_limit,
-    "min_backoff": _check_duration,
-    "max_backoff": _check_duration,
+    "min_backoff": _milliseconds,
+    "max_backoff": _milliseconds,
     "backoff": _check_backoff,
-    "result_ttl": _check_duration,
-    "delay": _check_duration,
+    "result_ttl": _milliseconds,
+    "delay": _milliseconds,
     "max_retries": _check_count,
     "max_crashes": _check_crash_limit,
     "priority": _check_priority,
@@ -1936,11 +1928,15 @@ _unusual_options: set[str] = set()
 
 
 def _check_options(options: Mapping[str, Any], actor_name: str) -> dict[str, Any]:
-    """Return the options with standard ones checked and normalised; the order is kept."""
+    """Return the options with standard ones checked and normalised; the order is kept.
+
+    Any may be None but the priority, of which each actor has one.
+    """
     checked = {}
     for name, value in options.items():
-        check = _OPTION_CHECKS.get(name)
-        checked[name] = value if check is None else check(value, f"Actor {actor_name!r}: {name}")
+        if name in _OPTION_CHECKS and (value is not None or name == "priority"):
+            value = _OPTION_CHECKS[name](value, f"Actor {actor_name!r}: {name}")
+        checked[name] = value
     return checked
 
 
@@ -4888,8 +4884,7 @@ class Results(Middleware):
         self.logger = get_logger("dramalite.results.middleware", type(self))
         self._backend = backend
         self.store_results = store_results
-        ttl = _check_duration(result_ttl, "result_ttl")
-        self.result_ttl = _DEFAULT_RESULT_TTL_MS if ttl is None else ttl
+        self.result_ttl = _DEFAULT_RESULT_TTL_MS if result_ttl is None else _milliseconds(result_ttl, "result_ttl")
 
     @property
     def backend(self) -> ResultBackend:
@@ -5226,7 +5221,7 @@ class AgeLimit(Middleware):
 
     def __init__(self, *, max_age: int | timedelta | None = None) -> None:
         self.logger = get_logger("dramalite.middleware.age_limit", type(self))
-        self.max_age = _check_duration(max_age, "max_age")
+        self.max_age = None if max_age is None else _milliseconds(max_age, "max_age")
 
     @property
     def actor_options(self) -> set[str]:
@@ -5272,7 +5267,7 @@ class TimeLimit(Middleware):
 
     def __init__(self, *, time_limit: int | timedelta = 600_000, interval: int = 1000) -> None:
         self.logger = get_logger("dramalite.middleware.time_limit", type(self))
-        self.time_limit = _check_time_limit(time_limit, "time_limit")
+        self.time_limit = None if time_limit is None else _check_time_limit(time_limit, "time_limit")
         self.interval_s = interval / 1000
         self.forget()
         _forgetful.add(self)
@@ -5761,12 +5756,10 @@ class Retries(Middleware):
         backoff: Callable[[int], int] | list[int] | None = None,
     ) -> None:
         self.logger = get_logger("dramalite.middleware.retries", type(self))
-        self.backoff = _check_backoff(backoff, "backoff")
-        self.max_retries = _check_count(max_retries, "max_retries")
-        shortest = _check_duration(min_backoff, "min_backoff")
-        longest = _check_duration(max_backoff, "max_backoff")
-        self.min_backoff = 15_000 if shortest is None else shortest
-        self.max_backoff = _MAX_BACKOFF_MS if longest is None else longest
+        self.backoff = None if backoff is None else _check_backoff(backoff, "backoff")
+        self.max_retries = None if max_retries is None else _check_count(max_retries, "max_retries")
+        self.min_backoff = 15_000 if min_backoff is None else _milliseconds(min_backoff, "min_backoff")
+        self.max_backoff = _MAX_BACKOFF_MS if max_backoff is None else _milliseconds(max_backoff, "max_backoff")
         self.retry_when = retry_when
 
     @property
@@ -6341,10 +6334,8 @@ class _EngineBroker(Broker):
         self._engine = _Engine(path, durability, lambda: self.clock)
         self._collecting = _Collecting()
         self._built_in: list[Middleware] = []
-        if max_message_size is None:
-            raise TypeError("max_message_size is None; give a number of bytes.")
-        self.max_message_size = cast(int, _check_count(max_message_size, "max_message_size"))
-        self.max_crashes = cast(int, _check_crash_limit(max_crashes, "max_crashes"))
+        self.max_message_size = _check_count(max_message_size, "max_message_size")
+        self.max_crashes = _check_crash_limit(max_crashes, "max_crashes")
         self._buried: dict[str, list[MessageProxy]] = collections.defaultdict(list)
         self._pairs: set[tuple[str, str]] = set()  # (queue, actor) of what was sent from here.
         super().__init__(middleware)
