@@ -2622,10 +2622,8 @@ class _SocketBell(_Bell):
         self.port: int = self._socket.getsockname()[1]
 
     def ring(self) -> None:
-        import socket
-
-        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-            sender.sendto(b"", ("127.0.0.1", self.port))
+        with contextlib.suppress(OSError):
+            self._socket.sendto(b"", ("127.0.0.1", self.port))
 
     def wait(self, timeout: float) -> bool:
         try:
