@@ -2908,6 +2908,8 @@ class _SideFile(_Slots):
     """The workers of a database file, by its side file `<path>-lock`."""
 
     def __init__(self, path: str, *, create: bool) -> None:
+        import socket
+
         self.path = os.path.realpath(path)
         self.bells = {}
         shared = sys.modules.setdefault(
@@ -2922,8 +2924,10 @@ class _SideFile(_Slots):
             self._file.users += 1
         self._descriptor, self._identity = self._file.descriptor, self._file.identity
         self.words, self.held = self._file.words, self._file.held
-        self._sender = _make_sender()
-        if self._sender is not None:
+        self._sender: socket.socket | None = None
+        with contextlib.suppress(OSError):  # Without it those elsewhere poll.
+            self._sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+            self._sender.setblocking(False)
             weakref.finalize(self, self._sender.close)
 
     def _open(self, create: bool) -> types.SimpleNamespace:
@@ -3032,18 +3036,6 @@ def _fill_up(descriptor: int, size: int) -> None:
             os.write(descriptor, bytes(missing))
         finally:
             _unlock_byte(descriptor, _SLOTS)
-
-
-def _make_sender() -> socket.socket | None:
-    """A socket to ring with, None where none is to be had."""
-    import socket
-
-    try:
-        sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-    except OSError:
-        return None
-    sender.setblocking(False)
-    return sender
 
 
 def _file_identity(file: str | int) -> tuple[int, int] | None:
