@@ -2741,21 +2741,14 @@ class _Slots:
             remains.release()
 
     def wake(self, due_ms: int, bit: int) -> None:
-        """Ring one worker that serves `bit` and sleeps beyond `due_ms`, if there is one."""
+        """Ring one worker that serves `bit` and sleeps beyond `due_ms`; all, if they are watching."""
         words = self.words
         for base in self._used():
             if words[base + _WAKE_AT] > due_ms and words[base + _SERVES] & bit:
                 words[base + _WAKE_AT] = 0
                 self._ring(base)
-                return
-
-    def wake_watchers(self) -> None:
-        """Ring all that wait for outcomes."""
-        words = self.words
-        for base in self._used():
-            if words[base + _SERVES] == _WATCHING and words[base + _WAKE_AT]:
-                words[base + _WAKE_AT] = 0
-                self._ring(base)
+                if bit != _WATCHING:
+                    return
 
     def _used(self) -> range:
         """Where the slots begin that were ever used."""
@@ -3930,7 +3923,7 @@ class _WatchedDatabase(_Database):
         slots = self._slots
         if self.path is not None and slots is not None:
             try:
-                slots.wake_watchers()
+                slots.wake(0, _WATCHING)
             except ValueError:
                 return  # Closed by another thread just now.
 
