@@ -2685,20 +2685,21 @@ class _Slots:
 
     def acquire(self, bell: _Bell, serves: int, tracked: bool) -> _Slot:
         """Take a free slot; raise BrokerError if there is none."""
+
+        def worth(index: int) -> tuple[bool, bool]:
+            """Unused ones go first, then those that only watched: the others tell what they ran."""
+            base = index * _SLOT_WORDS
+            return self.words[base + _OWNER] != 0, self.words[base + _RUNNING] >= 0
+
         with self.lock:
-            unused = [i for i in range(1, _SLOTS) if not self.words[i * _SLOT_WORDS + _OWNER]]
-            used = [i for i in range(1, _SLOTS) if i not in unused]
-            # A dead worker's slot tells what it ran: rather take one that was only watching.
-            used.sort(key=lambda i: bool(self.words[i * _SLOT_WORDS + _RUNNING] >= 0))
-            for index in unused + used:
+            for index in sorted(range(1, _SLOTS), key=worth):
                 if index not in self.held and self._take(index):
                     break
             else:
                 raise BrokerError(f"All {_SLOTS - 1} worker slots of this database are taken.")
             self.held.add(index)
             self.bells[index] = bell
-            slot = _Slot(self, index, bell, tracked)
-            slot.start(serves)
+            slot = _Slot(self, index, bell, serves, tracked)
             self.words[0] = max(self.words[0], index)
             return slot
 
@@ -2822,7 +2823,7 @@ class _Slots:
 class _Slot:
     """A worker's slot: its identity, its bell, and what it tells the others."""
 
-    def __init__(self, slots: _Slots, index: int, bell: _Bell, tracked: bool) -> None:
+    def __init__(self, slots: _Slots, index: int, bell: _Bell, serves: int, tracked: bool) -> None:
         self.slots = slots
         self._index = index
         self._base = index * _SLOT_WORDS
@@ -2831,15 +2832,12 @@ class _Slot:
         self._is_ours = True  # Until it was left; a late thread must not write to it then.
         self.bell = bell
         self.owner = int.from_bytes(os.urandom(6), "big") << 8 | index
-
-    def start(self, serves: int) -> None:
-        """Fill the slot in; the owner last, since it makes the rest valid."""
         self._words[self._base + _PORT] = self.bell.port
         self._words[self._base + _PID] = os.getpid()
         self._words[self._base + _WAKE_AT] = 0
         self._words[self._base + _RUNNING] = 0 if self._tracked else -1
         self.serve(serves)
-        self._words[self._base + _OWNER] = self.owner
+        self._words[self._base + _OWNER] = self.owner  # The last, since it makes the rest valid.
 
     def serve(self, serves: int) -> None:
         """Say which work to ring for: see _Engine.bit()."""
