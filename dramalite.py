@@ -3337,19 +3337,12 @@ class _Outcome:
 
     __slots__ = ("after_commit", "effects", "is_handed_back", "row", "wakes")
 
-    def __init__(self, row: _Row) -> None:
+    def __init__(self, row: _Row, *, is_handed_back: bool = False) -> None:
         self.row = row
         self.effects: list[tuple[str, tuple[Any, ...]]] = []  # Statements and their values.
         self.wakes: list[tuple[int, int]] = []  # due_ms and bit of each message it enqueues.
-        self.is_handed_back = False
+        self.is_handed_back = is_handed_back  # It goes back to its place in the queue.
         self.after_commit: Callable[[], None] | None = None
-
-
-def _handed_back(row: _Row) -> _Outcome:
-    """The outcome of a row that goes back to its place in the queue."""
-    outcome = _Outcome(row)
-    outcome.is_handed_back = True
-    return outcome
 
 
 # ------------------------------------------------------------------------------------------
@@ -7280,7 +7273,7 @@ class _Exchanger:
                 self._engine.hand_back(self._slot, rows)
         except BaseException as error:
             with self._lock:
-                self._finished += [_handed_back(row) for row in rows]
+                self._finished += [_Outcome(row, is_handed_back=True) for row in rows]
             if not isinstance(error, BrokerError):  # A signal handler's, say.
                 raise
             self.complain(error)
@@ -7582,7 +7575,7 @@ class _Dispatcher(_Exchanger):
                 reason = "It was still running when its worker stopped; it is not run again."
                 outcomes.append(fail(job.row, reason))
             else:
-                outcomes.append(_handed_back(job.row))
+                outcomes.append(_Outcome(job.row, is_handed_back=True))
                 self.logger.warning(
                     "Message %s of %s is still running; it is handed back and will run again.",
                     job.row.message_id, job.row.actor,
@@ -8679,7 +8672,7 @@ class Simulation(_World):
             busy = [(thread, thread.job) for thread in worker.threads if thread.job is not None]
             done = [(thread, job) for thread, job in busy if not thread.is_running]
             outcomes = [job.outcome for _thread, job in done]
-            outcomes += [_handed_back(job.row) for thread, job in busy if thread.is_running]
+            outcomes += [_Outcome(job.row, is_handed_back=True) for thread, job in busy if thread.is_running]
             with self._set_aside_engine():
                 for thread in worker.threads:
                     thread.unwind()
