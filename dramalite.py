@@ -1258,6 +1258,8 @@ class _Runner(threading.local):
     """What a thread calls hooks for: itself, a coroutine that needs no thread, or another thread."""
 
     other: int | None = None
+    #: What runs this thread's coroutines in place of the event loop thread, in a simulation.
+    run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any] | None = None
 
     def id(self) -> int:
         """The thread's ident, or the negative number of a coroutine."""
@@ -1802,21 +1804,12 @@ def _get_event_loop_thread() -> _EventLoopThread:
         return _event_loop_thread
 
 
-class _Loops(threading.local):
-    """What runs coroutines for this thread in place of the event loop thread, if anything does."""
-
-    run_coroutine: Callable[[Coroutine[Any, Any, Any]], Any] | None = None
-
-
-_loops = _Loops()
-
-
 def async_to_sync(fn: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, _R]:
     """Make a plain function of a coroutine function; it runs on the event loop's thread."""
 
     @functools.wraps(fn)
     def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        run_coroutine = _loops.run_coroutine or _get_event_loop_thread().run_coroutine
+        run_coroutine = _runner.run_coroutine or _get_event_loop_thread().run_coroutine
         return cast(_R, run_coroutine(fn(*args, **kwargs)))
 
     return run
@@ -8790,12 +8783,12 @@ class Simulation(_World):
     def _run(self, thread: _VirtualThread) -> None:
         """Run a job up to its outcome."""
         _virtual.world, _virtual.thread = self, thread
-        _loops.run_coroutine = functools.partial(_run_virtually, self._clock)
+        _runner.run_coroutine = functools.partial(_run_virtually, self._clock)
         try:
             thread.process()
         finally:
             self._undo.close()
-            _virtual.thread = _loops.run_coroutine = None
+            _virtual.thread = _runner.run_coroutine = None
             thread.ended_ms = self._clock.now_ms
 
     # Time that passes in jobs.
