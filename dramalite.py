@@ -890,15 +890,8 @@ class Message(Generic[_R]):
 
     def asdict(self) -> dict[str, Any]:
         """Return the seven fields as a dict; the values are not copied."""
-        return {
-            "queue_name": self.queue_name,
-            "actor_name": self.actor_name,
-            "args": self.args,
-            "kwargs": self.kwargs,
-            "options": self.options,
-            "message_id": self.message_id,
-            "message_timestamp": self.message_timestamp,
-        }
+        attributes = self.__dict__
+        return {name: attributes[name] for name in _FIELD_TYPES}
 
     _asdict = asdict
 
