@@ -1465,31 +1465,22 @@ class Broker:
         A MiddlewareError stops the chain and reaches the caller; other errors are logged.
         """
         name = "before_" + signal
-        self._call_before(name, self._hooks_named(name), *args, **kwargs)
+        self._call_hooks(name, self._hooks_named(name), *args, **kwargs)
 
     def emit_after(self, signal: str, *args: Any, **kwargs: Any) -> None:
         """Call the hook after_<signal> of all middleware, in reverse; errors are logged."""
         name = "after_" + signal
-        self._call_after(name, self._hooks_named(name), *args, **kwargs)
+        self._call_hooks(name, reversed(self._hooks_named(name)), *args, **kwargs)
 
-    def _call_before(
-        self, name: str, hooks: tuple[Callable[..., None], ...], *args: Any, **kwargs: Any
+    def _call_hooks(
+        self, name: str, hooks: Iterable[Callable[..., None]], *args: Any, **kwargs: Any
     ) -> None:
         for hook in hooks:
             try:
                 hook(self, *args, **kwargs)
-            except MiddlewareError:
-                raise
-            except Exception:  # The others still get their turn, and the work goes on.
-                self.logger.critical("Hook %s of %r failed; going on.", name, hook, exc_info=True)
-
-    def _call_after(
-        self, name: str, hooks: tuple[Callable[..., None], ...], *args: Any, **kwargs: Any
-    ) -> None:
-        for hook in reversed(hooks):
-            try:
-                hook(self, *args, **kwargs)
-            except Exception:  # The others may hold locks or timers to release.
+            except Exception as error:  # The others may hold locks or timers to release.
+                if isinstance(error, MiddlewareError) and name.startswith("before_"):
+                    raise
                 self.logger.critical("Hook %s of %r failed; going on.", name, hook, exc_info=True)
 
     def _hooks_named(self, name: str) -> tuple[Callable[..., None], ...]:
@@ -6828,7 +6819,7 @@ class _Processor:
             if before:
                 broker._collecting.outcome = job.outcome
                 try:
-                    broker._call_before("before_process_message", before, message)
+                    broker._call_hooks("before_process_message", before, message)
                 finally:
                     broker._collecting.outcome = None
         except ActorNotFound as error:
@@ -6947,7 +6938,7 @@ class _Processor:
             if job.result is not None and not (plan is not None and plan.is_kept):
                 self._check_use(message)
             hooks = broker._hooks["after_process_message"] if plan is None else plan.after
-            broker._call_after("after_process_message", hooks, message, result=job.result)
+            broker._call_hooks("after_process_message", reversed(hooks), message, result=job.result)
             return
         message.stuff_exception(exception)
         if isinstance(exception, SkipMessage):
