@@ -1165,14 +1165,10 @@ class Middleware:
 _HOOKS = tuple(name for name in vars(Middleware) if name.startswith(("before_", "after_")))
 
 
-def _overridden_hooks(middleware: Middleware) -> list[str]:
-    """The names of the hooks that this middleware does something in."""
-    return [
-        name
-        for name in _HOOKS
-        if getattr(getattr(middleware, name, None), "__func__", None) is not vars(Middleware)[name]
-        and hasattr(middleware, name)
-    ]
+def _overrides(middleware: Middleware, hook: str) -> bool:
+    """Tell whether this middleware does something in a hook."""
+    method = getattr(middleware, hook, None)
+    return method is not None and getattr(method, "__func__", None) is not vars(Middleware)[hook]
 
 
 def _is_concerned(middleware: Middleware, hook: str, options: Mapping[str, Any]) -> bool:
@@ -1430,11 +1426,10 @@ class Broker:
             )
         self.middleware.insert(index, middleware)
         self.actor_options |= middleware.actor_options
-        hooks: dict[str, list[Callable[..., None]]] = {name: [] for name in _HOOKS}
-        for item in self.middleware:
-            for name in _overridden_hooks(item):
-                hooks[name].append(getattr(item, name))
-        self._hooks = {name: tuple(methods) for name, methods in hooks.items()}
+        self._hooks = {
+            name: tuple(getattr(item, name) for item in self.middleware if _overrides(item, name))
+            for name in _HOOKS
+        }
         for actor in list(self.actors.values()):
             middleware.after_declare_actor(self, actor)
         for queue_name in sorted(self.get_declared_queues()):
@@ -1495,7 +1490,7 @@ class Broker:
         return tuple(
             getattr(item, name)
             for item in self.middleware
-            if name in _overridden_hooks(item) and _is_concerned(item, name, options)
+            if _overrides(item, name) and _is_concerned(item, name, options)
         )
 
     # Actors and queues.
