@@ -2969,10 +2969,7 @@ class _SideFile(_Slots):
     @staticmethod
     def forget_all() -> None:
         """In a forked child: the parent's slots are not ours, nor are its locks."""
-        shared = sys.modules.get("_dramalite_side_files")
-        if shared is not None:
-            shared.__dict__["files"] = {}
-            shared.__dict__["lock"] = threading.RLock()
+        sys.modules.pop("_dramalite_side_files", None)
 
 
 def _open_to_users_of(path: str, descriptor: int) -> None:
