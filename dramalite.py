@@ -2800,14 +2800,13 @@ class _Slot:
         self._index = index
         self._base = index * _SLOT_WORDS
         self._words = slots.words
-        self._tracked = tracked
         self._is_ours = True  # Until it was left; a late thread must not write to it then.
         self.bell = bell
         self.owner = int.from_bytes(os.urandom(6), "big") << 8 | index
         self._words[self._base + _PORT] = self.bell.port
         self._words[self._base + _PID] = os.getpid()
         self._words[self._base + _WAKE_AT] = 0
-        self._words[self._base + _RUNNING] = 0 if self._tracked else -1
+        self._words[self._base + _RUNNING] = 0 if tracked else -1
         self.serve(serves)
         self._words[self._base + _OWNER] = self.owner  # The last, since it makes the rest valid.
 
@@ -2822,8 +2821,8 @@ class _Slot:
             self._words[self._base + _WAKE_AT] = time_ms
 
     def run(self, thread: int, row_id: int) -> None:
-        """Say which row a thread is running; 0 for none."""
-        if self._tracked and self._is_ours:
+        """Say which row a thread of a tracked worker is running; 0 for none."""
+        if self._is_ours:
             self._words[self._base + _RUNNING + thread] = row_id
 
     def renew(self) -> None:
