@@ -940,8 +940,7 @@ class Message(Generic[_R]):
         ResultFailure if the actor failed for good, RuntimeError if the broker keeps no results.
         """
         if backend is None:
-            broker = get_broker() if self._broker is None else self._broker
-            backend = broker.get_results_backend()
+            backend = _home_of([self], None).get_results_backend()
         return cast(_R, backend.get_result(self, block=block, timeout=timeout))
 
     async def get_result_async(
@@ -949,8 +948,7 @@ class Message(Generic[_R]):
     ) -> _R:
         """get_result(block=True) for coroutines, in any event loop; it holds no thread."""
         if backend is None:
-            broker = get_broker() if self._broker is None else self._broker
-            backend = broker.get_results_backend()
+            backend = _home_of([self], None).get_results_backend()
         return cast(_R, await backend.get_result_async(self, timeout=timeout))
 
 
