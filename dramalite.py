@@ -1662,53 +1662,38 @@ class _EventLoopThread:
 
     def run_coroutine(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         """Run a coroutine to its end and return its result; an Interrupt here cancels it."""
-        import asyncio
-
         if threading.current_thread() is self.thread:
             coroutine.close()
             raise RuntimeError(
                 "An async actor can't be called on the event loop that is to run it: the loop would "
                 "wait for itself. Await its coroutine_fn(...) there, or send it a message."
             )
-        context = contextvars.copy_context()
         done = threading.Event()
-        tasks: list[asyncio.Task[Any]] = []
+        outcome: list[tuple[Any, BaseException | None]] = []
 
-        def start() -> None:
-            if tasks:
-                return
-            tasks.append(context.run(self.loop.create_task, _contain(coroutine)))
-            tasks[0].add_done_callback(lambda _task: done.set())
+        def end(result: Any, exception: BaseException | None) -> None:
+            outcome.append((result, exception))
+            done.set()
 
-        def cancel() -> None:
-            for task in tasks:
-                task.cancel()
-
-        is_scheduled = False
+        runner = next(_coroutine_runners)
         try:
-            self.loop.call_soon_threadsafe(start)
-            is_scheduled = True
+            self.start(lambda: coroutine, contextvars.copy_context(), runner, end)
             while not done.wait(_INTERRUPT_CHECK_S):
                 pass
-        except Interrupt:
-            if not is_scheduled:
-                self.loop.call_soon_threadsafe(start)
-            self.loop.call_soon_threadsafe(cancel)
-            if not done.wait(_CANCEL_GRACE_S):
+        except Interrupt as interrupt:
+            if _interrupt(runner, type(interrupt)) and not done.wait(_CANCEL_GRACE_S):
                 raise RuntimeError("Timed out waiting for the cancelled coroutine to end.") from None
+            coroutine.close()  # Where it never began.
             raise
-        task = tasks.pop()
+        result, exception = outcome.pop()
         try:
-            result, exit_request = task.result()
-            if exit_request is not None:
-                raise exit_request
+            if exception is not None:
+                raise exception
             return result
-        except asyncio.CancelledError as error:
-            raise RuntimeError("The coroutine was cancelled.") from error
         finally:
-            exit_request = None
-            del task  # Or its exception, whose traceback has this frame, would hold itself.
+            del exception  # Its traceback has this frame: it would hold itself.
 
+    @_uninterrupted
     def start(
         self,
         call: Callable[[], Coroutine[Any, Any, Any]],
