@@ -1788,26 +1788,17 @@ def _check_time_limit(value: Any, what: str) -> int | float:
     return math.inf if value == math.inf else _milliseconds(value, what)
 
 
-def _check_count(value: Any, what: str) -> int:
+def _check_int(value: Any, what: str, lowest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{what} is {value!r}; give an int.")
-    if not 0 <= value <= 1 << 62:
-        raise ValueError(f"{what} is {value!r}; give 0 or more, of at most 62 bits.")
+    if not lowest <= value <= 1 << 62:
+        raise ValueError(f"{what} is {value!r}; give an int from {lowest} to {1 << 62}.")
     return value
 
 
-def _check_crash_limit(value: Any, what: str) -> int:
-    if value == 0 and not isinstance(value, bool):
-        raise ValueError(f"{what} is {value!r}; give 1 or more: a message that runs may crash.")
-    return _check_count(value, what)
-
-
-def _check_priority(value: Any, what: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{what} is {value!r}; give an int, lower numbers first.")
-    if not -(1 << 62) <= value <= 1 << 62:
-        raise ValueError(f"{what} is {value!r}; give an int of at most 62 bits.")
-    return value
+_check_count = functools.partial(_check_int, lowest=0)
+_check_crash_limit = functools.partial(_check_int, lowest=1)  # What runs may crash.
+_check_priority = functools.partial(_check_int, lowest=-(1 << 62))
 
 
 def _check_flag(value: Any, what: str) -> bool:
