@@ -2599,7 +2599,8 @@ class _SocketBell(_Bell):
 # copies of this module too) share one descriptor, kept in sys.modules.
 # Lost-wake-up rule: a worker says that it sleeps before its last look at the queue.
 # ------------------------------------------------------------------------------------------
-_SLOTS = 128  # Slot 0 is the header: word 0 is the highest slot ever used.
+_SLOTS = 128
+_HEADER = 0  # No worker's slot: its word 0 is the highest slot ever used, its lock for checkpoints.
 _SLOT_WORDS = 1024
 _OWNER, _PORT, _WAKE_AT, _SERVES, _PID, _RUNNING = range(6)  # Words of a slot; the rest: running.
 _MAX_TRACKED = _SLOT_WORDS - _RUNNING
@@ -2639,23 +2640,35 @@ class _Slots:
 
         with self.lock:
             for index in sorted(range(1, _SLOTS), key=worth):
-                if index not in self.held and self._take(index):
+                if self.hold(index):
                     break
             else:
                 raise BrokerError(f"All {_SLOTS - 1} worker slots of this database are taken.")
-            self.held.add(index)
             self.bells[index] = bell
             slot = _Slot(self, index, bell, serves, tracked)
             self.words[0] = max(self.words[0], index)
             return slot
+
+    def hold(self, index: int) -> bool:
+        """Lock a slot for this process; False if it is locked, here or elsewhere."""
+        with self.lock:
+            if index in self.held or not self._take(index):
+                return False
+            self.held.add(index)
+            return True
+
+    def let_go(self, index: int) -> None:
+        """Undo hold()."""
+        with self.lock:
+            self.held.discard(index)
+            self._give_back(index)
 
     def abandon(self, index: int) -> None:
         """Leave a slot of this process as if the process had died."""
         with self.lock:
             self.words[index * _SLOT_WORDS + _WAKE_AT] = 0
             self.bells.pop(index, None)
-            self.held.discard(index)
-            self._give_back(index)
+            self.let_go(index)
 
     def free(self, index: int) -> None:
         """Give a slot of this process back."""
@@ -2672,13 +2685,12 @@ class _Slots:
         with self.lock:
             if not 0 < index < _SLOTS or self.words[base + _OWNER] != owner:
                 return _Remains(self)
-            if index in self.held or not self._take(index):
+            if not self.hold(index):
                 return None
             running = None
             if self.words[base + _RUNNING] >= 0:
                 words = self.words[base + _RUNNING : base + _SLOT_WORDS]
                 running = [word for word in words if word]
-            self.held.add(index)
             return _Remains(self, index, running, self.words[base + _PID])
 
     def clear(self, owner: int) -> None:
@@ -2720,9 +2732,9 @@ class _Slots:
     def _is_dead(self, base: int) -> bool:
         """Tell whether the owner of a slot has died.  Call with lock held."""
         index = base // _SLOT_WORDS
-        if index in self.held or not self._take(index):
+        if not self.hold(index):
             return False
-        self._give_back(index)
+        self.let_go(index)
         return True
 
     def _ring(self, base: int) -> None:
@@ -2748,19 +2760,6 @@ class _Slots:
         with self.lock, contextlib.suppress(OSError):
             if index in self.held and self.is_held():  # A closed descriptor's number may be another file's.
                 self._take(index)
-
-    def begin_checkpoint(self) -> bool:
-        """Become the only one that checkpoints, by the header's lock; False if one does already."""
-        with self.lock:
-            if 0 in self.held or not self._take(0):
-                return False
-            self.held.add(0)
-            return True
-
-    def end_checkpoint(self) -> None:
-        with self.lock:
-            self.held.discard(0)
-            self._give_back(0)
 
     def close(self) -> None:
         """Let go of what is not needed while no worker runs."""
@@ -3690,7 +3689,7 @@ class _Database:
     def _checkpoint(self, mode: str) -> None:
         with contextlib.suppress(self._errors, BrokerError, OSError):  # Not now then; the next will.
             slots = self.slots()
-            if not slots.begin_checkpoint():
+            if not slots.hold(_HEADER):
                 return  # Another one is at it.
             try:
                 with self._checkpoint_lock, self._checkpointing() as connection:
@@ -3703,7 +3702,7 @@ class _Database:
                         with self._lock:
                             connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
             finally:
-                slots.end_checkpoint()
+                slots.let_go(_HEADER)
 
     @contextlib.contextmanager
     def _checkpointing(self) -> Iterator[sqlite3.Connection]:

@@ -162,8 +162,8 @@ MUTANTS = [
     ),
     Mutant(
         "taken-from-the-living", "a new worker takes what others are running", "once",
-        "            if index in self.held or not self._take(index):\n                return None\n",
-        "            if not self._take(index):\n                return None\n",
+        "            if not self.hold(index):\n                return None\n",
+        "            self.hold(index)\n",
     ),
     Mutant(
         "lost-in-a-stop", "what a stopping worker gives back is deleted", "once",
