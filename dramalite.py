@@ -281,10 +281,7 @@ class DramaliteError(Exception):
 DramatiqError = DramaliteError
 
 
-_E = TypeVar("_E", bound=Exception)
-
-
-def _hinted(error: _E, hint: str) -> _E:
+def _hinted(error: Exception, hint: str) -> Exception:
     """The error with a hint that its traceback shows, from Python 3.11 on."""
     if hint and sys.version_info >= (3, 11):
         error.add_note(hint)
@@ -6343,7 +6340,7 @@ class _EngineBroker(Broker):
         if self._is_private and _q_name(queue_name) not in self.queues:
             raise self._unknown_queue(queue_name)
 
-    def _unknown_queue(self, queue_name: str) -> QueueNotFound:
+    def _unknown_queue(self, queue_name: str) -> Exception:
         return _hinted(QueueNotFound(queue_name), _known("Queues", self.queues))
 
     def _encode(self, message: Message[Any]) -> bytes:
