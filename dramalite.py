@@ -1187,8 +1187,7 @@ class Interrupt(BaseException):
     """Base of what is raised in an actor from outside; no Exception, so that few catch it."""
 
 
-_CURRENT_PLATFORM = sys.implementation.name.replace("cpython", "CPython")
-_SUPPORTED_PLATFORMS = frozenset({"CPython"})
+_CAN_INTERRUPT = sys.implementation.name == "cpython"
 
 _interrupt_lock = threading.RLock()  # Guards all below; a signal handler may come in between.
 _interruptible: set[int] = set()  # Threads inside an actor's body.
@@ -1202,24 +1201,22 @@ def raise_thread_exception(thread_id: int, exception: type[BaseException]) -> No
     By PyThreadState_SetAsyncExc, so on CPython only.  Failures are logged, not raised.
     """
     logger = get_logger("dramalite.threading")
-    if _CURRENT_PLATFORM not in _SUPPORTED_PLATFORMS:
+    if not _CAN_INTERRUPT:
         logger.critical(
             "Setting thread exceptions (%s) is not supported for your current platform (%r).",
-            exception.__name__,
-            _CURRENT_PLATFORM,
-        )
-        return
-    if _set_async_exception(thread_id, exception) == 0:
+            exception.__name__, sys.implementation.name,
+        )  # fmt: skip
+    elif _set_async_exception(thread_id, exception) == 0:
         logger.critical("Failed to set exception (%s) in thread %r.", exception.__name__, thread_id)
 
 
 def _warn_without_interrupts(what: str) -> None:
     """Warn, where Python has no way to interrupt a thread, of what does not work then."""
-    if _CURRENT_PLATFORM not in _SUPPORTED_PLATFORMS:
+    if not _CAN_INTERRUPT:
         import warnings
 
         warnings.warn(
-            f"{what} on your current platform ({_CURRENT_PLATFORM!r}).",
+            f"{what} on your current platform ({sys.implementation.name!r}).",
             category=RuntimeWarning,
             stacklevel=3,
         )
