@@ -1192,7 +1192,8 @@ _CAN_INTERRUPT = sys.implementation.name == "cpython"
 _interrupt_lock = threading.RLock()  # Guards all below; a signal handler may come in between.
 _interruptible: set[int] = set()  # Threads inside an actor's body.
 _interrupted: set[int] = set()  # Those of them in which an interrupt was set.
-_shielded: dict[int, type[Interrupt] | None] = {}  # Those that can't be now, and what is for later.
+#: What takes interrupts for a runner, in place of their being raised in its thread.
+_stoppers: dict[int, Callable[[type[Interrupt]], None]] = {}
 
 
 def raise_thread_exception(thread_id: int, exception: type[BaseException]) -> None:
@@ -1231,10 +1232,6 @@ def _set_async_exception(thread_id: int, exception: Any) -> int:
     return cast(int, set_exception(ctypes.c_ulong(thread_id), pending))
 
 
-#: What stops the coroutines that run for workers, by their runner.
-_stoppers: dict[int, Callable[[type[Interrupt]], None]] = {}
-
-
 class _Runner(threading.local):
     """What a thread calls hooks for: itself, a coroutine that needs no thread, or another thread."""
 
@@ -1269,9 +1266,6 @@ def _interrupt(runner: int, exception: type[Interrupt]) -> bool:
     with _interrupt_lock:
         if runner in _stoppers:
             _stoppers[runner](exception)
-            return True
-        if runner in _shielded:
-            _shielded[runner] = exception
             return True
         if runner not in _interruptible:
             return False
@@ -1310,21 +1304,21 @@ def _uninterrupted(fn: Callable[_P, _R]) -> Callable[_P, _R]:
     @functools.wraps(fn)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         thread_id = threading.get_ident()
-        if thread_id not in _interruptible or thread_id in _shielded:
+        if thread_id not in _interruptible or thread_id in _stoppers:
             return fn(*args, **kwargs)
+        kept: list[type[Interrupt]] = []
         try:
             with _interrupt_lock:
-                _shielded[thread_id] = None
+                _stoppers[thread_id] = kept.append
             if thread_id in _interrupted:
                 for _ in range(10):  # One that is pending is raised here.
                     pass
             return fn(*args, **kwargs)
         finally:
             with _interrupt_lock:
-                exception = _shielded.pop(thread_id, None)
-                if exception is not None:
-                    _interrupted.add(thread_id)
-                    raise_thread_exception(thread_id, exception)
+                _stoppers.pop(thread_id, None)
+                if kept:
+                    _interrupt(thread_id, kept[-1])
 
     return call
 
@@ -4528,7 +4522,7 @@ def _after_fork_in_child() -> None:
     _locked_for_fork.locks.clear()
     _SideFile.forget_all()
     _interrupt_lock, _event_loop_lock, _broker_lock = threading.RLock(), threading.Lock(), threading.RLock()
-    for state in (_interruptible, _interrupted, _shielded, _stoppers):
+    for state in (_interruptible, _interrupted, _stoppers):
         state.clear()
     for item in (*_engines, *_forgetful):
         item.forget()
