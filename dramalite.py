@@ -686,10 +686,9 @@ class JSONEncoder(Encoder):
         """Return the value; raise DecodeError if the bytes are no UTF-8 or no JSON."""
         try:
             text = data.decode("utf-8")
+            return _from_json(text)
         except UnicodeDecodeError as error:
             raise DecodeError("The data is not UTF-8.", data, error) from error
-        try:
-            return _from_json(text)
         except (ValueError, RecursionError) as error:
             raise DecodeError(f"The data is not JSON: {error}.", text, error) from error
 
