@@ -1189,8 +1189,7 @@ class Interrupt(BaseException):
 _CAN_INTERRUPT = sys.implementation.name == "cpython"
 
 _interrupt_lock = threading.RLock()  # Guards all below; a signal handler may come in between.
-_interruptible: set[int] = set()  # Threads inside an actor's body.
-_interrupted: set[int] = set()  # Those of them in which an interrupt was set.
+_interruptible: dict[int, bool] = {}  # Threads inside an actor's body: whether an interrupt was set.
 #: What takes interrupts for a runner, in place of their being raised in its thread.
 _stoppers: dict[int, Callable[[type[Interrupt]], None]] = {}
 
@@ -1268,7 +1267,7 @@ def _interrupt(runner: int, exception: type[Interrupt]) -> bool:
             return True
         if runner not in _interruptible:
             return False
-        _interrupted.add(runner)
+        _interruptible[runner] = True
         raise_thread_exception(runner, exception)
         return True
 
@@ -1277,7 +1276,7 @@ def _call_interruptibly(fn: Callable[..., Any], args: Iterable[Any], kwargs: dic
     """Call `fn` so that _interrupt() reaches it, and nothing after it."""
     thread_id = threading.get_ident()
     try:
-        _interruptible.add(thread_id)
+        _interruptible[thread_id] = False
         return fn(*args, **kwargs)
     finally:
         while True:
@@ -1291,9 +1290,7 @@ def _call_interruptibly(fn: Callable[..., Any], args: Iterable[Any], kwargs: dic
 def _leave_interruptible(thread_id: int) -> None:
     """Close the thread to interrupts and drop a pending one."""
     with _interrupt_lock:
-        _interruptible.discard(thread_id)
-        if thread_id in _interrupted:
-            _interrupted.discard(thread_id)
+        if _interruptible.pop(thread_id, False):
             _set_async_exception(thread_id, None)
 
 
@@ -1309,7 +1306,7 @@ def _uninterrupted(fn: Callable[_P, _R]) -> Callable[_P, _R]:
         try:
             with _interrupt_lock:
                 _stoppers[thread_id] = kept.append
-            if thread_id in _interrupted:
+            if _interruptible[thread_id]:
                 for _ in range(10):  # One that is pending is raised here.
                     pass
             return fn(*args, **kwargs)
@@ -4521,8 +4518,8 @@ def _after_fork_in_child() -> None:
     _locked_for_fork.locks.clear()
     _SideFile.forget_all()
     _interrupt_lock, _event_loop_lock, _broker_lock = threading.RLock(), threading.Lock(), threading.RLock()
-    for state in (_interruptible, _interrupted, _stoppers):
-        state.clear()
+    _interruptible.clear()
+    _stoppers.clear()
     for item in (*_engines, *_forgetful):
         item.forget()
 
