@@ -522,9 +522,7 @@ _LOG_FORMAT = (
 
 def get_logger(module: str, name: str | type | None = None) -> logging.Logger:
     """Return the logger `module`, or `module.name`; a class stands for its name."""
-    if name is None:
-        return logging.getLogger(module)
-    return logging.getLogger(f"{module}.{name if isinstance(name, str) else name.__name__}")
+    return logging.getLogger(module if name is None else f"{module}.{getattr(name, '__name__', name)}")
 
 
 # ------------------------------------------------------------------------------------------
