@@ -984,15 +984,6 @@ class MessageData(dict[str, Any]):
 class MessageProxy:
     """A message in a worker's hands; every other attribute is read from the message."""
 
-    #: The message's own fields, copied so that reading them costs no detour.
-    queue_name: str
-    actor_name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    options: dict[str, Any]
-    message_id: str
-    message_timestamp: int
-
     failed = False
     reason: str | None = None  # Why it is a dead letter, where it is one.
     actor_options: Mapping[str, Any] = types.MappingProxyType({})  # Of its actor, where known.
@@ -1000,6 +991,7 @@ class MessageProxy:
 
     def __init__(self, message: Message[Any]) -> None:
         self._message = message
+        # Its own fields, copied so that reading them costs no detour.
         self.queue_name = message.queue_name
         self.actor_name = message.actor_name
         self.args = message.args
