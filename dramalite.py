@@ -1679,11 +1679,8 @@ class _EventLoopThread:
         interrupts: list[type[Interrupt]] = []
         tasks: list[asyncio.Task[Any]] = []
 
-        async def run() -> tuple[Any, BaseException | None]:
-            return await _contain(call())
-
         def start() -> None:
-            tasks.append(context.run(self.loop.create_task, run()))
+            tasks.append(context.run(self.loop.create_task, _contain(call)))
             tasks[0].add_done_callback(end)
             if interrupts:  # Before there was a task to cancel.
                 tasks[0].cancel()
@@ -1709,11 +1706,11 @@ class _EventLoopThread:
         self.loop.call_soon_threadsafe(start)
 
 
-async def _contain(coroutine: Coroutine[Any, Any, Any]) -> tuple[Any, BaseException | None]:
-    """Run a coroutine; give what would end the loop's thread back beside the result."""
+async def _contain(call: Callable[[], Coroutine[Any, Any, Any]]) -> tuple[Any, BaseException | None]:
+    """Run the coroutine that call() makes; give what would end the loop's thread back beside the result."""
     pid = os.getpid()
     try:
-        return await coroutine, None
+        return await call(), None
     except (SystemExit, KeyboardInterrupt) as error:
         return None, error
     finally:
