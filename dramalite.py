@@ -2232,7 +2232,13 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
         return f"pipeline([{', '.join(map(str, self.messages))}])"
 
     def run(self, *, delay: int | timedelta | None = None) -> pipeline:
-        """Send the first step; the others follow as results come."""
+        """Send the first step; the others follow as results come.
+
+        Raises RuntimeError if a group is a step, and the broker lacks the middleware for that.
+        """
+        for step in self.messages:
+            if isinstance(step, group):
+                step.check()
         if self.messages:
             first = self.messages[0]
             if isinstance(first, group):
@@ -2317,7 +2323,7 @@ class group:  # noqa: N801  (Dramatiq's name)
     def run(self, *, delay: int | timedelta | None = None) -> group:
         """Send all children, in their order; messages next to each other in one transaction.
 
-        Raises RuntimeError if there are callbacks and the broker has no GroupCallbacks.
+        Raises RuntimeError where check() does.
         """
         together: list[Message[Any]] = []
         for child in self._children_to_send():
@@ -2335,17 +2341,35 @@ class group:  # noqa: N801  (Dramatiq's name)
         self.broker.enqueue_many(together)
         return self
 
+    def check(self) -> None:
+        """Raise RuntimeError if the broker can't count the members, or keep results for the next step."""
+        successor = self.successor
+        if self._is_counted():
+            self._counter()
+        if successor is not None:
+            actor = self.broker.actors.get(successor.actor_name)
+            options = {**(actor.options if actor else {}), **successor.options}
+            if not options.get("pipe_ignore"):
+                self.broker.get_results_backend()
+
+    def _is_counted(self) -> bool:
+        """Tell whether somebody waits for all members."""
+        return bool(self.completion_callbacks or self.end_callbacks or self.successor is not None)
+
+    def _counter(self) -> GroupCallbacks:
+        for item in self.broker.middleware:
+            if isinstance(item, GroupCallbacks):
+                return item
+        raise RuntimeError(
+            "This broker counts no groups; add the middleware: broker.add_middleware(GroupCallbacks())."
+        )
+
     def _children_to_send(self) -> list[Any]:
         """The children; where somebody waits for all of them, copies that count."""
-        successor = self.successor
-        if not (self.completion_callbacks or self.end_callbacks or successor is not None):
+        if not self._is_counted():
             return self.children
-        counter = next((m for m in self.broker.middleware if isinstance(m, GroupCallbacks)), None)
-        if counter is None:
-            raise RuntimeError(
-                "This broker counts no groups; add the middleware: "
-                "broker.add_middleware(GroupCallbacks())."
-            )
+        self.check()
+        counter, successor = self._counter(), self.successor
         callbacks = list(self.completion_callbacks)
         children = self.children
         if successor is not None:
@@ -6281,7 +6305,12 @@ class _EngineBroker(Broker):
         return message
 
     def enqueue_many(self, messages: Iterable[Message[Any]]) -> list[Message[Any]]:
-        """Store messages in one transaction, all or none; return them as they were stored."""
+        """Store messages in one transaction, all or none; return them as they were stored.
+
+        Where a subclass has an enqueue() of its own, that is called for each of them instead.
+        """
+        if type(self).enqueue is not _EngineBroker.enqueue:
+            return [self.enqueue(message) for message in messages]
         prepared = [self._prepare(message, None) for message in messages]
         self._write_rows([values for _message, values in prepared])
         if self._hooks["after_enqueue"]:

@@ -1262,3 +1262,18 @@ def test_garbage_put_into_a_stub_queue_does_not_hang_join(stub_broker, worker):
     stub_broker.join("default", timeout=PATIENCE, fail_fast=False)
 
     assert done == ["after"]
+
+
+def test_a_group_is_sent_through_a_brokers_own_enqueue():
+    class Noting(dramalite.StubBroker):
+        def enqueue(self, message, *, delay=None):
+            noted.append(message.args)
+            return super().enqueue(message, delay=delay)
+
+    noted = []
+    broker = Noting()
+    work = dramalite.actor(print, actor_name="work", broker=broker)
+    dramalite.group([work.message(1), work.message(2)]).run()
+
+    assert noted == [(1,), (2,)]
+    assert [message.args for message in broker.pending()] == noted

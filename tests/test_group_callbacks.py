@@ -544,10 +544,38 @@ def test_without_the_middleware_a_group_without_callbacks_runs(stub_broker):
     assert len(stub_broker.pending()) == 2
 
 
+@pytest.mark.parametrize("missing", [GroupCallbacks, dramalite.Results])
+def test_a_pipeline_with_a_group_is_refused_before_its_first_step_where_middleware_is_missing(
+    make_stub_broker, missing
+):
+    broker = make_stub_broker()
+    for kind in {GroupCallbacks, dramalite.Results} - {missing}:
+        broker.add_middleware(kind())
+    step = dramalite.actor(lambda *args: 1, actor_name="step")
+    pipe = step.message(1) | step.message(2) | group([step.message(3)]) | step.message(4)
+    with pytest.raises(RuntimeError, match=missing.__name__):
+        pipe.run()
+
+    assert broker.pending() == []
+
+
+def test_without_results_a_group_may_be_followed_by_a_step_that_ignores_them(make_stub_broker, worker):
+    ran = []
+    broker = make_stub_broker()
+    broker.add_middleware(GroupCallbacks())
+    step = dramalite.actor(lambda *args: ran.append(args), actor_name="step")
+    last = step.message_with_options(args=("last",), pipe_ignore=True)
+    (group([step.message("member")]) | last).run()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert ran == [("member",), ("last",)]
+
+
 def test_without_the_middleware_a_step_that_is_a_group_ends_the_chain_visibly(stub_broker, worker):
     step = dramalite.actor(lambda *args: 1, actor_name="step")
     pipe = step.message("first") | group([step.message("member")]) | step.message("last")
-    pipe.run()
+    stub_broker.enqueue(pipe.messages[0])  # As one would arrive from a program that has it.
     worker(stub_broker)
     stub_broker.join("default", timeout=PATIENCE, fail_fast=False)
 
