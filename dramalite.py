@@ -9423,8 +9423,8 @@ class _Child:
 
 
 class _Supervisor:
-    """Keeps child processes running.  Events come in through one queue, from signal handlers,
-    from a thread per child that waits for its end, and from the watch."""
+    """Keeps child processes running.  What is to be done comes in through one queue, from signal
+    handlers, from a thread per child that waits for its end, and from the watch."""
 
     def __init__(self, namespace: argparse.Namespace, command: list[str], folder: str) -> None:
         import queue
@@ -9433,7 +9433,7 @@ class _Supervisor:
         self._command = command  # That starts this program again, as a child process,
         self._folder = folder  # and where.
         self._logger = get_logger("dramalite.MainProcess")
-        self._events: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._children = {str(i): _Child(str(i)) for i in range(namespace.processes)}
         self._notes = ""  # The folder of notes.
         self._copier: threading.Thread | None = None  # Where there are several log files.
@@ -9463,7 +9463,7 @@ class _Supervisor:
                     self._start(child)
                 self._await_forks()
                 while self._has_children():
-                    self._handle(*self._next_event())
+                    self._next_task()()
                 self._logger.info("Bye.")
                 return self._exit_code
         except _PidFileError as error:
@@ -9500,7 +9500,7 @@ class _Supervisor:
 
     def _watch(self) -> None:
         def on_change(path: str) -> None:
-            self._events.put(("reload", f"a change of {path}"))
+            self._events.put(functools.partial(self._reload, f"a change of {path}"))
 
         namespace = self._namespace
         include, exclude = namespace.watch_include, namespace.watch_exclude
@@ -9508,14 +9508,14 @@ class _Supervisor:
 
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:
-        """Turn signals into events meanwhile."""
+        """Queue what signals ask for meanwhile."""
         import signal
 
         def stop(number: int, _frame: Any) -> None:
-            self._events.put(("stop", signal.Signals(number).name))
+            self._events.put(functools.partial(self._stop, signal.Signals(number).name))
 
         def reload(_number: int, _frame: Any) -> None:
-            self._events.put(("reload", "SIGHUP"))
+            self._events.put(functools.partial(self._reload, "SIGHUP"))
 
         handlers: dict[str, Any] = {"SIGINT": stop, "SIGTERM": stop, "SIGBREAK": stop, "SIGHUP": reload}
         handlers["SIGCHLD"] = signal.SIG_DFL  # Inherited as ignored, it would hide how children end.
@@ -9537,43 +9537,26 @@ class _Supervisor:
             return True
         return not self._stops and any(child.restart_at is not None for child in children)
 
-    def _next_event(self) -> tuple[str, Any]:
-        """The next event; a restart that is due counts as one, and the note of the forks."""
+    def _next_task(self) -> Callable[[], None]:
+        """What is to be done next: a restart or the start of the forks if it is due, or an event."""
         import queue
 
         while True:
             now = _SYSTEM_CLOCK.monotonic()
-            waiting = [child for child in self._children.values() if child.restart_at is not None]
-            next_child = min(waiting, key=lambda child: child.restart_at or 0.0, default=None)
             wait_s = float("inf")
-            if next_child is not None and next_child.restart_at is not None:
-                wait_s = next_child.restart_at - now
-                if wait_s <= 0:
-                    return "start", next_child
+            for child in self._children.values():
+                if child.restart_at is not None:
+                    if child.restart_at <= now:
+                        return functools.partial(self._start, child)
+                    wait_s = min(wait_s, child.restart_at - now)
             if self._forks_due is not None:
                 if self._has_booted() or now >= self._forks_due:
-                    return "forks", os.path.join(self._notes, _FORKS_NOTE)
+                    return self._start_forks
                 wait_s = min(wait_s, _FORKS_POLL_S)
             if _WINDOWS:  # A wait without end there can't be interrupted by Ctrl+C.
                 wait_s = min(0.5, wait_s)
             with contextlib.suppress(queue.Empty):
                 return self._events.get(timeout=None if wait_s == float("inf") else wait_s)
-
-    def _handle(self, event: str, value: Any) -> None:
-        if event == "start":
-            self._start(value)
-        elif event == "forks":
-            self._start_forks(value)
-        elif event == "exit":
-            self._bury(*value)
-        elif event == "reload":
-            self._reload(value)
-        elif event == "kill":
-            for child in self._children.values():
-                if child.process is not None:
-                    child.process.kill()
-        else:
-            self._stop(value)
 
     def _start(self, child: _Child) -> None:
         import queue
@@ -9588,7 +9571,7 @@ class _Supervisor:
 
         def await_exit() -> None:
             process = started.get()
-            self._events.put(("exit", (child, process, process.wait())))
+            self._events.put(functools.partial(self._bury, child, process, process.wait()))
 
         try:
             os.makedirs(self._notes, 0o700, exist_ok=True)  # A cleaner of old files may have been there.
@@ -9610,9 +9593,10 @@ class _Supervisor:
         timeout_s = self._namespace.worker_fork_timeout / 1000
         self._forks_due = _SYSTEM_CLOCK.monotonic() + timeout_s
 
-    def _start_forks(self, note: str) -> None:
+    def _start_forks(self) -> None:
         self._forks_due = None
         functions = list(self._namespace.fork_function)
+        note = os.path.join(self._notes, _FORKS_NOTE)
         with contextlib.suppress(FileNotFoundError), open(note, encoding="utf-8") as file:
             functions += file.read().split()
         for name in dict.fromkeys(functions) if not self._stops else ():
@@ -9707,9 +9691,14 @@ class _Supervisor:
             child.tell("stop" if self._stops == 1 else "kill")
         if self._stops > 1:
             self._exit_code = _EXIT_KILLED
-            timer = threading.Timer(_KILL_GRACE_S, self._events.put, [("kill", None)])
+            timer = threading.Timer(_KILL_GRACE_S, self._events.put, [self._kill])
             timer.daemon = True
             timer.start()
+
+    def _kill(self) -> None:
+        for child in self._children.values():
+            if child.process is not None:
+                child.process.kill()
 
 
 def _open_standard_descriptors() -> None:
