@@ -9254,57 +9254,46 @@ def _path_of(function: Callable[[], Any]) -> str:
 _WATCH_INTERVAL_S = 0.5
 
 
-class _SourceWatch:
-    """Calls `on_change(path)` when a file under a folder was changed, added or removed.
+def _watch_sources(
+    folder: str, include: list[str], exclude: list[str], on_change: Callable[[str], None]
+) -> None:
+    """From now on call `on_change(path)`, in a thread, when a watched file has changed, come or gone.
 
     Watched is what matches one of `include` and none of `exclude`: shell patterns, for the
     path below the folder or for the last parts of it; `*.py` is always included.
     """
+    folder, include = os.path.abspath(folder), ["*.py", *include]
+    seen = _watched_files(folder, include, exclude)
 
-    def __init__(
-        self, folder: str, include: list[str], exclude: list[str], on_change: Callable[[str], None]
-    ) -> None:
-        self._folder = folder
-        self._include = ["*.py", *include]
-        self._exclude = exclude
-        self._on_change = on_change
-
-    def start(self) -> None:
-        """Start watching, in a thread that lives as long as the process."""
-        seen = self._look()
-        threading.Thread(target=self._watch, args=(seen,), name="dramalite-watch", daemon=True).start()
-
-    def _watch(self, seen: dict[str, tuple[int, int]]) -> None:
+    def watch() -> None:
+        nonlocal seen
         while True:
             _SYSTEM_CLOCK.sleep(_WATCH_INTERVAL_S)
-            files = self._look()
-            changed = sorted(path for path, _ in files.items() ^ seen.items())
+            files = _watched_files(folder, include, exclude)
+            changed = files.items() ^ seen.items()
             seen = files
             if changed:
-                self._on_change(changed[0])
+                on_change(min(changed)[0])
 
-    def _look(self) -> dict[str, tuple[int, int]]:
-        """Modification time and size of each watched file, by its path below the folder."""
-        found = {}
-        for folder, folders, names in os.walk(self._folder):
-            folders[:] = [name for name in folders if name != "__pycache__"]
-            for name in names:
-                path = os.path.relpath(os.path.join(folder, name), self._folder)
-                if self._matches(path, self._include) and not self._matches(path, self._exclude):
-                    with contextlib.suppress(OSError):  # Gone already.
-                        status = os.stat(os.path.join(folder, name))
-                        found[path] = (status.st_mtime_ns, status.st_size)
-        return found
+    threading.Thread(target=watch, name="dramalite-watch", daemon=True).start()
 
-    def _matches(self, path: str, patterns: list[str]) -> bool:
-        import fnmatch
 
-        whole = os.path.abspath(os.path.join(self._folder, path)).replace(os.sep, "/")
-        below = path.replace(os.sep, "/")
-        return any(
-            fnmatch.fnmatch(below, pattern) or fnmatch.fnmatch(whole, "*/" + pattern.lstrip("/"))
-            for pattern in patterns
-        )
+def _watched_files(folder: str, include: list[str], exclude: list[str]) -> dict[str, tuple[int, int]]:
+    """Modification time and size of each file to watch, by its path below the folder."""
+    import fnmatch
+
+    def matches(path: str, patterns: list[str]) -> bool:
+        return any(fnmatch.fnmatch(path, "*/" + pattern.lstrip("/")) for pattern in patterns)
+
+    found = {}
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        for path in (os.path.join(parent, name) for name in names):
+            if matches(path, include) and not matches(path, exclude):
+                with contextlib.suppress(OSError):  # Gone already.
+                    status = os.stat(path)
+                    found[os.path.relpath(path, folder)] = (status.st_mtime_ns, status.st_size)
+    return found
 
 
 # ------------------------------------------------------------------------------------------
@@ -9503,8 +9492,7 @@ class _Supervisor:
             self._events.put(functools.partial(self._reload, f"a change of {path}"))
 
         namespace = self._namespace
-        include, exclude = namespace.watch_include, namespace.watch_exclude
-        _SourceWatch(namespace.watch, include, exclude, on_change).start()
+        _watch_sources(namespace.watch, namespace.watch_include, namespace.watch_exclude, on_change)
 
     @contextlib.contextmanager
     def _catching_signals(self) -> Iterator[None]:
