@@ -8188,24 +8188,12 @@ def drain(broker: Broker, *, max_messages: int = 10_000) -> int:
 _VIRTUAL_POLL_MS = 10
 
 
-class _World(abc.ABC):
-    """Whose time a virtual clock shows."""
-
-    @abc.abstractmethod
-    def pass_time(self, ms: int) -> None:
-        """Let time pass: for the job that runs in this thread, or outside of jobs for all."""
-
-    @abc.abstractmethod
-    def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
-        """Let time pass until something is true; tell whether it came true in time."""
-
-
 class _VirtualClock(Clock):
     """The time of a simulation."""
 
     is_virtual = True
 
-    def __init__(self, world: _World, now_ms: int) -> None:
+    def __init__(self, world: Simulation, now_ms: int) -> None:
         self._world = world
         self._start_ms = now_ms
         self.now_ms = now_ms
@@ -8247,7 +8235,7 @@ def _whole_ms(seconds: float) -> int:
 class _Virtual(threading.local):
     """What this thread is in a simulation."""
 
-    world: _World | None = None
+    world: Simulation | None = None
     thread: _VirtualThread | None = None  # None outside of jobs.
 
 
@@ -8427,7 +8415,8 @@ _SIMULATION_START_MS = 1_767_225_600_000
 #: Workers, and threads of each, that a simulation may have.
 _MOST_VIRTUAL = 64
 
-class Simulation(_World):
+
+class Simulation:
     """A broker's work in virtual time; made by simulate()."""
 
     def __init__(
@@ -8453,7 +8442,7 @@ class Simulation(_World):
         self._sizes = sizes
         self._workers: list[_VirtualWorker] = []
         self._undo: contextlib.ExitStack = contextlib.ExitStack()
-        self._outer: _World | None = None  # The simulation that this one is inside of.
+        self._outer: Simulation | None = None  # The simulation that this one is inside of.
         self._has_past = False  # There are results or groups, perhaps of one with the same seed.
 
     # Looking.
