@@ -7952,17 +7952,14 @@ class Worker:
 
 
 _live_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
-_exit_hook_is_registered = False
 
 
+@functools.cache
 def _register_exit_hook() -> None:
     """Have workers that still run stopped before the interpreter goes."""
-    global _exit_hook_is_registered
-    if not _exit_hook_is_registered:
-        import atexit
+    import atexit
 
-        _exit_hook_is_registered = True
-        atexit.register(_stop_live_workers)
+    atexit.register(_stop_live_workers)
 
 
 def _stop_live_workers() -> None:
