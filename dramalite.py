@@ -7660,17 +7660,16 @@ class Worker:
             raise TypeError(f"{broker!r} can't be worked on here; give a broker of dramalite.")
         if isinstance(queues, str):
             raise TypeError(f"queues is {queues!r}; give a list of names.")
-        if worker_threads < 1:
-            raise ValueError(f"worker_threads is {worker_threads!r}; give 1 or more.")
-        self.logger = get_logger("dramalite.worker", type(self))
-        self.broker = broker
-        if async_concurrency < 1:
-            raise ValueError(f"async_concurrency is {async_concurrency!r}; give 1 or more.")
+        for value, name in ((worker_threads, "worker_threads"), (async_concurrency, "async_concurrency")):
+            if value < 1:
+                raise ValueError(f"{name} is {value!r}; give 1 or more.")
         if worker_threads + async_concurrency > _MAX_TRACKED:
             raise ValueError(
                 f"worker_threads and async_concurrency are {worker_threads} and {async_concurrency}; "
                 f"give {_MAX_TRACKED} at most together, and start more processes instead."
             )
+        self.logger = get_logger("dramalite.worker", type(self))
+        self.broker = broker
         self.worker_threads = worker_threads
         self.async_concurrency = async_concurrency
         self.worker_timeout = worker_timeout
@@ -7779,14 +7778,12 @@ class Worker:
 
     def pause(self) -> None:
         """Start no more messages; returns when those that run have ended."""
-        dispatcher = self._running()
-        if dispatcher is not None:
+        if (dispatcher := self._running()) is not None:
             dispatcher.pause()
 
     def resume(self) -> None:
         """Go on after pause()."""
-        dispatcher = self._running()
-        if dispatcher is not None:
+        if (dispatcher := self._running()) is not None:
             dispatcher.resume()
 
     def join(self) -> None:
@@ -7794,8 +7791,7 @@ class Worker:
 
         It does not look at what waits in the database: see Broker.join().
         """
-        dispatcher = self._running()
-        if dispatcher is not None:
+        if (dispatcher := self._running()) is not None:
             dispatcher.join()
 
     def _running(self) -> _Dispatcher | None:
