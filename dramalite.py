@@ -9766,11 +9766,6 @@ _CHILD_VARIABLE = "_DRAMALITE_CHILD"
 #: Where this program was started, unless it has changed the folder before its imports.
 _START_FOLDER = _current_folder()
 
-_WORKER_TEXT = (
-    "Run the actors of your modules until stopped by Ctrl+C or SIGTERM; SIGHUP starts the worker "
-    "processes anew."
-)
-
 
 def _parser() -> argparse.ArgumentParser:
     import argparse
@@ -9780,10 +9775,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    worker = commands.add_parser(
-        "worker", help="run the actors of your modules", description=_WORKER_TEXT
-    )
-    _add_worker_arguments(worker)
+    worker = make_argument_parser()
+    commands.add_parser(
+        "worker", help="run the actors of your modules", description=worker.description,
+        parents=[worker], add_help=False,
+    )  # fmt: skip
     return parser
 
 
@@ -9791,14 +9787,11 @@ def make_argument_parser() -> argparse.ArgumentParser:
     """Return the parser of what follows `worker`; main() accepts the namespaces it makes."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="dramalite worker", description=_WORKER_TEXT)
-    _add_worker_arguments(parser)
-    return parser
-
-
-def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    import argparse
-
+    parser = argparse.ArgumentParser(
+        prog="dramalite worker",
+        description="Run the actors of your modules until stopped by Ctrl+C or SIGTERM; SIGHUP starts "
+        "the worker processes anew.",
+    )
     add = parser.add_argument
     add("--version", action="version", version=__version__)
     add("broker", type=_module_name, metavar="MODULE[:BROKER]", help="a module of actors, and its broker")
@@ -9856,6 +9849,7 @@ def _add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add("--watch-use-polling", action="store_true", help="accepted; watching always polls")
     add("--use-spawn", action="store_true", help="accepted; processes are always spawned")
+    return parser
 
 
 def _module_name(text: str) -> str:
