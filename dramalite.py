@@ -8904,7 +8904,6 @@ class _ChildProcess(abc.ABC):
         self._logger = logger
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._has_started = False
-        self._has_failed_to_start = False
 
     def run(self) -> int:
         """Work until told to stop; ends the process, for threads left by jobs must not hold it."""
@@ -8920,9 +8919,6 @@ class _ChildProcess(abc.ABC):
         for path in self._namespace.path or ():
             sys.path.insert(0, os.path.abspath(path))
         code = self._work()
-        if self._has_failed_to_start:  # Any exit code may be a job's.
-            with contextlib.suppress(OSError), open(self._note(_FAILURES_NOTE), "a") as file:
-                file.write(f"{os.getpid()}\n")
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # Closed by a job.
@@ -8934,8 +8930,9 @@ class _ChildProcess(abc.ABC):
         """Do what the process is for; return its exit code."""
 
     def _fail_to_start(self, code: int) -> int:
-        """The exit code of a process that can't start, for which the supervisor is to end with `code`."""
-        self._has_failed_to_start = True
+        """Note that this process can't start, for which the supervisor is to end with `code`; return ours."""
+        with contextlib.suppress(OSError), open(self._note(_FAILURES_NOTE), "a") as file:
+            file.write(f"{os.getpid()}\n")  # For any exit code may be a job's.
         return _BOOT_FAILURE + code
 
     def _detach_from_terminal(self) -> None:
