@@ -8897,11 +8897,12 @@ _is_child_process = False
 class _ChildProcess(abc.ABC):
     """A process that the supervisor has started, apart from what it is for."""
 
-    def __init__(self, namespace: argparse.Namespace, logger: logging.Logger) -> None:
+    def __init__(self, namespace: argparse.Namespace) -> None:
         import queue
 
         self._namespace = namespace
-        self._logger = logger
+        kind = type(self).__name__.lstrip("_")
+        self._logger = get_logger("dramalite", f"{kind}({namespace.child})")
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._has_started = False
 
@@ -8986,9 +8987,7 @@ class _ChildProcess(abc.ABC):
 class _WorkerProcess(_ChildProcess):
     """A worker process: imports the user's modules and runs a Worker."""
 
-    def __init__(self, namespace: argparse.Namespace) -> None:
-        super().__init__(namespace, get_logger("dramalite", f"WorkerProcess({namespace.child})"))
-        self._worker: Worker | None = None
+    _worker: Worker | None = None
 
     def _work(self) -> int:
         namespace = self._namespace
@@ -9106,9 +9105,6 @@ class _WorkerProcess(_ChildProcess):
 
 class _ForkProcess(_ChildProcess):
     """A process that calls one function, MODULE:FUNCTION; its result is the exit code."""
-
-    def __init__(self, namespace: argparse.Namespace) -> None:
-        super().__init__(namespace, get_logger("dramalite", f"ForkProcess({namespace.child})"))
 
     def _work(self) -> int:
         import signal
