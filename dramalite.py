@@ -8848,9 +8848,6 @@ def simulate(
 # ------------------------------------------------------------------------------------------
 _EXIT_OK, _EXIT_KILLED, _EXIT_IMPORT, _EXIT_CONNECTION, _EXIT_PID_FILE = range(5)
 
-#: A child process that could not start ends with one of these, plus 100: a restart won't help.
-_BOOT_FAILURE = 100
-
 #: Milliseconds that running messages get in a worker process whose supervisor is gone.
 _ORPHAN_GRACE_MS = 1000
 
@@ -8931,10 +8928,10 @@ class _ChildProcess(abc.ABC):
         """Do what the process is for; return its exit code."""
 
     def _fail_to_start(self, code: int) -> int:
-        """Note that this process can't start, for which the supervisor is to end with `code`; return ours."""
+        """Note that this process can't start; return `code`, with which the supervisor is to end as well."""
         with contextlib.suppress(OSError), open(self._note(_FAILURES_NOTE), "a") as file:
             file.write(f"{os.getpid()}\n")  # For any exit code may be a job's.
-        return _BOOT_FAILURE + code
+        return code
 
     def _detach_from_terminal(self) -> None:
         """Take our pipe from standard input, leave Ctrl+C to the supervisor, hear SIGTERM."""
@@ -9582,7 +9579,7 @@ class _Supervisor:
                 child.restart_at = now if child.after_stop == "restart" else float("inf")
                 self._logger.info("%s waits for the next change.", child)
                 return
-            self._exit_code = code - _BOOT_FAILURE
+            self._exit_code = code
             if not self._stops:
                 self._stop("")
             return

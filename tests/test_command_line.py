@@ -865,7 +865,7 @@ def test_a_dead_child_is_replaced_and_the_others_are_not_disturbed(place):
     assert re.search(r"SIGKILL|signal 9|-9|killed", tree.output())
 
 
-@pytest.mark.parametrize("code", [102, 103])
+@pytest.mark.parametrize("code", [2, 3, 102])
 def test_a_job_that_ends_its_process_does_not_end_the_service_whatever_the_exit_code(place, code):
     place.jobs("""
         @dramalite.actor(max_retries=0)
