@@ -6835,7 +6835,7 @@ class _Processor:
         broker._collecting.before = len(outcome.effects), len(outcome.wakes)
         try:
             if job.message is None:
-                self._bury_undecodable(job)
+                self._bury_undecodable(job, cast(BaseException, job.exception))
             else:
                 self._process_result(job, job.message)
                 self._acknowledge(job, job.message)
@@ -6855,30 +6855,27 @@ class _Processor:
 
     def drop(self, job: _Job) -> None:
         """Make a dead letter of a job that could not be processed."""
-        row, clock = job.row, self._broker.clock
         reason = "A hook or the worker itself failed on it; see the log."
-        job.outcome = _Outcome(row)
+        job.outcome = _Outcome(job.row)
+        self._bury_as_stored(job, reason, RuntimeError(reason))
+
+    def _bury_undecodable(self, job: _Job, error: BaseException) -> None:
+        self._logger.error(
+            "Message %s can't be decoded; it becomes a dead letter: %s", job.row.message_id, error
+        )
+        self._bury_as_stored(job, f"It can't be decoded: {_error_text(error)}", error)
+
+    def _bury_as_stored(self, job: _Job, reason: str, error: BaseException) -> None:
+        """Make a dead letter of a job's row as it is; with a stand-in where that holds no message."""
+        row, clock = job.row, self._broker.clock
         job.outcome.effects.append(_bury(row, row.body, reason, clock))
         if job.message is None:
             stand_in = _stand_in(row.queue, row.actor, row.message_id, clock.time_ms(), reason)
             job.message = MessageProxy(stand_in)
         job.message.fail()
         job.message.reason = reason
-        job.message.stuff_exception(RuntimeError(reason))
-        self._remember_dead(job, job.message)
-
-    def _bury_undecodable(self, job: _Job) -> None:
-        self._logger.error(
-            "Message %s can't be decoded; it becomes a dead letter: %s",
-            job.row.message_id, job.exception,
-        )  # fmt: skip
-        row, clock = job.row, self._broker.clock
-        reason = f"It can't be decoded: {_error_text(cast(BaseException, job.exception))}"
-        job.outcome.effects.append(_bury(row, row.body, reason, clock))
-        stand_in = _stand_in(row.queue, row.actor, row.message_id, clock.time_ms(), reason)
-        letter = MessageProxy(stand_in)
-        letter.reason, letter._exception = reason, job.exception
-        self._remember_dead(job, letter)
+        job.message.stuff_exception(error)
+        job.outcome.after_commit = functools.partial(self._broker._remember_dead, row.queue, job.message)
 
     def _acknowledge(self, job: _Job, message: MessageProxy) -> None:
         """Call the ack hooks, or for a failed message the nack hooks and make it a dead letter."""
@@ -6947,12 +6944,9 @@ class _Processor:
                 _traceback_text(exception).replace("\n", "\n    "),
             )  # fmt: skip
 
-    def _remember_dead(self, job: _Job, letter: MessageProxy) -> None:
-        remember = self._broker._remember_dead
-        job.outcome.after_commit = functools.partial(remember, job.row.queue, letter)
-
     def _dead_letter(self, job: _Job, message: MessageProxy) -> tuple[str, tuple[Any, ...]]:
         """Bury the message as it is now, with its last traceback; or its bytes as they were."""
+        broker, row = self._broker, job.row
         exception = job.exception if message._exception is None else message._exception
         reason = "It was marked as failed."
         if exception is not None:
@@ -6963,10 +6957,10 @@ class _Processor:
         try:
             body = message._message.encode()
         except (TypeError, ValueError):
-            body = job.row.body
+            body = row.body
         message.reason = reason
-        self._remember_dead(job, message)
-        return _bury(job.row, body, reason, self._broker.clock)
+        job.outcome.after_commit = functools.partial(broker._remember_dead, row.queue, message)
+        return _bury(row, body, reason, broker.clock)
 
 
 # ------------------------------------------------------------------------------------------
