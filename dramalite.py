@@ -8252,14 +8252,15 @@ def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> A
             ready = super().select(0 if is_timed else timeout)
             if not ready and is_timed:
                 clock.sleep(cast(float, timeout))
-                naps.append(_LOOP_NAP_S)
+                loop.ahead_s += _LOOP_NAP_S
             return ready
 
     class Loop(asyncio.SelectorEventLoop):
-        def time(self) -> float:
-            return clock.monotonic() + sum(naps)
+        ahead_s = 0.0
 
-    naps: list[float] = []
+        def time(self) -> float:
+            return clock.monotonic() + self.ahead_s
+
     loop = Loop(Selector())
     task = loop.create_task(coroutine)
     try:
@@ -8278,23 +8279,20 @@ def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> A
 def _run_virtually(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine in virtual time; in another thread where this one runs a loop already."""
     import asyncio
-    from concurrent.futures import Future
+    from concurrent.futures import ThreadPoolExecutor
 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return _run_on_virtual_loop(clock, coroutine)
-    world, thread, future = _virtual.world, _virtual.thread, Future[Any]()
+    world, thread = _virtual.world, _virtual.thread
 
-    def run() -> None:
+    def run() -> Any:
         _virtual.world, _virtual.thread = world, thread
-        try:
-            future.set_result(_run_on_virtual_loop(clock, coroutine))
-        except BaseException as error:
-            future.set_exception(error)
+        return _run_on_virtual_loop(clock, coroutine)
 
-    threading.Thread(target=contextvars.copy_context().run, args=(run,)).start()
-    return future.result()
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(contextvars.copy_context().run, run).result()
 
 
 # ------------------------------------------------------------------------------------------
