@@ -7983,8 +7983,7 @@ class _JobThread:
         self._go.acquire()
         while self._task is not None:
             self._task()
-            self._gone.release()
-            self._go.acquire()
+            self.pause()
         self._gone.release()
 
     def start(self, task: Callable[[], None]) -> None:
@@ -7998,7 +7997,7 @@ class _JobThread:
         self._gone.acquire()
 
     def pause(self) -> None:
-        """In the task: let whoever waits go on, until resume()."""
+        """In the thread: let whoever waits go on, until resume()."""
         self._gone.release()
         self._go.acquire()
 
@@ -8363,7 +8362,7 @@ class SimulationError(DramaliteError):
     """A simulation went on for longer than it may; the text has its last events."""
 
 
-def _time_ms(when: Any, what: str) -> int:
+def _time_ms(when: object, what: str) -> int:
     """Milliseconds since 1970 of a datetime; one without a time zone counts as UTC, everywhere."""
     from datetime import datetime, timezone
 
@@ -8371,8 +8370,7 @@ def _time_ms(when: Any, what: str) -> int:
         raise TypeError(f"{what} is {when!r}; give a datetime.")
     if when.tzinfo is None:
         when = when.replace(tzinfo=timezone.utc)
-    seconds: float = when.timestamp()
-    return math.ceil(seconds * 1000)
+    return math.ceil(when.timestamp() * 1000)
 
 
 def _datetime(time_ms: int) -> datetime:
@@ -9192,7 +9190,7 @@ def _find_attribute(module: types.ModuleType, module_name: str, path: str) -> An
 def _find_broker(module: types.ModuleType, module_name: str, path: str) -> Broker:
     """Follow an attribute path to a broker, or to a function that sets the default one."""
     value = _find_attribute(module, module_name, path)
-    if isinstance(value, Actor) or hasattr(type(value), "__actor__") or hasattr(value, "__actor__"):
+    if isinstance(value, Actor) or hasattr(value, "__actor__"):
         raise ImportError(f"'{module_name}:{path}' is an actor, not a Broker; give the module alone.")
     if callable(value) and not isinstance(value, Broker):
         value()
