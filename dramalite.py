@@ -8935,10 +8935,9 @@ class _ChildProcess(abc.ABC):
             target=self._listen, args=(control,), name="dramalite-control", daemon=True
         ).start()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, lambda *_: self._events.put("terminate"))
         if not _WINDOWS:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(signal.SIGTERM, lambda *_: self._events.put("terminate"))
-        if hasattr(os, "register_at_fork"):
             _give_forks_default_signals()
         for name in ("SIGHUP", "SIGBREAK"):
             if hasattr(signal, name):
@@ -9043,17 +9042,16 @@ class _WorkerProcess(_ChildProcess):
     def _describe_death(self, pid: int) -> str:
         """How a process died, as its supervisor writes down in these moments."""
         deadline = _SYSTEM_CLOCK.monotonic() + _DEATH_NOTE_S
-        causes: list[str] = []
-        while not causes and _SYSTEM_CLOCK.monotonic() < deadline:
+        while _SYSTEM_CLOCK.monotonic() < deadline:
             try:
                 with open(self._note(_DEATHS_NOTE), encoding="utf-8") as file:
-                    lines = [line.rstrip().partition(" ") for line in file]
+                    causes = dict(line.rstrip().partition(" ")[::2] for line in file)
             except OSError:
                 break
-            causes = [cause for process, _space, cause in lines if process == str(pid)]
-            if not causes:
-                _SYSTEM_CLOCK.sleep(0.02)
-        return causes[-1] if causes else ""
+            if str(pid) in causes:
+                return causes[str(pid)]
+            _SYSTEM_CLOCK.sleep(0.02)
+        return ""
 
     def _next_event(self) -> str:
         import queue
@@ -9070,9 +9068,8 @@ class _WorkerProcess(_ChildProcess):
 
         A service manager may signal us beside the supervisor: that is not a second order.
         """
-        event = ""
-        while event not in ("kill", "orphaned"):
-            event = self._next_event()
+        while (event := self._next_event()) not in ("kill", "orphaned"):
+            pass
         if event == "orphaned":
             _SYSTEM_CLOCK.sleep(_ORPHAN_GRACE_MS / 1000)
         os._exit(_EXIT_KILLED)
