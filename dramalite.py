@@ -9479,10 +9479,10 @@ class _Supervisor:
 
     def _has_children(self) -> bool:
         """Tell whether a child runs, or is to be started."""
-        children = self._children.values()
-        if any(child.process is not None for child in children):
-            return True
-        return not self._stops and any(child.restart_at is not None for child in children)
+        return any(
+            child.process is not None or (child.restart_at is not None and not self._stops)
+            for child in self._children.values()
+        )
 
     def _next_task(self) -> Callable[[], None]:
         """What is to be done next: a restart or the start of the forks if it is due, or an event."""
@@ -9619,10 +9619,8 @@ class _Supervisor:
             if child.process is not None:
                 child.after_stop = "stay away" if child.is_fork else "restart"
                 child.tell("stop")
-            elif not child.is_fork:
-                child.restart_at = _SYSTEM_CLOCK.monotonic()
             else:
-                child.restart_at = None
+                child.restart_at = None if child.is_fork else _SYSTEM_CLOCK.monotonic()
         self._await_forks()
 
     def _stop(self, cause: str) -> None:
