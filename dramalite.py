@@ -8878,6 +8878,14 @@ def _set_up_logging(verbose: int, descriptor: int) -> None:
     logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
 
 
+def _redirect(target: int, *descriptors: int) -> None:
+    """Have standard descriptors stand for the file that `target` does, and need that no longer."""
+    for descriptor in descriptors:
+        os.dup2(target, descriptor)
+    if target > 2:
+        os.close(target)
+
+
 _is_child_process = False
 
 
@@ -8928,9 +8936,7 @@ class _ChildProcess(abc.ABC):
         import signal
 
         control = os.dup(0)
-        null = os.open(os.devnull, os.O_RDONLY)
-        os.dup2(null, 0)
-        os.close(null)
+        _redirect(os.open(os.devnull, os.O_RDONLY), 0)
         threading.Thread(
             target=self._listen, args=(control,), name="dramalite-control", daemon=True
         ).start()
@@ -8953,9 +8959,7 @@ class _ChildProcess(abc.ABC):
                         timeout = self._namespace.worker_shutdown_timeout
                         threading.Thread(target=self._end_start, args=(timeout,), daemon=True).start()
         if len(self._namespace.log_file) > 1:  # What copied to them was in the supervisor.
-            null = os.open(os.devnull, os.O_WRONLY)
-            for stream in (1, 2):
-                os.dup2(null, stream)
+            _redirect(os.open(os.devnull, os.O_WRONLY), 1, 2)
         self._events.put("orphaned")
         self._end_start(_ORPHAN_GRACE_MS)
 
@@ -9431,19 +9435,13 @@ class _Supervisor:
             source, target = os.pipe()
             self._copier = threading.Thread(target=_copy_to_all, args=(source, files), daemon=True)
             self._copier.start()
-        for stream in (1, 2):
-            os.dup2(target, stream)
-        if target > 2:
-            os.close(target)
+        _redirect(target, 1, 2)
 
     def _close_logs(self) -> None:
         """Have all that was logged in the files."""
         if self._copier is None:
             return
-        null = os.open(os.devnull, os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(null, stream)
-        os.close(null)
+        _redirect(os.open(os.devnull, os.O_WRONLY), 1, 2)
         self._copier.join(_LAST_LOG_S)
 
     def _watch(self) -> None:
