@@ -6695,14 +6695,13 @@ class _Job:
     """A claimed message on its way through a worker."""
 
     __slots__ = (
-        "actor", "context", "exception", "is_concluding", "is_given_up", "key", "message", "outcome",
-        "plan", "result", "row", "runner",
+        "context", "exception", "is_concluding", "is_given_up", "key", "message", "outcome", "plan",
+        "result", "row", "runner",
     )  # fmt: skip
 
     def __init__(self, row: _Row) -> None:
         self.row = row
         self.key = 0  # Among the running ones: its thread's index, or beyond those a coroutine's.
-        self.actor: Actor[Any, Any] | None = None
         self.context: contextvars.Context | None = None  # Where it runs as a coroutine,
         self.runner = 0  # and what that is to the middleware.
         self.is_concluding = False  # Its thread is past the actor.
@@ -6757,24 +6756,24 @@ class _Processor:
 
     def run(self, job: _Job) -> None:
         """Decode the message, call the before hooks and the actor; keep what comes of it."""
-        if not self.begin(job):
+        call = self.begin(job)
+        if call is None:
             return
-        message, actor = cast(MessageProxy, job.message), cast("Actor[Any, Any]", job.actor)
         try:
-            job.result = _call_interruptibly(actor, self.arguments(message), message.kwargs)
+            job.result = _call_interruptibly(*call)
         except BaseException as error:  # The actor is foreign code; sys.exit() is its failure too.
             job.exception = error
 
-    def begin(self, job: _Job) -> bool:
-        """Decode the message and call the before hooks; tell whether its actor is to be called."""
+    def begin(self, job: _Job) -> tuple[Actor[Any, Any], tuple[Any, ...], dict[str, Any]] | None:
+        """Decode the message and call the before hooks; return what to call, and with what, if anything."""
         broker = self._broker
         try:
             message = job.message = MessageProxy(_decode_row(job.row, broker.max_message_size))
         except DecodeError as error:
             job.exception = error
-            return False
+            return None
         try:
-            actor = job.actor = broker.get_actor(message.actor_name)
+            actor = broker.get_actor(message.actor_name)
             message.actor_options = actor.options
             plan = self._plan(actor)
             if not message.options:
@@ -6794,15 +6793,12 @@ class _Processor:
         else:
             if actor.logger.isEnabledFor(logging.DEBUG):
                 self._logger.debug("Received message %s with id %r.", message, message.message_id)
-            return not message.failed
-        return False
-
-    def arguments(self, message: MessageProxy) -> tuple[Any, ...]:
-        """The positional arguments for the actor; a callback's message data with attributes."""
-        args = message.args
-        if args and type(args[0]) is dict and _is_message_data(args[0]):
-            return (MessageData(args[0]), *args[1:])
-        return args
+            if not message.failed:
+                args = message.args
+                if args and type(args[0]) is dict and _is_message_data(args[0]):
+                    args = (MessageData(args[0]), *args[1:])  # A callback's, with attributes.
+                return actor, args, message.kwargs
+        return None
 
     def crash(self, row: _Row, death: str) -> _Outcome:
         """The outcome of a message whose workers died as often as it allows, last by `death`."""
@@ -7876,19 +7872,18 @@ class Worker:
     def _start_coroutine(self, job: _Job, dispatcher: _Dispatcher) -> None:
         """Call the before hooks here, the actor on the event loop, the rest in any thread."""
         context = cast(contextvars.Context, job.context)
-        if not context.run(_runner.call_for, job.runner, self._processor.begin, job):
+        call = context.run(_runner.call_for, job.runner, self._processor.begin, job)
+        if call is None:
             dispatcher.end(job)
             return
-        message = cast(MessageProxy, job.message)
-        fn = cast("Actor[Any, Any]", job.actor).coroutine_fn
-        arguments = self._processor.arguments(message)
+        actor, args, kwargs = call
+        fn = cast("Callable[..., Any]", actor.coroutine_fn)
 
         def end(result: Any, exception: BaseException | None) -> None:
             job.result, job.exception = result, exception
             dispatcher.end(job)
 
-        call = functools.partial(cast("Callable[..., Any]", fn), *arguments, **message.kwargs)
-        _get_event_loop_thread().start(call, context, job.runner, end)
+        _get_event_loop_thread().start(functools.partial(fn, *args, **kwargs), context, job.runner, end)
 
     def _maintain(self, dispatcher: _Dispatcher) -> None:
         """What the maintenance thread does until the worker has stopped."""
