@@ -10018,17 +10018,15 @@ def _hand_over() -> int:
     import importlib.util
 
     spec = globals()["__spec__"]
-    name = os.path.splitext(os.path.basename(__file__))[0] if spec is None else spec.name
-    if spec is None:
-        # Run by its path, perhaps with -I, where the folder is not searched.
+    if spec is not None:
+        module = importlib.import_module(spec.name)
+    else:  # Run by its path, perhaps with -I, where the folder is not searched.
         path = os.path.abspath(__file__)
+        name = os.path.splitext(os.path.basename(path))[0]
         loader = importlib.machinery.SourceFileLoader(name, path)
-        location = cast(Any, importlib.util.spec_from_file_location(name, path, loader=loader))
-        module = importlib.util.module_from_spec(location)
+        module = importlib.util.module_from_spec(cast(Any, importlib.util.spec_from_loader(name, loader)))
         sys.modules[name] = module
         loader.exec_module(module)
-    else:
-        module = importlib.import_module(name)
     return cast(int, module.main())
 
 
