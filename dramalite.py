@@ -9588,11 +9588,9 @@ class _Supervisor:
         child.restart_at = now + delay_s
 
     def _could_not_start(self, process: subprocess.Popen[bytes]) -> bool:
-        try:
-            with open(os.path.join(self._notes, _FAILURES_NOTE)) as file:
-                return str(process.pid) in file.read().split()
-        except OSError:
-            return False
+        with contextlib.suppress(OSError), open(os.path.join(self._notes, _FAILURES_NOTE)) as file:
+            return str(process.pid) in file.read().split()
+        return False
 
     def _has_booted(self) -> bool:
         """Tell whether a worker process has started to work, since the last reload if there was one."""
