@@ -9719,18 +9719,13 @@ def _describe_exit(code: int) -> str:
 #
 # A child process is the same program once more; a variable of its environment tells it what it is.
 # ------------------------------------------------------------------------------------------
-def _current_folder() -> str:
-    """The working folder; as a dot, where it was deleted."""
-    try:
-        return os.getcwd()
-    except OSError:
-        return os.curdir
-
-
 _CHILD_VARIABLE = "_DRAMALITE_CHILD"
 
 #: Where this program was started, unless it has changed the folder before its imports.
-_START_FOLDER = _current_folder()
+try:
+    _START_FOLDER = os.getcwd()
+except OSError:  # It was deleted.
+    _START_FOLDER = os.curdir
 
 
 def _parser() -> argparse.ArgumentParser:
