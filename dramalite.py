@@ -7247,8 +7247,9 @@ class _Dispatcher(_Exchanger):
     """Hands claimed messages to the threads of a worker and takes their outcomes."""
 
     def __init__(
-        self, broker: _EngineBroker, queues: frozenset[str], threads: int, coroutines: int, poll_s: float
-    ) -> None:
+        self, broker: _EngineBroker, queues: frozenset[str], threads: int, coroutines: int,
+        poll_s: float, on_litter: Callable[[], object],
+    ) -> None:  # fmt: skip
         super().__init__(broker)
         self.is_stopping = False
         self.running: dict[int, _Job] = {}  # By key.
@@ -7270,7 +7271,7 @@ class _Dispatcher(_Exchanger):
         self._has_recovered = False  # First what dead workers held, then what is new.
         self._was_polled = False  # That look was due to no ring.
         self._targets = _Targets(broker, queues)
-        self.on_litter: Callable[[], None] = lambda: None  # Called when there is: see look_after().
+        self._on_litter = on_litter  # Called when there is: see look_after().
         self._targets.refresh(self._slot)
 
     # What a worker thread calls.
@@ -7402,7 +7403,7 @@ class _Dispatcher(_Exchanger):
             self._release(rows)
             return False
         if len(rows) > 1:
-            self.on_litter()
+            self._on_litter()
         if len(rows) == limit:  # There may be more than this worker takes: pass the ring on.
             self._engine.wake(0, rows[-1].queue, rows[-1].actor)
         return True
@@ -7688,12 +7689,10 @@ class Worker:
             raise RuntimeError("The worker is running already.")
         self.broker.emit_before("worker_boot", self)
         self._pid = os.getpid()
-        dispatcher = _Dispatcher(
+        dispatcher = self._dispatcher = _Dispatcher(
             self.broker, self._queues, self.worker_threads, self.async_concurrency,
-            self.worker_timeout / 1000,
+            self.worker_timeout / 1000, self._tick.set,
         )  # fmt: skip
-        dispatcher.on_litter = self._tick.set
-        self._dispatcher = dispatcher
         self._maintainer = threading.Thread(
             target=self._maintain, args=(dispatcher,), name="dramalite-maintenance", daemon=True
         )
