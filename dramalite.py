@@ -9812,17 +9812,22 @@ def make_argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _module_name(text: str) -> str:
-    """An argument that is the name of a module, perhaps with an attribute after a colon."""
+def _argument_error(text: str) -> Exception:
+    """What argparse wants raised for an argument that it is to refuse with this text."""
     import argparse
 
+    return argparse.ArgumentTypeError(text)
+
+
+def _module_name(text: str) -> str:
+    """An argument that is the name of a module, perhaps with an attribute after a colon."""
     name = text.partition(":")[0]
     if name.endswith(".py") or "/" in name or "\\" in name:
-        raise argparse.ArgumentTypeError(
+        raise _argument_error(
             f"{text!r} is a path; give the module's name as in an import, and its folder by --path"
         )
     if name == "__main__":
-        raise argparse.ArgumentTypeError(
+        raise _argument_error(
             "'__main__' is another module in each process; give the name under which it can be imported"
         )
     return text
@@ -9830,10 +9835,8 @@ def _module_name(text: str) -> str:
 
 def _count(text: str, least: int = 0) -> int:
     """An argument that is a whole number."""
-    import argparse
-
     if not text.strip().isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+        raise _argument_error(f"{text!r} is not a whole number from {least} on")
     return int(text)
 
 
@@ -9841,31 +9844,25 @@ _positive_count = functools.partial(_count, least=1)
 
 
 def _fork_timeout(text: str) -> float:
-    import argparse
-
     try:
         value = float(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number") from None
+        raise _argument_error(f"{text!r} is no number") from None
     if not 10 <= value <= 1_800_000:
-        raise argparse.ArgumentTypeError(f"{text} ms is not between 10 ms and 30 minutes")
+        raise _argument_error(f"{text} ms is not between 10 ms and 30 minutes")
     return value
 
 
 def _function_path(text: str) -> str:
-    import argparse
-
     module, _, function = text.partition(":")
     if not module or not function:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form MODULE:FUNCTION")
+        raise _argument_error(f"{text!r} is not of the form MODULE:FUNCTION")
     return text
 
 
 def _folder(text: str) -> str:
-    import argparse
-
     if not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a folder")
+        raise _argument_error(f"{text!r} is not a folder")
     return text
 
 
