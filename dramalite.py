@@ -9041,13 +9041,10 @@ class _WorkerProcess(_ChildProcess):
         """How a process died, as its supervisor writes down in these moments."""
         deadline = _SYSTEM_CLOCK.monotonic() + _DEATH_NOTE_S
         while _SYSTEM_CLOCK.monotonic() < deadline:
-            try:
-                with open(self._note(_DEATHS_NOTE), encoding="utf-8") as file:
-                    causes = dict(line.rstrip().partition(" ")[::2] for line in file)
-            except OSError:
-                break
-            if str(pid) in causes:
-                return causes[str(pid)]
+            with contextlib.suppress(OSError), open(self._note(_DEATHS_NOTE), encoding="utf-8") as file:
+                causes = dict(line.rstrip().partition(" ")[::2] for line in file)
+                if str(pid) in causes:
+                    return causes[str(pid)]
             _SYSTEM_CLOCK.sleep(0.02)
         return ""
 
