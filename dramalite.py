@@ -60,6 +60,7 @@ Contents
     Worker
     Virtual workers
     Virtual time
+    Simulated brokers
     Simulated events
     Simulation
     Child processes
@@ -3137,6 +3138,8 @@ _BURY = """
     INSERT INTO dramalite_dead (queue, actor, message_id, died_at, reason, body)
     VALUES (?, ?, ?, ?, ?, ?)"""
 
+_MESSAGE_IDS = "SELECT message_id FROM dramalite_messages UNION SELECT message_id FROM dramalite_dead"
+
 _DEAD_LETTERS = """
     SELECT queue, actor, message_id, died_at, reason, body FROM dramalite_dead ORDER BY id"""
 
@@ -3985,6 +3988,10 @@ class _ValueDatabase(_WatchedDatabase):
         """The stored result of a message, None if there is none or its time has passed."""
         rows = self._read(_RESULT, (message_id, key, self._clock().time_ms()))
         return rows[0][0] if rows else None
+
+    def message_ids(self) -> set[str]:
+        """The ids of all messages, dead letters too."""
+        return {message_id for (message_id,) in self._read(_MESSAGE_IDS)}
 
     def has_values(self) -> bool:
         """Tell whether there are results or groups."""
@@ -7687,6 +7694,8 @@ class Worker:
         """
         if self._running() is not None:
             raise RuntimeError("The worker is running already.")
+        if self.broker._is_simulated:
+            raise RuntimeError("The broker is being simulated; take steps of the simulation.")
         self.broker.emit_before("worker_boot", self)
         self._pid = os.getpid()
         dispatcher = self._dispatcher = _Dispatcher(
@@ -7958,8 +7967,12 @@ def _stop_live_workers() -> None:
 # takes the steps.  A virtual thread that must be able to pause in the middle of a job has a real
 # thread behind it, which runs only while the caller waits for it.
 # ------------------------------------------------------------------------------------------
+#: Exceptions that the job of a dead worker gets until it counts as one that can't be ended.
+_MOST_DEATHS = 1000
+
+
 class _Crash(BaseException):
-    """Unwinds a job whose virtual worker has died."""
+    """Unwinds a job whose virtual worker has died, or has given it up."""
 
 
 class _JobThread:
@@ -8015,7 +8028,10 @@ class _VirtualThread:
         self.started_ms = self.ended_ms = 0
         self.is_running = False  # The job has no outcome yet.
         self.wakes_at: int | None = None  # When it goes on, if it sleeps.
-        self.is_dead = False  # The worker died under the job, which is being unwound.
+        self.is_dead = False  # The worker died under the job, which is being unwound,
+        self.deaths = 0  # by so many exceptions.
+        self.gives_up_at: int | None = None  # When the worker will, since the job ignored its time limit.
+        self.is_given_up = False
         self.is_skipped = False
         self.error = ""
 
@@ -8024,6 +8040,7 @@ class _VirtualThread:
         self.job = _Job(row)
         self.started_ms = now_ms
         self.is_running = True
+        self.gives_up_at, self.is_given_up = None, False
         self.worker.slot.run(self.index, row.id)
         if self.real is None:
             run(self)
@@ -8039,12 +8056,20 @@ class _VirtualThread:
             job.exception = None
             self.forget()
             return
+        if isinstance(job.exception, KeyboardInterrupt) and self.real is None:  # Not the job's own.
+            self.worker.hand_back(job.row)
+            self.forget()
+            raise job.exception
+        if self.is_given_up:
+            job.exception = TimeLimitExceeded()
         exception = job.exception
         self.is_skipped = isinstance(exception, SkipMessage)
         self.error = "" if exception is None else f"{type(exception).__name__}: {_error_text(exception)}"
         self.retries = _retries(job.message)
         processor.conclude_safely(job)
         self.is_running = False
+        if job.row.crash_limit != 1:  # Else it runs, to the others, until its outcome is written.
+            self.worker.slot.run(self.index, 0)
 
     def sleep(self, wakes_at: int) -> None:
         """In a job of a thread that can pause: let the others go on until it is resumed."""
@@ -8052,14 +8077,29 @@ class _VirtualThread:
         cast(_JobThread, self.real).pause()
         self.wakes_at = None
         if self.is_dead:
-            raise _Crash
+            self.die()
 
     def unwind(self) -> None:
-        """End a job that sleeps, by an exception, as often as it takes."""
-        self.is_dead = True
-        while self.is_running:
-            cast(_JobThread, self.real).resume()
+        """End a job that sleeps, by an exception, as often as it takes.
+
+        Raises RuntimeError if the job catches every one of them and goes on.
+        """
+        self.is_dead, self.deaths = True, 0
+        while self.is_running and self.real is not None:
+            if self.deaths > _MOST_DEATHS:
+                raise RuntimeError(
+                    f"A job of {cast(_Job, self.job).row.actor} can't be ended: it catches every "
+                    f"exception, also those that are none of its own, and goes on."
+                )
+            self.real.resume()
         self.forget()
+
+    def die(self) -> None:
+        """In a job of a dead worker: end it, or leave it where it is if it can't be ended."""
+        self.deaths += 1
+        if self.deaths > _MOST_DEATHS and self.real is not None:
+            self.real.pause()
+        raise _Crash
 
     def forget(self) -> None:
         self.job = self.wakes_at = None
@@ -8078,7 +8118,6 @@ class _VirtualWorker:
         self.number = number
         self.processor = _Processor(broker, logger)
         self.threads: list[_VirtualThread] = []
-        self.is_paused = False
         self._broker = broker
         self.boot()
 
@@ -8086,6 +8125,7 @@ class _VirtualWorker:
         """Take a slot and begin, as a new process would."""
         self.slot = self._broker._engine.take_slot(0, tracked=True, bell=_Bell())
         self._targets = _Targets(self._broker, frozenset())
+        self.is_paused = False
         self.must_recover = True
         self.seen: int | None = None  # The engine's changes() at the last look for work, in vain.
 
@@ -8112,6 +8152,11 @@ class _VirtualWorker:
             self.slot, outcomes, limit, self._targets.json(True), not has_suspect, skip_to
         )
         return rows[0] if rows else None
+
+    def hand_back(self, row: _Row) -> None:
+        """Give a row back that was begun, as if it had not been."""
+        self._broker._engine.hand_back(self.slot, [row])
+        self.seen = None
 
 
 def drain(broker: Broker, *, max_messages: int = 10_000) -> int:
@@ -8142,6 +8187,8 @@ def drain(broker: Broker, *, max_messages: int = 10_000) -> int:
             worker.processor.run(job)
             failures.pop(row.message_id, None)
             failure = job.exception
+            if isinstance(failure, KeyboardInterrupt):  # Not the job's own.
+                raise failure
             worker.processor.conclude_safely(job)
             if job.message is not None and job.message.failed:
                 failures[row.message_id] = job.message._exception or RuntimeError(job.message.reason)
@@ -8242,6 +8289,8 @@ def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> A
 
         def select(self, timeout: float | None = None) -> Any:
             is_timed = timeout is not None and timeout > 0
+            if is_timed and loop.calls:  # In real threads: no time passes until they end.
+                return super().select(None)
             ready = super().select(0 if is_timed else timeout)
             if not ready and is_timed:
                 clock.sleep(cast(float, timeout))
@@ -8250,9 +8299,19 @@ def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> A
 
     class Loop(asyncio.SelectorEventLoop):
         ahead_s = 0.0
+        calls = 0  # Of run_in_executor(), as by asyncio.to_thread(), that have not ended.
 
         def time(self) -> float:
             return clock.monotonic() + self.ahead_s
+
+        def run_in_executor(self, *args: Any) -> Any:  # type: ignore[override]
+            future = super().run_in_executor(*args)
+            self.calls += 1
+            future.add_done_callback(self._end_call)
+            return future
+
+        def _end_call(self, _future: Any) -> None:
+            self.calls -= 1
 
     loop = Loop(Selector())
     task = loop.create_task(coroutine)
@@ -8266,7 +8325,20 @@ def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> A
     except asyncio.CancelledError as error:
         raise RuntimeError("The coroutine was cancelled.") from error
     finally:
+        with contextlib.suppress(_Crash):
+            loop.run_until_complete(_cancel_all())
         loop.close()
+
+
+async def _cancel_all() -> None:
+    """Cancel what else runs on this loop, and wait for the end of it."""
+    import asyncio
+
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
+    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 def _run_virtually(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -8289,10 +8361,82 @@ def _run_virtually(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 
 # ------------------------------------------------------------------------------------------
+# Simulated brokers
+#
+# A simulation's clock, randomness and, where it has one of its own, database take the place of
+# a broker's while it lasts.
+# ------------------------------------------------------------------------------------------
+class _Takeover:
+    """A broker in the hands of a simulation."""
+
+    def __init__(
+        self, broker: _EngineBroker, clock: _VirtualClock, seed: int, engine: _Engine | None
+    ) -> None:
+        from random import Random
+
+        self.has_own_engine = engine is not None
+        self._broker = broker
+        self._clock = clock
+        self._engine = engine  # In place of the broker's own.
+        self._jitter = Random(f"jitter {seed}")
+        self._ids = Random(f"ids {seed}")
+        self._has_past = False  # There is something, perhaps of a simulation with the same seed:
+        self._taken: set[str] = set()  # messages of these ids, results or groups.
+
+    def begin(self) -> None:
+        """Take the broker over; raise BrokerError if its database can't be used."""
+        broker = self._broker
+        if broker._is_simulated:
+            raise RuntimeError("This broker is worked on already, by a simulation.")
+        if self._engine is None:
+            self._taken = broker._engine.message_ids()
+            self._has_past = bool(self._taken) or broker._engine.has_values()
+        self._saved = broker.clock, broker.random, broker._entropy, broker._engine, broker._buried
+        broker.clock, broker.random, broker._entropy = self._clock, self._jitter, self._new_entropy
+        if self._engine is not None:
+            broker._engine, broker._buried = self._engine, collections.defaultdict(list)
+        broker._is_simulated = True
+
+    def end(self) -> None:
+        """Give the broker back as it was."""
+        if self._engine is not None:
+            self._engine.close()
+        broker = self._broker
+        broker.clock, broker.random, broker._entropy, broker._engine, broker._buried = self._saved
+        broker._is_simulated = False
+
+    @contextlib.contextmanager
+    def set_aside_engine(self) -> Iterator[None]:
+        """Have what unwound jobs still do go to a database that is thrown away."""
+        engine = self._broker._engine
+        self._broker._engine = _Engine(None, "full", lambda: self._clock)
+        try:
+            yield
+        finally:
+            self._broker._engine.close()
+            self._broker._engine = engine
+
+    def _new_entropy(self) -> bytes:
+        """The random bits of an id, under which an earlier simulation may have left something."""
+        while True:
+            entropy = self._ids.getrandbits(80).to_bytes(10, "big")
+            if not self._has_past:
+                return entropy
+            message_id = _new_message_id(self._clock.now_ms, entropy)
+            if message_id not in self._taken:
+                self._broker._engine.forget_values(message_id)
+                return entropy
+
+
+# ------------------------------------------------------------------------------------------
 # Simulated events
 #
 # What a simulation tells of each attempt, and lets its caller choose from.
 # ------------------------------------------------------------------------------------------
+#: The error of an attempt that had ended when its worker crashed: it counts no crash.
+_UNWRITTEN = "WorkerCrashed: the attempt had ended, but its outcome was not written"
+
+
 class SimulatedEvent(NamedTuple):
     """One attempt at a message: what came of it, and when, in virtual time."""
 
@@ -8336,11 +8480,21 @@ class SimulatedEvent(NamedTuple):
         return what + (f", again at {self.next_eta.isoformat(' ')}" if self.next_eta else "")
 
 
-def _death(row: _Row, worker: int, now_ms: int) -> SimulatedEvent:
+def _what_came_of(job: _Job, is_skipped: bool) -> tuple[str, int | None]:
+    """The outcome of an attempt, and when its retry is due."""
+    if job.message is None or job.message.failed:
+        return "dead", None
+    for statement, values in job.outcome.effects:
+        if statement == _INSERT and values[8] == job.row.message_id:
+            return "retry", values[5]
+    return "skipped" if is_skipped else "done", None
+
+
+def _death(row: _Row, attempt: int, worker: int, now_ms: int) -> SimulatedEvent:
     """The event of a message that is a dead letter since its workers died."""
     error = f"{WorkerCrashed.__name__}: the last of {row.crashes} worker processes that ran it died"
     return SimulatedEvent(
-        row.message_id, row.actor, row.crashes, now_ms, now_ms, worker, 0, "dead", None, None, error, row.body
+        row.message_id, row.actor, attempt, now_ms, now_ms, worker, 0, "dead", None, None, error, row.body
     )
 
 
@@ -8410,17 +8564,17 @@ class Simulation:
         self.broker = broker
         #: What has happened, in the order in which it was committed.
         self.events: list[SimulatedEvent] = []
-        self._engine = engine  # In place of the broker's own, if any.
         self._clock = _VirtualClock(self, start_ms)
+        self._takeover = _Takeover(broker, self._clock, seed, engine)
         self._choose = choose
-        self._schedule, self._jitter, self._ids = (
-            Random(f"{use} {seed}") for use in ("schedule", "jitter", "ids")
-        )
+        self._schedule = Random(f"schedule {seed}")
         self._sizes = sizes
         self._workers: list[_VirtualWorker] = []
+        self._attempts: collections.Counter[str] = collections.Counter()  # By message id.
         self._undo: contextlib.ExitStack = contextlib.ExitStack()
         self._outer: Simulation | None = None  # The simulation that this one is inside of.
-        self._has_past = False  # There are results or groups, perhaps of one with the same seed.
+        self._naps = 0  # How often jobs have let time pass, in this step.
+        self._latest_ms = math.inf  # A job that lets it pass beyond this is ended.
 
     # Looking.
 
@@ -8431,6 +8585,8 @@ class Simulation:
 
     def pending(self) -> list[Message[Any]]:
         """What is not finished, in its order: what waits or runs, then what is delayed."""
+        if self._takeover.has_own_engine:
+            self._check_begun()
         return self.broker.pending()
 
     # Running.
@@ -8450,12 +8606,12 @@ class Simulation:
         most_ms = _milliseconds(max_time, "max_time")
         end_ms = self._clock.now_ms + most_ms
         for _ in range(max_steps):
-            if not self._step(end_ms, may_skip=True):
+            if not self._step(end_ms, may_skip=True, latest_ms=end_ms):
                 break
         else:
             if self._steps() or self._next_time() is not None:
                 self._fail(f"is not idle after {max_steps} steps")
-        if self._next_time() is not None:
+        if self._next_time() is not None or self._clock.now_ms > end_ms:
             self._fail(f"is not idle after {most_ms} ms, {most_ms / 86_400_000:.1f} days")
 
     def run_until(self, when: datetime, *, max_steps: int = _MOST_STEPS) -> None:
@@ -8488,7 +8644,7 @@ class Simulation:
         unwound by an exception, but nothing that it does then reaches the broker.
         """
         dying, caller = self._worker(worker), _virtual.thread
-        with self._set_aside_engine():
+        with self._takeover.set_aside_engine():
             for thread in dying.threads:
                 if thread.job is not None:
                     self._note(thread, thread.job, "crashed", None)
@@ -8499,7 +8655,7 @@ class Simulation:
         for other in self._workers:
             other.must_recover = True
         if caller is not None and caller.worker is dying:
-            self._undo.enter_context(self._set_aside_engine())  # Until the job has ended.
+            self._undo.enter_context(self._takeover.set_aside_engine())  # Until the job has ended.
             caller.is_dead = True
             raise _Crash
 
@@ -8513,48 +8669,26 @@ class Simulation:
         self._worker(worker).seen = None
 
     def _worker(self, number: int) -> _VirtualWorker:
-        if number not in range(len(self._workers)):
+        self._check_begun()
+        if type(number) is not int or number not in range(len(self._workers)):
             raise ValueError(f"worker is {number!r}; there are {len(self._workers)}, counted from 0.")
         return self._workers[number]
-
-    @contextlib.contextmanager
-    def _set_aside_engine(self) -> Iterator[None]:
-        """Have what unwound jobs still do go to a database that is thrown away."""
-        engine = self.broker._engine
-        self.broker._engine = _Engine(None, "full", lambda: self._clock)
-        try:
-            yield
-        finally:
-            self.broker._engine.close()
-            self.broker._engine = engine
 
     # Set-up.
 
     def __enter__(self) -> Simulation:
-        broker = self.broker
-        if broker._is_simulated or any(worker.broker is broker for worker in _live_workers):
-            raise RuntimeError("This broker is worked on already, by a worker or a simulation.")
-        self._saved = broker.clock, broker.random, broker._entropy, broker._engine, broker._buried
-        broker.clock, broker.random = self._clock, self._jitter
-        broker._entropy = self._new_entropy
-        if self._engine is not None:
-            broker._engine, broker._buried = self._engine, collections.defaultdict(list)
-        broker._is_simulated = True
+        if self._workers:
+            raise RuntimeError("This simulation has been used; make another one by simulate().")
+        if any(worker.broker is self.broker for worker in _live_workers):
+            raise RuntimeError("This broker is worked on already, by a worker.")
+        self._takeover.begin()
         self._outer, _virtual.world = _virtual.world, self
         try:
-            self._has_past = broker._engine.has_values()
             self._start_workers()
         except BaseException:  # The database can't be opened, say.
             self._restore()
             raise
         return self
-
-    def _new_entropy(self) -> bytes:
-        """The random bits of an id, under which an earlier simulation may have left something."""
-        entropy = self._ids.getrandbits(80).to_bytes(10, "big")
-        if self._has_past:
-            self.broker._engine.forget_values(_new_message_id(self._clock.now_ms, entropy))
-        return entropy
 
     def _start_workers(self) -> None:
         logger = logging.getLogger(_SIMULATION_LOGGER)
@@ -8580,7 +8714,7 @@ class Simulation:
             done = [(thread, job) for thread, job in busy if not thread.is_running]
             outcomes = [job.outcome for _thread, job in done]
             outcomes += [_Outcome(job.row, is_handed_back=True) for thread, job in busy if thread.is_running]
-            with self._set_aside_engine():
+            with self._takeover.set_aside_engine():
                 for thread in worker.threads:
                     thread.unwind()
                     if thread.real is not None:
@@ -8593,26 +8727,22 @@ class Simulation:
         """Give the broker back as it was."""
         for worker in self._workers:
             worker.slot.release()
-        if self._engine is not None:
-            self._engine.close()
-        broker = self.broker
-        broker.clock, broker.random, broker._entropy, broker._engine, broker._buried = self._saved
-        broker._is_simulated = False
+        self._takeover.end()
         _virtual.world = self._outer
 
     # Steps.
 
-    def _step(self, end_ms: int | None, may_skip: bool = False) -> bool:
+    def _step(
+        self, end_ms: int | None, may_skip: bool = False, latest_ms: float = math.inf
+    ) -> bool:
         """Take a step that is due by a time, if there is one.
 
         If it may, it then goes on to the next message by itself: one transaction instead of two.
         """
         if _virtual.thread is not None:
-            raise RuntimeError("A simulated job can't take steps of its own simulation.")
-        if _virtual.world is not self:
-            raise RuntimeError(
-                "The simulation has not begun, or is over, or another one is inside; use it in its `with`."
-            )
+            raise RuntimeError("A simulated job can't take steps of a simulation.")
+        self._check_begun()
+        self._naps, self._latest_ms = 0, latest_ms
         while not (steps := self._steps()):
             next_ms = self._next_time()
             if next_ms is None or (end_ms is not None and next_ms > end_ms):
@@ -8626,7 +8756,15 @@ class Simulation:
             return True
 
         self._take(self._pick(steps), skip_to)
+        if self._naps > _MOST_STEPS:
+            self._fail("has a job that lets time pass without end")
         return True
+
+    def _check_begun(self) -> None:
+        if _virtual.world is not self:
+            raise RuntimeError(
+                "The simulation has not begun, or is over, or another one is inside; use it in its `with`."
+            )
 
     def _steps(self) -> list[SimulatedStep]:
         """What can be done at this moment."""
@@ -8680,7 +8818,8 @@ class Simulation:
         thread = worker.threads[step.thread]
         if step.action == "recover":
             for outcome in worker.recover():
-                self.events.append(_death(outcome.row, worker.number, self._clock.now_ms))
+                attempt = max(self._attempts[outcome.row.message_id], outcome.row.crashes)
+                self.events.append(_death(outcome.row, attempt, worker.number, self._clock.now_ms))
         elif step.action == "resume":
             cast(_JobThread, thread.real).resume()
         else:
@@ -8713,7 +8852,16 @@ class Simulation:
         if thread is None:
             self.advance(ms)
             return
-        wakes_at = self._clock.now_ms + ms
+        now_ms = self._clock.now_ms
+        wakes_at = now_ms + ms
+        self._naps += 1
+        if thread.real is None and (self._naps > _MOST_STEPS or now_ms > self._latest_ms):
+            thread.gives_up_at = now_ms
+        if thread.gives_up_at is not None and wakes_at >= thread.gives_up_at:
+            if not thread.is_given_up:
+                self._sleep(thread, thread.gives_up_at)
+            thread.is_given_up = True
+            raise _Crash
         limits = [item for item in self.broker.middleware if isinstance(item, TimeLimit)]
         deadlines = [(item.deadline(thread.runner), item) for item in limits]
         ends = [
@@ -8723,11 +8871,12 @@ class Simulation:
         self._sleep(thread, min(wakes_at, end_ms))
         if limit is not None and end_ms <= wakes_at:
             limit.expire(thread.runner, self._clock)
+            thread.gives_up_at = end_ms + _whole_ms(_STUCK_GRACE_S)
             raise TimeLimitExceeded
 
     def _sleep(self, thread: _VirtualThread, wakes_at: int) -> None:
         if thread.is_dead:
-            raise _Crash
+            thread.die()
         if thread.real is None:
             self._jump(max(wakes_at, self._clock.now_ms))
         else:
@@ -8751,28 +8900,23 @@ class Simulation:
 
     def _note_end(self, thread: _VirtualThread, job: _Job) -> None:
         """Add the event of an attempt whose outcome was written."""
-        retries = [
-            values
-            for statement, values in job.outcome.effects
-            if statement == _INSERT and values[8] == job.row.message_id
-        ]
-        if job.message is None or job.message.failed:
-            outcome = "dead"
-        elif retries:
-            outcome = "retry"
-        else:
-            outcome = "skipped" if thread.is_skipped else "done"
-        self._note(thread, job, outcome, retries[0][5] if retries else None)
+        self._note(thread, job, *_what_came_of(job, thread.is_skipped))
 
     def _note(self, thread: _VirtualThread, job: _Job, outcome: str, next_eta: int | None) -> None:
-        has_crashed = outcome == "crashed"
-        retries = _retries(job.message) if thread.is_running else thread.retries
-        ended_ms = self._clock.now_ms if thread.is_running else thread.ended_ms
+        row = job.row
+        result, error, ended_ms = job.result, thread.error, thread.ended_ms
+        if outcome == "crashed":
+            result, error = None, "" if thread.is_running else _UNWRITTEN
+            ended_ms = self._clock.now_ms if thread.is_running else ended_ms
+        if row.message_id not in self._attempts:  # There may have been some before the simulation.
+            retries = _retries(job.message) if thread.is_running else thread.retries
+            self._attempts[row.message_id] = retries + row.crashes
+        self._attempts[row.message_id] += 1
         self.events.append(
             SimulatedEvent(
-                job.row.message_id, job.row.actor, retries + job.row.crashes + 1,
-                thread.started_ms, ended_ms, thread.worker.number, thread.index, outcome, next_eta,
-                None if has_crashed else job.result, "" if has_crashed else thread.error, job.row.body,
+                row.message_id, row.actor or (job.message.actor_name if job.message else ""),
+                self._attempts[row.message_id], thread.started_ms, ended_ms, thread.worker.number,
+                thread.index, outcome, next_eta, result, error, row.body,
             )
         )  # fmt: skip
 
@@ -8810,15 +8954,22 @@ def simulate(
     simulated_work(), broker.clock.sleep() and what coroutines await of asyncio's timers; with
     more than one virtual thread others run meanwhile.  Time starts at `start` (2026-01-01 UTC); a
     datetime without a time zone counts as UTC.
+
+    No hooks of a worker's start and stop are called, tasks that a coroutine leaves behind are
+    cancelled, and rate limits of an earlier simulation of the same broker hold on.
     """
     world = get_broker() if broker is None else broker
     if not isinstance(world, _EngineBroker):
         raise TypeError(f"{world!r} can't be simulated; give a broker of dramalite.")
     for value, name in ((workers, "workers"), (threads, "threads")):
-        if not 1 <= value <= _MOST_VIRTUAL:
+        if type(value) is not int or not 1 <= value <= _MOST_VIRTUAL:
             raise ValueError(f"{name} is {value!r}; give 1 to {_MOST_VIRTUAL}.")
+    if choose is not None and not callable(choose):
+        raise TypeError(f"choose is {choose!r}; give a function that returns one of the steps it is given.")
     engine = _Engine(None, "full", lambda: world.clock) if broker is None else None
     start_ms = _SIMULATION_START_MS if start is None else _time_ms(start, "start")
+    if start_ms < 0:
+        raise ValueError(f"start is {start!r}; give a time after 1970.")
     return Simulation(world, engine, seed, start_ms, (workers, threads), choose)
 
 

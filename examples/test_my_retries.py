@@ -13,11 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # Finds dramali
 import dramalite
 
 HOUR = 3_600_000
-broker = dramalite.MemoryBroker()
 failures = []  # Whether the next attempts fail.
 
 
-@dramalite.actor(broker=broker, max_retries=5, min_backoff=1000, max_backoff=HOUR)
+@dramalite.actor(max_retries=5, min_backoff=1000, max_backoff=HOUR)
 def charge(customer):
     if failures and failures.pop():
         raise ConnectionError("The bank does not answer.")
@@ -26,10 +25,9 @@ def charge(customer):
 @given(fails=st.integers(0, 8), seed=st.integers(0, 99))
 def test_a_charge_is_tried_six_times_with_growing_pauses(fails, seed):
     failures[:] = [True] * fails
-    with dramalite.simulate(broker, seed=seed) as sim:
+    with dramalite.simulate(seed=seed) as sim:  # On an empty database in memory, each time.
         charge.send("ada")
         sim.run_until_idle()
-        broker.flush_all()
 
     outcomes = [event.outcome for event in sim.events]
     assert outcomes == ["retry"] * min(fails, 5) + ["done" if fails < 6 else "dead"]
@@ -41,7 +39,7 @@ def test_a_charge_is_tried_six_times_with_growing_pauses(fails, seed):
 @given(priorities=st.lists(st.integers(-5, 5), max_size=10))
 def test_urgent_charges_go_first(priorities):
     failures.clear()
-    with dramalite.simulate(broker) as sim:
+    with dramalite.simulate() as sim:
         for priority in priorities:
             charge.send_with_options(args=(priority,), priority=priority)
         sim.run_until_idle()

@@ -461,7 +461,7 @@ def test_a_job_cannot_take_steps(broker):
         recursive.send()
         sim.run_until_idle()
 
-    assert "steps of its own simulation" in sim.events[0].error
+    assert "steps of a simulation" in sim.events[0].error
 
 
 # Ends
@@ -800,3 +800,238 @@ def test_groups_and_pipelines_complete(broker):
 
         assert list(group.get_results()) == [1, 2, 3, 4, 5]
     assert len(done) == 1
+
+
+@pytest.mark.parametrize(
+    ("max_crashes", "expected"), [(2, ["crashed", "crashed", "done"]), (1, ["crashed", "dead"])]
+)
+def test_a_crash_under_a_finished_job_repeats_it_and_counts_only_where_it_may_not(
+    broker, max_crashes, expected
+):
+    @dramalite.actor(max_crashes=max_crashes)
+    def work():
+        pass
+
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        for _ in expected[:-1]:
+            sim.step()  # Takes back what dead workers had.
+            sim.step()  # Runs the job; another step would write its outcome.
+            sim.crash()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == expected
+    assert "not written" in sim.events[0].error
+
+
+def test_the_death_of_a_message_counts_its_retries_and_crashes(broker):
+    @dramalite.actor(max_retries=5, max_crashes=2)
+    def unlucky():
+        if len(sim.events) < 2:
+            raise ValueError
+        sim.crash(0)
+
+    with dramalite.simulate(broker) as sim:
+        unlucky.send()
+        sim.run_until_idle()
+
+    assert [(e.outcome, e.attempt) for e in sim.events] == [
+        ("retry", 1), ("retry", 2), ("crashed", 3), ("crashed", 4), ("dead", 4),
+    ]  # fmt: skip
+
+
+def test_a_paused_worker_that_crashes_is_replaced_by_one_that_works(broker, work):
+    with dramalite.simulate(broker) as sim:
+        sim.pause()
+        work.send(1)
+        sim.crash()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["done"]
+
+
+# What has no end
+
+
+@pytest.mark.parametrize("bounds", [{"max_time": 60_000}, {"max_time": 60_000, "max_steps": 10}])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_job_that_lets_time_pass_without_end_fails_the_run(make_broker, bounds, threads):
+    broker = make_broker(middleware=[])
+
+    @dramalite.actor
+    def endless():
+        while True:
+            dramalite.simulated_work(1000)
+
+    with dramalite.simulate(broker, threads=threads) as sim:
+        endless.send()
+        with pytest.raises(dramalite.SimulationError, match="is not idle after"):
+            sim.run_until_idle(**bounds)
+
+
+def test_a_job_that_waits_without_end_fails_the_step(make_broker):
+    broker = make_broker(middleware=[])
+
+    @dramalite.actor
+    def endless():
+        while True:
+            dramalite.simulated_work(0)
+
+    with dramalite.simulate(broker) as sim:
+        endless.send()
+        with pytest.raises(dramalite.SimulationError, match="lets time pass without end"):
+            sim.advance(minutes=1)
+
+
+def test_a_job_that_ignores_its_time_limit_is_given_up(broker):
+    @dramalite.actor(time_limit=1000, max_retries=0)
+    def stubborn():
+        while sim.now < START + timedelta(seconds=60):
+            try:
+                dramalite.simulated_work(100)
+            except dramalite.TimeLimitExceeded:
+                pass
+
+    with dramalite.simulate(broker) as sim:
+        stubborn.send()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["dead"]
+    assert sim.events[0].ended == START + timedelta(seconds=6)
+    assert sim.events[0].error.startswith("TimeLimitExceeded")
+
+
+def test_a_job_that_cannot_be_ended_is_told_of(broker):
+    @dramalite.actor
+    def immortal():
+        while True:
+            try:
+                dramalite.simulated_work(1000)
+            except BaseException:
+                caught.append(None)
+
+    caught = []
+    with pytest.raises(RuntimeError, match="immortal can't be ended"):
+        with dramalite.simulate(broker, threads=2) as sim:
+            immortal.send()
+            sim.advance(500)
+
+    assert caught
+    assert type(broker.clock) is dramalite.Clock  # The broker is in order again.
+
+
+def test_ctrl_c_ends_the_simulation_and_the_message_waits(broker):
+    @dramalite.actor
+    def interrupted():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), dramalite.simulate(broker) as sim:
+        interrupted.send()
+        sim.run_until_idle()
+
+    assert sim.events == []
+    assert [message.actor_name for message in broker.pending()] == ["interrupted"]
+
+
+# Coroutines and what they leave behind
+
+
+def test_no_time_passes_while_a_real_thread_works(broker):
+    @dramalite.actor(store_results=True)
+    async def threaded():
+        beside = asyncio.create_task(asyncio.sleep(0.01))
+        found = await asyncio.wait_for(asyncio.to_thread(sum, range(100_000)), 5)
+        elapsed = sim.now - START
+        await beside
+        return found, elapsed.total_seconds(), (sim.now - START).total_seconds()
+
+    with dramalite.simulate(broker) as sim:
+        threaded.send()
+        sim.run_until_idle()
+
+    assert [event.result for event in sim.events] == [(sum(range(100_000)), 0.0, 0.01)]
+
+
+def test_what_a_coroutine_leaves_behind_is_cancelled(broker):
+    async def later():
+        try:
+            await asyncio.sleep(1)
+        finally:
+            ended.append("task")
+
+    async def numbers():
+        try:
+            yield 1
+        finally:
+            ended.append("generator")
+
+    @dramalite.actor
+    async def careless():
+        kept.append(asyncio.create_task(later()))
+        kept.append(numbers())
+        await anext(kept[-1])
+        await asyncio.sleep(0.1)
+
+    ended, kept = [], []
+    with dramalite.simulate(broker) as sim:
+        careless.send()
+        sim.run_until_idle()
+
+    assert (outcomes(sim), sorted(ended)) == (["done"], ["generator", "task"])
+
+
+# Before, after and beside
+
+
+def test_a_second_simulation_of_a_seed_makes_no_message_that_there_is_already(broker, flaky):
+    for number in range(3):
+        with dramalite.simulate(broker, seed=1):
+            there = {message.message_id for message in broker.pending()}
+            flaky.send_with_options(args=(0,), delay=1000)
+
+            assert len(there) == number
+            assert len({message.message_id for message in broker.pending()}) == number + 1
+
+
+def test_a_simulation_that_is_over_says_so_and_makes_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dramalite.set_broker(dramalite.SQLiteBroker("queue.db"))
+    with dramalite.simulate() as sim:
+        sim.run_until_idle()
+    for call in (sim.pending, sim.step, sim.crash, sim.pause, sim.resume, sim.run_until_idle):
+        with pytest.raises(RuntimeError, match="is over"):
+            call()
+    with pytest.raises(RuntimeError, match="make another"):
+        sim.__enter__()
+
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_cannot_start_on_a_simulated_broker(broker):
+    with dramalite.simulate(broker), pytest.raises(RuntimeError, match="simulated"):
+        dramalite.Worker(broker).start()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [({"workers": 1.5}, ValueError), ({"threads": "2"}, ValueError), ({"choose": 5}, TypeError)],
+)
+def test_bad_arguments_of_a_simulation_are_refused(broker, options, error):
+    with pytest.raises(error, match=next(iter(options))):
+        dramalite.simulate(broker, **options)
+
+
+def test_a_simulation_starts_after_1970(broker):
+    with pytest.raises(ValueError, match="1970"):
+        dramalite.simulate(broker, start=datetime(1969, 12, 31))
+
+
+def test_the_event_of_a_message_for_an_unknown_actor_names_it(make_broker):
+    broker = make_broker()
+    work = dramalite.actor(print, actor_name="work", broker=broker)
+    message = work.message().copy(actor_name="nobody")
+    broker.enqueue(message)
+    with dramalite.simulate(broker) as sim:
+        sim.run_until_idle()
+
+    assert {event.actor for event in sim.events} <= {"nobody"}

@@ -165,6 +165,6 @@ def test_what_was_running_in_a_crash_runs_alone_in_its_worker(place, seed, threa
 
 
 def is_after_crash(event, events):
-    """Whether the message of an event had crashed before."""
+    """Whether the message of an event was running in a crash before."""
     before = events[: events.index(event)]
-    return any(e.message_id == event.message_id and e.outcome == "crashed" for e in before)
+    return any(e.message_id == event.message_id and (e.outcome, e.error) == ("crashed", "") for e in before)
