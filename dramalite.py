@@ -3620,8 +3620,8 @@ class _Database:
             connection.execute("ROLLBACK")
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Hold the lock for a write; SQLite's errors become BrokerErrors."""
+    def _writing(self, role: str) -> Iterator[sqlite3.Connection]:
+        """The connection for a write, with the lock held; SQLite's errors become BrokerErrors."""
         before = self.changes() if self._watchers else -1
         with self._lock:
             if self._is_writing:
@@ -3631,7 +3631,7 @@ class _Database:
                 )
             self._is_writing = True
             try:
-                yield
+                yield self._connect(role)
             except self._errors as error:
                 raise self._failure(error) from error
             finally:
@@ -3979,8 +3979,7 @@ class _ValueDatabase(_WatchedDatabase):
     @_uninterrupted
     def store(self, statement: str, values: tuple[Any, ...]) -> None:
         """Run one write statement as a transaction of its own."""
-        with self._writing():
-            connection = self._connect("send")
+        with self._writing("send") as connection:
             self._patiently(connection.execute, statement, values)
         self._announce()
 
@@ -4000,11 +3999,9 @@ class _ValueDatabase(_WatchedDatabase):
     @_uninterrupted
     def forget_values(self, uuid: str) -> None:
         """Drop the results of a message, or the count of a group, of this id."""
-        with self._writing():
-            connection = self._connect("work")
-            with self._transaction(connection):
-                for statement in _FORGET_VALUES:
-                    connection.execute(statement, (uuid,))
+        with self._writing("work") as connection, self._transaction(connection):
+            for statement in _FORGET_VALUES:
+                connection.execute(statement, (uuid,))
 
     # Rate limits.
 
@@ -4024,15 +4021,13 @@ class _ValueDatabase(_WatchedDatabase):
         """
         _check_storable((key,))
         now = self._clock().time_ms()
-        with self._writing():
-            connection = self._connect("work")
-            with self._transaction(connection):
-                row = connection.execute(_LIMIT, (key, now)).fetchone()
-                value = change(row[0] if row else None)
-                _check_storable((value, now + ttl))
-                if value is not None:
-                    connection.execute(_SET_LIMIT, (key, value, now + ttl))
-                connection.execute(_PRUNE_LIMITS, (now,))
+        with self._writing("work") as connection, self._transaction(connection):
+            row = connection.execute(_LIMIT, (key, now)).fetchone()
+            value = change(row[0] if row else None)
+            _check_storable((value, now + ttl))
+            if value is not None:
+                connection.execute(_SET_LIMIT, (key, value, now + ttl))
+            connection.execute(_PRUNE_LIMITS, (now,))
         self._announce()
         return value is not None
 
@@ -4040,10 +4035,8 @@ class _ValueDatabase(_WatchedDatabase):
 
     def add_metrics(self, rows: list[tuple[Any, ...]]) -> None:
         """Add amounts to the sums: rows of (name, queue, actor, bucket, amount)."""
-        with self._writing():
-            connection = self._connect("work")
-            with self._transaction(connection):
-                connection.executemany(_ADD_METRIC, rows)
+        with self._writing("work") as connection, self._transaction(connection):
+            connection.executemany(_ADD_METRIC, rows)
 
     def metrics(self) -> list[tuple[Any, ...]]:
         """The sums, as rows like those that were added."""
@@ -4202,10 +4195,9 @@ class _Engine(_ValueDatabase):
         look.  Outcomes of rows that are no longer this worker's change nothing.  `skip_to` is
         told, where nothing is ready, when the next message is due; virtual time can pass there.
         """
-        with self._writing():
-            connection = self._connect("work")
-            rows: list[Any] = []
-            version = _NO_VERSION
+        rows: list[Any] = []
+        version = _NO_VERSION
+        with self._writing("work") as connection:
             with self._transaction(connection):
                 if outcomes:
                     self._apply(connection, slot.owner, outcomes)
@@ -4287,9 +4279,9 @@ class _Engine(_ValueDatabase):
     @_uninterrupted
     def hand_back(self, slot: _Slot, rows: list[_Row]) -> None:
         """Give claimed rows back in their old place, as if they had never been claimed."""
-        with self._writing():
-            ids = json.dumps([row.id for row in rows])
-            self._patiently(self._connect("work").execute, _HAND_BACK, (slot.owner, ids))
+        ids = json.dumps([row.id for row in rows])
+        with self._writing("work") as connection:
+            self._patiently(connection.execute, _HAND_BACK, (slot.owner, ids))
         for queue, actor in {(row.queue, row.actor) for row in rows}:
             self.wake(0, queue, actor)
 
@@ -4305,8 +4297,7 @@ class _Engine(_ValueDatabase):
         dead = self.slots().dead()  # Before the look at what is claimed: they claim no more.
         if set(self._read(_OWNERS)) <= {(slot.owner,)} and not dead:
             return crashed, is_news
-        with self._writing():
-            connection = self._connect("work")
+        with self._writing("work") as connection:
             owners = [owner for (owner,) in connection.execute(_OWNERS).fetchall()]
             for owner in set(dead).difference(owners):
                 self.slots().clear(owner)
@@ -4353,9 +4344,9 @@ class _Engine(_ValueDatabase):
         try:
             for thread, row_id in running.items():
                 new.run(thread, row_id)
-            with self._writing():
-                values = {"owner": new.owner, "dead": old.owner}
-                self._patiently(self._connect("work").execute, _ADOPT, values)
+            values = {"owner": new.owner, "dead": old.owner}
+            with self._writing("work") as connection:
+                self._patiently(connection.execute, _ADOPT, values)
         except BaseException:
             new.give_up()
             raise
@@ -4449,8 +4440,8 @@ class _Engine(_ValueDatabase):
     @_uninterrupted
     def take(self, queue: str) -> list[bytes]:
         """Remove the first ready message of a queue; its body, if there was one."""
-        with self._writing():
-            rows = self._patiently(self._connect("send").execute, _TAKE, (queue,)).fetchall()
+        with self._writing("send") as connection:
+            rows = self._patiently(connection.execute, _TAKE, (queue,)).fetchall()
         return [body for (body,) in rows]
 
     # House-keeping.
@@ -4458,11 +4449,9 @@ class _Engine(_ValueDatabase):
     @_uninterrupted
     def flush(self, queue: str | None) -> None:
         """Drop what waits or is delayed in a queue; with None in all, and the dead letters."""
-        with self._writing():
-            connection = self._connect("send")
-            with self._transaction(connection):
-                for statement in _FLUSH:
-                    connection.execute(statement, {"queue": queue})
+        with self._writing("send") as connection, self._transaction(connection):
+            for statement in _FLUSH:
+                connection.execute(statement, {"queue": queue})
 
     def prune(self) -> None:
         """Delete, some at a time, what has been kept for long enough."""
@@ -4472,15 +4461,13 @@ class _Engine(_ValueDatabase):
         looks = [f"EXISTS (SELECT 1 FROM {table} WHERE {is_old})" for table, _key, is_old in _OLD]
         if not self._read(f"SELECT {' OR '.join(looks)}", values)[0][0]:
             return
-        with self._writing():
-            connection = self._connect("work")
-            with self._transaction(connection):
-                for table, key, is_old in _OLD:
-                    connection.execute(
-                        f"""DELETE FROM {table} WHERE ({key}) IN
-                            (SELECT {key} FROM {table} WHERE {is_old} LIMIT 1000)""",
-                        values,
-                    )
+        with self._writing("work") as connection, self._transaction(connection):
+            for table, key, is_old in _OLD:
+                connection.execute(
+                    f"""DELETE FROM {table} WHERE ({key}) IN
+                        (SELECT {key} FROM {table} WHERE {is_old} LIMIT 1000)""",
+                    values,
+                )
 
 
 def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
