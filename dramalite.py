@@ -3663,28 +3663,19 @@ class _Database:
 
     # The write-ahead log.
 
-    def checkpoint(self, limit: int) -> None:
+    def checkpoint(self, limit: int, *, shrink: bool = False) -> None:
         """If the write-ahead log takes more than `limit` bytes, move it into the database.
 
         It then starts anew, over the old one: a flush of what was written in place of something
-        takes half as long as one that makes the file longer.
+        takes half as long as one that makes the file longer.  With `shrink` its disk space is
+        given back: for a long file that may take a tenth of a second, in which nobody can write.
 
         What can be moved beside writers goes first; then the write lock is held for the little
         that is left.  Never automatic, and by one process at a time: that keeps clear of the
         WAL-reset bug of SQLite 3.7.0 to 3.51.2 (sqlite.org/wal.html#walresetbug).
         """
-        if self._wal_size() > limit:
-            self._checkpoint("RESTART")
-
-    def empty_log(self, limit: int) -> None:
-        """checkpoint(limit), and give the log's disk space back.
-
-        Shrinking a long file may take a tenth of a second, in which nobody can write.
-        """
-        if self._wal_size() > limit:
-            self._checkpoint("TRUNCATE")
-
-    def _checkpoint(self, mode: str) -> None:
+        if self._wal_size() <= limit:
+            return
         with contextlib.suppress(self._errors, BrokerError, OSError):  # Not now then; the next will.
             slots = self.slots()
             if not slots.hold(_HEADER):
@@ -3696,8 +3687,9 @@ class _Database:
                         moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                         if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
                             break  # Little can have been written meanwhile.
-                    if mode == "TRUNCATE" or moved[1] > 2 * _LONG_LOG // self._page_size:
+                    if shrink or moved[1] > 2 * _LONG_LOG // self._page_size:
                         with self._lock:
+                            mode = "TRUNCATE" if shrink else "RESTART"
                             connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
             finally:
                 slots.let_go(_HEADER)
@@ -7582,7 +7574,7 @@ class _Dispatcher(_Exchanger):
         if self._targets.look_for_strangers():
             self._slot.bell.ring()
         if not self.running and _SYSTEM_CLOCK.monotonic() > self._popped_at + _IDLE_S:
-            self._engine.empty_log(_LONG_LOG)
+            self._engine.checkpoint(_LONG_LOG, shrink=True)
         self._engine.prune()
         with self._lock:
             if self._idle and not self._is_waited_for:
