@@ -3436,7 +3436,6 @@ class _Database:
         if self.path is not None:
             _prepare_file(self.path)
             identity = _file_identity(self.path)
-        connection: sqlite3.Connection | None = None
         try:
             connection = sqlite3.connect(
                 ":memory:" if self.path is None else self.path,
@@ -3445,14 +3444,12 @@ class _Database:
                 check_same_thread=False,
                 cached_statements=256,
             )
-            # What another program wrote may be no UTF-8; it must not stop the reading of the rest.
-            connection.text_factory = operator.methodcaller("decode", "utf-8", "replace")
-            self._configure(connection, role)
-        except (self._errors, BrokerError) as error:
-            if connection is not None:
+            try:
+                self._configure(connection, role)
+            except BaseException:
                 connection.close()
-            if isinstance(error, BrokerError):
                 raise
+        except self._errors as error:
             raise ConnectionFailed(self._describe(error)) from error
         if self.path is not None:
             if identity is None or _file_identity(self.path) != identity:
@@ -3466,6 +3463,8 @@ class _Database:
 
     def _configure(self, connection: sqlite3.Connection, role: str) -> None:
         """Set a new connection up and make or check the schema."""
+        # What another program wrote may be no UTF-8; it must not stop the reading of the rest.
+        connection.text_factory = operator.methodcaller("decode", "utf-8", "replace")
         if self.path is not None:
             # The schema first: a file that is refused stays as it is.
             self._check_schema(connection)
