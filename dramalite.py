@@ -3490,18 +3490,11 @@ class _Database:
 
     def _check_schema(self, connection: sqlite3.Connection) -> int:
         """The version of our tables, 0 if there are none; ConnectionFailed if they are too new."""
-        found = self._patiently(
-            lambda: connection.execute(
-                "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'dramalite_meta'"
-            ).fetchone()
-        )
-        if found is None:
+        tables = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = 'dramalite_meta'"
+        if self._patiently(connection.execute, tables).fetchone() is None:
             return 0
-        row = self._patiently(
-            lambda: connection.execute(
-                "SELECT value FROM dramalite_meta WHERE key = 'schema_version'"
-            ).fetchone()
-        )
+        version = "SELECT value FROM dramalite_meta WHERE key = 'schema_version'"
+        row = self._patiently(connection.execute, version).fetchone()
         if row is None or not isinstance(row[0], int) or row[0] > _SCHEMA_VERSION:
             raise ConnectionFailed(
                 f"The database {self.path!r} has dramalite's schema version "
