@@ -3521,9 +3521,7 @@ class _Database:
                 self._slots = None
 
     def __del__(self) -> None:
-        for connection in self._connections.values():
-            with contextlib.suppress(self._errors):
-                connection.close()  # From 3.13 on, Python warns of those that are just dropped.
+        self._disconnect()  # From 3.13 on, Python warns of connections that are just dropped.
         if self._slots is not None and not sys.is_finalizing():  # A frozen thread may hold its lock.
             self._slots.close()
 
@@ -3602,8 +3600,7 @@ class _Database:
             self._patiently(connection.execute, "COMMIT")
         except BaseException:
             with contextlib.suppress(self._errors):  # The first error is the one to tell.
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                self._end_leftover(connection)
             raise
 
     def _end_leftover(self, connection: sqlite3.Connection) -> None:
