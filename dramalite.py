@@ -3385,7 +3385,7 @@ _SHORT_PASS_S = 0.01
 class _Database:
     """A SQLite database with dramalite's tables.  Safe for threads and forks."""
 
-    def __init__(self, path: str | None, durability: str) -> None:
+    def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
         self._connections: dict[str, sqlite3.Connection] = {}
         self._slots: _Slots | None = None
         from sqlite3 import Error  # Where there is none, the two above let __del__() pass.
@@ -3393,6 +3393,7 @@ class _Database:
         self.path = path
         self._errors = Error
         self._durability = durability
+        self._clock = clock  # The broker's, which may get another one.
         self._lock = threading.RLock()
         self._identity: tuple[int, int] | None = None
         self._checkpoint_lock = threading.RLock()  # Held where SQLite works without _lock.
@@ -3763,8 +3764,8 @@ _WATCH_POLL_S = 0.25
 class _WatchedDatabase(_Database):
     """A database whose changes workers and watchers hear of."""
 
-    def __init__(self, path: str | None, durability: str) -> None:
-        super().__init__(path, durability)
+    def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
+        super().__init__(path, durability, clock)
         self._bits: dict[tuple[str, str], int] = {}
         self._slots_looked_for_at = 0.0
         self.changed = threading.Condition()  # Guards all below, and _watchers.
@@ -3846,6 +3847,8 @@ class _WatchedDatabase(_Database):
         Changes by this process are noticed at once, and so are those of workers elsewhere: they
         ring for outcomes and limits.  What is not announced by a ring is seen within 20 ms.
         """
+        if (clock := self._clock()).is_virtual:
+            return clock.wait_for(is_done, timeout_s)
         deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
         nap = 2e-3
         with self._watching(is_announced) as must_listen:
@@ -3869,6 +3872,8 @@ class _WatchedDatabase(_Database):
         """watch() for a coroutine; is_done() runs in a thread of asyncio's pool."""
         import asyncio
 
+        if (clock := self._clock()).is_virtual:
+            return await clock.wait_for_async(is_done, timeout_s)
         deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
         nap = 2e-3
@@ -3950,10 +3955,6 @@ class _WatchedDatabase(_Database):
 # ------------------------------------------------------------------------------------------
 class _ValueDatabase(_WatchedDatabase):
     """A database that keeps values, with the time by which they expire."""
-
-    def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
-        super().__init__(path, durability)
-        self._clock = clock
 
     # Results.
 
@@ -4388,20 +4389,6 @@ class _Engine(_ValueDatabase):
                 ORDER BY eta IS NOT NULL, coalesce(eta, priority), id"""
         )
         return [body for (body,) in rows]
-
-    def watch(
-        self, is_done: Callable[[], bool], timeout_s: float | None, is_announced: bool = True
-    ) -> bool:
-        clock = self._clock()
-        if clock.is_virtual:
-            return clock.wait_for(is_done, timeout_s)
-        return super().watch(is_done, timeout_s, is_announced)
-
-    async def watch_async(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
-        clock = self._clock()
-        if clock.is_virtual:
-            return await clock.wait_for_async(is_done, timeout_s)
-        return await super().watch_async(is_done, timeout_s)
 
     def counts(self) -> dict[str, dict[int, int]]:
         """How many messages each queue holds, by state."""
