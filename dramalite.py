@@ -6192,18 +6192,14 @@ class _EngineBroker(Broker):
 
     def __init__(
         self,
-        path: str | None,
-        *,
         middleware: list[Middleware] | None = None,
-        durability: str = "full",
+        *,
         max_message_size: int = _MAX_MESSAGE_SIZE,
         max_crashes: int = 3,
         clock: Clock | None = None,
         random: random.Random | None = None,
     ) -> None:
-        if durability not in ("full", "normal"):
-            raise ValueError(f'durability is {durability!r}; give "full" or "normal".')
-        self._engine = _Engine(path, durability, lambda: self.clock)
+        self._engine = self._make_engine()
         self._collecting = _Collecting()
         self._built_in: list[Middleware] = []
         self.max_message_size = _check_count(max_message_size, "max_message_size")
@@ -6217,6 +6213,9 @@ class _EngineBroker(Broker):
             self.clock = clock
         if random is not None:
             self.random = random
+
+    def _make_engine(self) -> _Engine:
+        return _Engine(None, "full", lambda: self.clock)
 
     def _default_middleware(self) -> list[Middleware]:
         first = [GroupCallbacks()]  # Its after hooks come last: they see whether the others failed.
@@ -6573,17 +6572,21 @@ class SQLiteBroker(_EngineBroker):
             raise ValueError("':memory:' is no file; use MemoryBroker().")
         if "://" in path:
             raise ValueError(f"{path!r} is a URL; give the path of a file.")
+        if durability not in ("full", "normal"):
+            raise ValueError(f'durability is {durability!r}; give "full" or "normal".')
         has_parents = os.pardir in path.split(os.sep)  # SQLite follows links first, abspath() does not.
         self.path = os.path.join(os.getcwd(), path) if has_parents else os.path.abspath(path)
+        self._durability = durability
         super().__init__(
-            self.path,
-            middleware=middleware,
-            durability=durability,
+            middleware,
             max_message_size=max_message_size,
             max_crashes=max_crashes,
             clock=clock,
             random=random,
         )
+
+    def _make_engine(self) -> _Engine:
+        return _Engine(self.path, self._durability, lambda: self.clock)
 
     def __repr__(self) -> str:
         return f"SQLiteBroker({self.path!r})"
@@ -6591,24 +6594,6 @@ class SQLiteBroker(_EngineBroker):
 
 class MemoryBroker(_EngineBroker):
     """A broker in memory, for this process alone: the same engine, gone with the process."""
-
-    def __init__(
-        self,
-        middleware: list[Middleware] | None = None,
-        *,
-        max_message_size: int = _MAX_MESSAGE_SIZE,
-        max_crashes: int = 3,
-        clock: Clock | None = None,
-        random: random.Random | None = None,
-    ) -> None:
-        super().__init__(
-            None,
-            middleware=middleware,
-            max_message_size=max_message_size,
-            max_crashes=max_crashes,
-            clock=clock,
-            random=random,
-        )
 
     @property
     def dead_letters_by_queue(self) -> dict[str, list[MessageProxy]]:
