@@ -5516,41 +5516,31 @@ class GroupCallbacks(Middleware):
     ) -> None:
         if exception is None and not message.failed:
             for membership in _memberships(message.options):
-                self._count(cast("_EngineBroker", broker), membership, True)
+                self._count(broker, membership, True)
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         if not message.failed:
-            self._end(broker, message)
+            self._end(broker, message.options)
 
     def after_nack(self, broker: Broker, message: MessageProxy) -> None:
-        self._end(broker, message)
+        self._end(broker, message.options)
 
-    def _end(self, broker: Broker, message: MessageProxy) -> None:
-        """Count a member that ended without success, by itself or as an earlier step."""
-        self._end_rest(cast("_EngineBroker", broker), message.options, None)
-
-    def _end_rest(
-        self, broker: _EngineBroker, options: dict[str, Any], failed_group: str | None
-    ) -> None:
-        """Count the members that won't be run since a step before them failed, or a group did."""
+    def _end(self, broker: Broker, options: dict[str, Any], failed_group: str | None = None) -> None:
+        """Count what ended without success: a member, or those after a step or group that failed."""
         following = options.get("pipe_group")
         if options.get("pipe_target"):
-            self._end_rest(broker, options["pipe_target"]["options"], failed_group)
+            self._end(broker, options["pipe_target"]["options"], failed_group)
         elif not following:
             for membership in _memberships(options):
                 self._count(broker, membership, False, failed_group)
         elif following["successor"] is not None:
-            self._end_rest(broker, following["successor"]["options"], failed_group)
+            self._end(broker, following["successor"]["options"], failed_group)
         else:
             for first, *_others in following["chains"]:
-                self._end_rest(broker, first["options"], failed_group)
+                self._end(broker, first["options"], failed_group)
 
     def _count(
-        self,
-        broker: _EngineBroker,
-        membership: dict[str, Any],
-        succeeded: bool,
-        failed_group: str | None = None,
+        self, broker: Any, membership: dict[str, Any], succeeded: bool, failed_group: str | None = None
     ) -> None:
         """Count a member; where a group inside is given, only if that ended without success."""
         uuid = membership["group_completion_uuid"]
@@ -5563,7 +5553,7 @@ class GroupCallbacks(Middleware):
             if succeeded:
                 broker._write_after_group(Message(**data), uuid, "unsuccessful")
             if "pipe_results" in data["options"]:  # The step after this group.
-                self._end_rest(broker, data["options"], uuid)
+                self._end(broker, data["options"], uuid)
         for data in membership.get("group_end_callbacks", ()):
             broker._write_after_group(Message(**data), uuid, "unended")
         broker._write(_END_GROUP, (uuid,))

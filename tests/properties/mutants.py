@@ -412,13 +412,13 @@ MUTANTS = [
     Mutant(
         "dead-members-not-counted", "a group with a dead member never ends", "groups_once",
         "    def after_nack(self, broker: Broker, message: MessageProxy) -> None:\n"
-        "        self._end(broker, message)\n",
+        "        self._end(broker, message.options)\n",
         "",
     ),
     Mutant(
         "skipped-members-not-counted", "a group with a skipped member never ends", "groups_once",
-        "        if not message.failed:\n            self._end(broker, message)\n",
-        "        if message.failed:\n            self._end(broker, message)\n",
+        "        if not message.failed:\n            self._end(broker, message.options)\n",
+        "        if message.failed:\n            self._end(broker, message.options)\n",
     ),
     Mutant(
         "failed-members-counted-as-successes", "a group with failures succeeds", "groups_once",
@@ -427,7 +427,7 @@ MUTANTS = [
     ),
     Mutant(
         "failed-inner-groups-not-counted", "a group never ends where a group inside it fails", "groups_once",
-        '                self._end_rest(broker, data["options"], uuid)\n',
+        '                self._end(broker, data["options"], uuid)\n',
         "                pass\n",
     ),
     Mutant(
@@ -437,7 +437,7 @@ MUTANTS = [
     ),
     Mutant(
         "failed-pipelines-not-counted", "a group never ends where an early step fails", "groups_once",
-        '            self._end_rest(broker, options["pipe_target"]["options"], failed_group)\n',
+        '            self._end(broker, options["pipe_target"]["options"], failed_group)\n',
         "            pass\n",
     ),
     Mutant(
