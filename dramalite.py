@@ -5651,7 +5651,7 @@ class Retries(Middleware):
         message.options["traceback"] = _traceback_text(exception)
         message.options["requeue_timestamp"] = broker.clock.time_ms()
         max_retries = _option(message, "max_retries", self.max_retries)
-        if self._is_exhausted(broker, message, attempt, max_retries, exception):
+        if self._is_exhausted(message, attempt, max_retries, exception):
             self._give_up(broker, message, attempt, max_retries)
         else:
             delay = self._delay_ms(broker, message, attempt, exception)
@@ -5659,12 +5659,7 @@ class Retries(Middleware):
             broker.enqueue(cast(Any, message), delay=delay)
 
     def _is_exhausted(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        attempt: int,
-        max_retries: int | None,
-        exception: BaseException,
+        self, message: MessageProxy, attempt: int, max_retries: int | None, exception: BaseException
     ) -> bool:
         retry_when = message.actor_options.get("retry_when", self.retry_when)
         if retry_when is not None:
@@ -5676,8 +5671,7 @@ class Retries(Middleware):
     ) -> None:
         self.logger.warning("Retries exceeded for message %r.", message.message_id)
         message.fail()
-        name = "on_retry_exhausted"
-        callback = _truthy_option(message, name)
+        callback = _truthy_option(message, "on_retry_exhausted")
         if callback:
             retries = {"retries": attempt, "max_retries": max_retries}
             _send_callback(broker, callback, message, retries)
