@@ -5066,8 +5066,7 @@ class Barrier:
 
     def create(self, parties: int) -> bool:
         """Set the barrier up for so many; False if it exists already."""
-        if parties < 1:
-            raise AssertionError(f"parties is {parties!r}; give at least 1.")
+        _check_limit("parties", parties)
         is_new = self.backend.add(self.key, parties, self.ttl)
         if is_new:  # What told those that waited at one before may still be there.
             self.backend.decr(self.key_events, 1, 0, self.ttl)
