@@ -4894,25 +4894,25 @@ class SQLiteRateLimiterBackend(RateLimiterBackend):
         )
 
     def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
-        def change(old: int | None) -> int | None:
-            value = (old or 0) + amount
-            return value if value <= maximum else None
-
-        return self.broker._engine.change_limit(key, change, ttl)
+        return self._add(key, amount, ttl, lambda value: value <= maximum)
 
     def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
-        def change(old: int | None) -> int | None:
-            value = (old or 0) - amount
-            return value if value >= minimum else None
-
-        return self.broker._engine.change_limit(key, change, ttl)
+        return self._add(key, -amount, ttl, lambda value: value >= minimum)
 
     def incr_and_sum(
         self, key: str, keys: Callable[[], list[str]], amount: int, maximum: int, ttl: int
     ) -> bool:
+        def fits(_value: int) -> bool:
+            return sum(value or 0 for value in self.broker._engine.limits(keys())) + amount <= maximum
+
+        return self._add(key, amount, ttl, fits)
+
+    def _add(self, key: str, amount: int, ttl: int, fits: Callable[[int], bool]) -> bool:
+        """Add to a number, 0 if there is none, where the sum fits; tell whether it did."""
+
         def change(old: int | None) -> int | None:
-            total = sum(value or 0 for value in self.broker._engine.limits(keys()))
-            return (old or 0) + amount if total + amount <= maximum else None
+            value = (old or 0) + amount
+            return value if fits(value) else None
 
         return self.broker._engine.change_limit(key, change, ttl)
 

@@ -458,13 +458,13 @@ MUTANTS = [
     # Rate limits
     Mutant(
         "one-place-more", "limits of concurrency and of buckets are exceeded by one", "limits",
-        "            return value if value <= maximum else None\n",
-        "            return value if value <= maximum + 1 else None\n",
+        "lambda value: value <= maximum)",
+        "lambda value: value <= maximum + 1)",
     ),
     Mutant(
         "one-place-less", "the last place is never given", "limits",
-        "            return value if value <= maximum else None\n",
-        "            return value if value < maximum or maximum == 1 else None\n",
+        "lambda value: value <= maximum)",
+        "lambda value: value < maximum or maximum == 1)",
     ),
     Mutant(
         "places-kept", "a place is not given back", "limits",
@@ -488,8 +488,8 @@ MUTANTS = [
     ),
     Mutant(
         "window-one-more", "a window's limit is exceeded by one", "limits",
-        "return (old or 0) + amount if total + amount <= maximum else None",
-        "return (old or 0) + amount if total <= maximum else None",
+        "self.broker._engine.limits(keys())) + amount <= maximum",
+        "self.broker._engine.limits(keys())) <= maximum",
     ),
     # Encoding
     Mutant(
