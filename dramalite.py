@@ -5768,9 +5768,8 @@ class Prometheus(Middleware):
 
     def __init__(self, *, http_host: str | None = None, http_port: int | None = None) -> None:
         self.logger = get_logger("dramalite.middleware.prometheus", type(self))
-        environment = os.environ
-        self.http_host = http_host or environment.get("dramatiq_prom_host", "127.0.0.1")
-        self.http_port = int(environment.get("dramatiq_prom_port", 9191)) if http_port is None else http_port
+        self.http_host = http_host or os.environ.get("dramatiq_prom_host", "127.0.0.1")
+        self.http_port = int(os.environ.get("dramatiq_prom_port", 9191)) if http_port is None else http_port
         if not 0 <= self.http_port <= 65535:
             raise ValueError(f"http_port is {self.http_port!r}; give a port from 0 to 65535.")
         self._lock = threading.Lock()  # Guards the two below.
@@ -5882,7 +5881,7 @@ class Prometheus(Middleware):
         """Flush once a second; answer requests as soon as the port is free."""
         from http.server import ThreadingHTTPServer
 
-        handler = functools.partial(_metrics_handler(), lambda: self.render(broker))
+        handler = _metrics_handler(lambda: self.render(broker))
         server: ThreadingHTTPServer | None = None
         has_failed = False
         while True:
@@ -5926,22 +5925,18 @@ def _number(amount: float) -> str:
     return repr(int(amount) if amount == int(amount) else amount)
 
 
-def _metrics_handler() -> Any:
+def _metrics_handler(render: Callable[[], str]) -> Any:
     """The class that answers requests; made late, since http.server takes long to import."""
     from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
-        def __init__(self, render: Callable[[], str], *args: Any) -> None:
-            self.render = render
-            super().__init__(*args)
-
         def handle(self) -> None:
             with contextlib.suppress(ConnectionError):  # Who asked has gone.
                 super().handle()
 
         def do_GET(self) -> None:  # noqa: N802  (http.server's name)
             try:
-                body, status = self.render().encode(), 200
+                body, status = render().encode(), 200
             except BrokerError as error:
                 body, status = f"{error}\n".encode(), 503
             self.send_response(status)
