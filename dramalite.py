@@ -6254,11 +6254,15 @@ class _EngineBroker(Broker):
         return message.copy(queue_name=_dq_name(message.queue_name), options={"eta": eta})
 
     def _check_queue(self, queue_name: str) -> None:
-        if self._is_private and _q_name(queue_name) not in self.queues:
-            raise self._unknown_queue(queue_name)
+        if self._is_private:
+            self._known_queue(queue_name)
 
-    def _unknown_queue(self, queue_name: str) -> Exception:
-        return _hinted(QueueNotFound(queue_name), _known("Queues", self.queues))
+    def _known_queue(self, queue_name: str) -> str:
+        """The queue that a name means; QueueNotFound if no actor declared it."""
+        name = _q_name(queue_name)
+        if name not in self.queues:
+            raise _hinted(QueueNotFound(queue_name), _known("Queues", self.queues))
+        return name
 
     def _encode(self, message: Message[Any]) -> bytes:
         try:
@@ -6373,9 +6377,7 @@ class _EngineBroker(Broker):
         QueueJoinTimeout after `timeout` milliseconds, QueueNotFound for a queue that no actor
         declared.
         """
-        queue_name = _q_name(queue_name)
-        if queue_name not in self.queues:
-            raise self._unknown_queue(queue_name)
+        queue_name = self._known_queue(queue_name)
         seconds = None if timeout is None else timeout / 1000
         if not self._engine.watch(lambda: not self._engine.is_busy(queue_name), seconds):
             counts = self._engine.counts().get(queue_name, {})
@@ -6437,17 +6439,14 @@ class _EngineBroker(Broker):
 
     def flush(self, queue_name: str) -> None:
         """Drop what waits or is delayed in a queue, and its dead letters; not what runs."""
-        if _q_name(queue_name) not in self.queues:
-            raise self._unknown_queue(queue_name)
-        self._engine.flush(_q_name(queue_name))
-        if _q_name(queue_name) in self._buried:
-            self._buried[_q_name(queue_name)].clear()
+        queue_name = self._known_queue(queue_name)
+        self._engine.flush(queue_name)
+        self._buried.pop(queue_name, None)
 
     def flush_all(self) -> None:
         """Drop what waits or is delayed in all queues, and all dead letters; not what runs."""
         self._engine.flush(None)
-        for letters in self._buried.values():
-            letters.clear()
+        self._buried.clear()
 
     def _remember_dead(self, queue: str, letter: MessageProxy) -> None:
         """In memory, keep the latest dead letters with their exceptions, for join() and tests."""
