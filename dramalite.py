@@ -4168,8 +4168,8 @@ class _Engine(_ValueDatabase):
 
     @_uninterrupted
     def exchange(
-        self, slot: _Slot, outcomes: list[_Outcome], limit: int, targets: str, suspects: bool,
-        skip_to: Callable[[int], bool] = lambda _due_ms: False,
+        self, slot: _Slot, outcomes: list[_Outcome], limit: int = 0, targets: str = "{}",
+        suspects: bool = False, skip_to: Callable[[int], bool] = lambda _due_ms: False,
     ) -> tuple[list[_Row], int]:  # fmt: skip
         """In one transaction: write what came of earlier rows, and claim up to `limit` more.
 
@@ -6020,7 +6020,7 @@ class _EngineConsumer(Consumer):
     def _finish(self, row: _Row, effects: Iterable[tuple[str, tuple[Any, ...]]]) -> None:
         outcome = _Outcome(row)
         outcome.effects.extend(effects)
-        self._broker._engine.exchange(self._slot, [outcome], 0, "{}", False)
+        self._broker._engine.exchange(self._slot, [outcome])
 
     def ack(self, message: MessageProxy) -> None:
         if id(message) in self._claimed:
@@ -8008,7 +8008,7 @@ class _VirtualWorker:
         crashed, _is_news = engine.recover(self.slot)
         outcomes = [self.processor.crash(row, "") for row, _pid in crashed]
         if outcomes:
-            engine.exchange(self.slot, outcomes, 0, "{}", False)
+            engine.exchange(self.slot, outcomes)
         self._targets.look_for_strangers()
         engine.prune()
         return outcomes
@@ -8591,7 +8591,7 @@ class Simulation:
                     thread.unwind()
                     if thread.real is not None:
                         thread.real.end()
-            engine.exchange(worker.slot, outcomes, 0, "{}", False)
+            engine.exchange(worker.slot, outcomes)
             for thread, job in done:
                 self._note_end(thread, job)
 
