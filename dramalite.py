@@ -3132,7 +3132,7 @@ _ACK = "DELETE FROM dramalite_messages WHERE state = 2 AND owner = ? AND id = ?"
 
 _HAND_BACK = """
     UPDATE dramalite_messages SET state = 0, owner = NULL
-     WHERE state = 2 AND owner = ? AND id IN (SELECT value FROM json_each(?))"""
+     WHERE state = 2 AND owner = ? AND id = ?"""
 
 _BURY = """
     INSERT INTO dramalite_dead (queue, actor, message_id, died_at, reason, body)
@@ -4216,7 +4216,7 @@ class _Engine(_ValueDatabase):
         finished = [outcome for outcome in outcomes if not outcome.is_handed_back]
         acked = self._ack(connection, owner, finished)
         if len(finished) < len(outcomes):
-            handed_back = [(owner, f"[{o.row.id}]") for o in outcomes if o.is_handed_back]
+            handed_back = [(owner, o.row.id) for o in outcomes if o.is_handed_back]
             connection.executemany(_HAND_BACK, handed_back)
         effects = [effect for outcome in acked for effect in outcome.effects]
         for statement, same in itertools.groupby(effects, key=operator.itemgetter(0)):
@@ -4258,12 +4258,9 @@ class _Engine(_ValueDatabase):
         connection.executemany(_PROMOTE, [(now * 1000, row_id) for (row_id,) in due])
         return True
 
-    @_uninterrupted
     def hand_back(self, slot: _Slot, rows: list[_Row]) -> None:
         """Give claimed rows back in their old place, as if they had never been claimed."""
-        ids = json.dumps([row.id for row in rows])
-        with self._writing("work") as connection:
-            self._patiently(connection.execute, _HAND_BACK, (slot.owner, ids))
+        self.exchange(slot, [_handed_back(row) for row in rows])
         for queue, actor in {(row.queue, row.actor) for row in rows}:
             self.wake(0, queue, actor)
 
