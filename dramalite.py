@@ -3916,21 +3916,18 @@ class _WatchedDatabase(_Database):
                 self._watchers -= 1
 
     def _start_listening(self) -> None:
+        slot = None
         try:
             slot = self.take_slot(_WATCHING, tracked=False)
-        except (BrokerError, OSError):  # No slot free, no side file: those that watch look themselves.
-            self._is_listening = False
-            return
-        listener = threading.Thread(
-            target=self._listen, args=(slot,), name="dramalite-listener", daemon=True
-        )
-        try:
-            listener.start()
+            threading.Thread(
+                target=self._listen, args=(slot,), name="dramalite-listener", daemon=True
+            ).start()
         except BaseException as error:
             self._is_listening = False
-            slot.release()
-            if not isinstance(error, RuntimeError):  # The system has no threads left.
-                raise
+            if slot is not None:
+                slot.release()
+            if not isinstance(error, (BrokerError, OSError, RuntimeError)):
+                raise  # Without a slot, a side file or a thread, those that watch look themselves.
 
     def _listen(self, slot: _Slot) -> None:
         """Pass on, while somebody watches, the rings of workers in other processes."""
