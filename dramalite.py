@@ -3579,7 +3579,7 @@ class _Database:
             try:
                 return run(*args)
             except self._errors as error:
-                if not _is_busy(error):
+                if "locked" not in str(error):
                     raise
                 now = _SYSTEM_CLOCK.monotonic()
                 if started is None:
@@ -3745,10 +3745,6 @@ _SQLITE_ADVICE = (
     ("disk I/O error", "met an I/O error: a full disk, a quota, or failing hardware; nothing was "
                        "stored"),
 )  # fmt: skip
-
-
-def _is_busy(error: Exception) -> bool:
-    return "locked" in str(error)
 
 
 # ------------------------------------------------------------------------------------------
