@@ -5144,11 +5144,9 @@ class TimeLimit(Middleware):
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         runner = _runner.id()
-        if self._passed:  # A thread that was given up may have had this one's ident.
-            self._passed.pop(runner, None)
+        self.leave(runner)  # Of one whose hooks were kept from it, or whose thread was given up.
         limit = _truthy_option(message, "time_limit", self.time_limit)
         if limit is None or limit == float("inf"):
-            self._deadlines.pop(runner, None)  # What another one's hooks were kept from.
             return
         deadline = self._deadlines[runner] = broker.clock.monotonic() + limit / 1000
         if broker.clock.is_virtual:
@@ -5164,8 +5162,7 @@ class TimeLimit(Middleware):
     def leave(self, runner: int) -> None:
         """Forget what a runner's message was watched for: it is over, or no longer the worker's."""
         self._deadlines.pop(runner, None)
-        if self._passed:
-            self._passed.pop(runner, None)
+        self._passed.pop(runner, None)
 
     def stuck_runners(self, clock: Clock, grace_s: float) -> list[int]:
         """What was interrupted `grace_s` seconds ago and still runs its actor."""
