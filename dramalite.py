@@ -5957,8 +5957,7 @@ def _decode_row(row: _Row, max_size: int) -> Message[Any]:
         error = ValueError(f"It has {len(row.body)} bytes; max_message_size is {max_size}.")
         raise DecodeError(str(error), row.body[:100], error)
     message = Message.decode(row.body)
-    if "eta" in message.options:
-        del message.options["eta"]
+    message.options.pop("eta", None)
     if message.queue_name.endswith((".DQ", ".XQ")):
         message = message._replace(queue_name=_q_name(message.queue_name))
     return message
@@ -6276,7 +6275,7 @@ class _EngineBroker(Broker):
         outcome = self._collecting.outcome
         if outcome is not None and outcome.row.message_id == message.message_id:
             crashes = outcome.row.crashes  # A retry: it stays the same message.
-        eta = self._eta(options) if "eta" in options else None
+        eta = self._eta(options)
         row = self._engine.row(message, body, priority, eta, crashes, crash_limit)
         if type(_encoder) is not JSONEncoder:  # That has refused what SQLite can't take.
             _check_storable(row)
