@@ -5481,12 +5481,7 @@ class GroupCallbacks(Middleware):
         cast("_EngineBroker", broker)._write(_CREATE_GROUP, (uuid, count, count))
 
     def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
+        self, broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **_result: Any
     ) -> None:
         if exception is None and not message.failed:
             for membership in _memberships(message.options):
@@ -5590,12 +5585,7 @@ class Retries(Middleware):
         return False
 
     def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
+        self, broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **_result: Any
     ) -> None:
         if exception is None or message.failed:
             return
@@ -5778,12 +5768,7 @@ class Prometheus(Middleware):
         self._started[_runner.id()] = broker.clock.monotonic()
 
     def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
+        self, broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **_result: Any
     ) -> None:
         started = self._started.pop(_runner.id(), None)
         taken_ms = 0.0 if started is None else (broker.clock.monotonic() - started) * 1000
