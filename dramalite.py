@@ -4442,7 +4442,6 @@ def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
 _engines: weakref.WeakSet[_Engine] = weakref.WeakSet()
 _forgetful: weakref.WeakSet[Any] = weakref.WeakSet()  # What else has a forget() for the child.
 _inherited: list[Any] = []
-_fork_hooks_are_registered = False
 
 
 class _LockedForFork(threading.local):
@@ -4455,10 +4454,9 @@ class _LockedForFork(threading.local):
 _locked_for_fork = _LockedForFork()
 
 
+@functools.cache  # They can't be taken back: once is enough.
 def _register_fork_hooks() -> None:
-    global _fork_hooks_are_registered
-    if not _fork_hooks_are_registered and hasattr(os, "register_at_fork"):
-        _fork_hooks_are_registered = True
+    if hasattr(os, "register_at_fork"):
         os.register_at_fork(
             before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
         )
