@@ -5733,15 +5733,14 @@ class Prometheus(Middleware):
         self.http_port = int(os.environ.get("dramatiq_prom_port", 9191)) if http_port is None else http_port
         if not 0 <= self.http_port <= 65535:
             raise ValueError(f"http_port is {self.http_port!r}; give a port from 0 to 65535.")
-        self._lock = threading.Lock()  # Guards the two below.
-        self._counts: dict[tuple[str, str, str, float], float] = collections.defaultdict(float)
         self._started: dict[int, float] = {}  # By runner: monotonic seconds.
-        self._serving_lock = threading.Lock()  # Guards the two below.
+        self._lock = threading.Lock()  # Guards all below.
+        self._counts: dict[tuple[str, str, str, float], float] = collections.defaultdict(float)
         self._serving: tuple[threading.Thread, threading.Event] | None = None  # And what stops it.
         self._workers: set[int] = set()  # By id(): those that run.
 
     def after_worker_boot(self, broker: Broker, worker: Worker) -> None:
-        with self._serving_lock:
+        with self._lock:
             self._workers.add(id(worker))
             if self._serving is None:
                 stop = threading.Event()
@@ -5752,7 +5751,7 @@ class Prometheus(Middleware):
                 self._serving = thread, stop
 
     def after_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
-        with self._serving_lock:
+        with self._lock:
             self._workers.discard(id(worker))
             if self._workers:
                 return
