@@ -6108,14 +6108,14 @@ class _EngineBroker(Broker):
     ) -> None:
         self._engine = self._make_engine()
         self._collecting = _Collecting()
-        self._built_in: list[Middleware] = []
+        self._built_in: list[Middleware] = []  # Replaced by what the user adds of their types.
         self.max_message_size = _check_count(max_message_size, "max_message_size")
         self.max_crashes = _check_crash_limit(max_crashes, "max_crashes")
         self._buried: dict[str, list[MessageProxy]] = collections.defaultdict(list)
         self._pairs: set[tuple[str, str]] = set()  # (queue, actor) of what was sent from here.
         super().__init__(middleware)
         if middleware is None:
-            self._built_in = [item for item in self.middleware if type(item) in _BUILT_IN]
+            self._built_in = [item for item in self.middleware if type(item) not in default_middleware]
         if clock is not None:
             self.clock = clock
         if random is not None:
@@ -6525,10 +6525,6 @@ class StubBroker(MemoryBroker):
 
     def _default_middleware(self) -> list[Middleware]:
         return [kind() for kind in default_middleware]
-
-
-#: What SQLiteBroker and MemoryBroker have beyond the default; one that the user adds replaces it.
-_BUILT_IN: tuple[type[Middleware], ...] = (GroupCallbacks, CurrentMessage, Results)
 
 
 # ------------------------------------------------------------------------------------------
