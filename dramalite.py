@@ -3642,7 +3642,7 @@ class _Database:
         """Called after each write, while somebody watches."""
 
     @_uninterrupted
-    def _read(self, sql: str, values: Any = (), role: str = "read") -> list[tuple[Any, ...]]:
+    def _read(self, sql: str, values: Any = (), role: str = "read") -> list[Any]:
         """Run a query, on the connection that reads if no other is asked for."""
         with self._lock:
             try:
@@ -4337,8 +4337,8 @@ class _Engine(_ValueDatabase):
     def data_version(self) -> int:
         """A number that changes when the database has changed."""
         with self._lock:
-            (row,) = self._read("PRAGMA data_version", role="work")
-            return cast(int, row[0]) + self._connect("work").total_changes
+            version: int = self._read("PRAGMA data_version", role="work")[0][0]
+            return version + self._connect("work").total_changes
 
     def has_ready(self) -> bool:
         """Tell, without waiting for whoever writes, whether anything is ready or due."""
@@ -4351,7 +4351,7 @@ class _Engine(_ValueDatabase):
 
     def ready_pairs(self) -> list[tuple[str, str]]:
         """The distinct (queue, actor) pairs of what is ready."""
-        return cast("list[tuple[str, str]]", self._read(_PAIRS))
+        return self._read(_PAIRS)
 
     def is_busy(self, queue: str) -> bool:
         """Tell whether messages of a queue wait, are delayed or run."""
@@ -4393,7 +4393,7 @@ class _Engine(_ValueDatabase):
 
     def dead_letters(self) -> list[tuple[str, str, str, int, str, bytes]]:
         """(queue, actor, message_id, died_at, reason, body) of the dead letters, oldest first."""
-        return cast("list[tuple[str, str, str, int, str, bytes]]", self._read(_DEAD_LETTERS))
+        return self._read(_DEAD_LETTERS)
 
     @_uninterrupted
     def take(self, queue: str) -> list[bytes]:
