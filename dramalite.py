@@ -3835,9 +3835,7 @@ class _WatchedDatabase(_Database):
             except ValueError:
                 return  # Closed by another thread just now.
 
-    def watch(
-        self, is_done: Callable[[], bool], timeout_s: float | None, is_announced: bool = True
-    ) -> bool:
+    def watch(self, is_done: Callable[[], bool], timeout_s: float | None, is_announced: bool = True) -> bool:
         """Wait until is_done(), looked at again after each change; tell whether it came true.
 
         Changes by this process are noticed at once, and so are those of workers elsewhere: they
@@ -3987,9 +3985,7 @@ class _ValueDatabase(_WatchedDatabase):
         return [row[0][0] if row else None for row in rows]
 
     @_uninterrupted
-    def change_limit(
-        self, key: str, change: Callable[[int | None], int | None], ttl: int
-    ) -> bool:
+    def change_limit(self, key: str, change: Callable[[int | None], int | None], ttl: int) -> bool:
         """Store change(the number there is), for `ttl` ms, unless it is None; atomic.
 
         Not flushed to the disk: a power cut may undo it, as it ends what was limited.
@@ -4202,9 +4198,7 @@ class _Engine(_ValueDatabase):
         if outcomes:
             self._announce()
 
-    def _apply(
-        self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]
-    ) -> None:
+    def _apply(self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]) -> None:
         """Write outcomes, each only if its row is still the worker's."""
         finished = [outcome for outcome in outcomes if not outcome.is_handed_back]
         acked = self._ack(connection, owner, finished)
@@ -4215,9 +4209,7 @@ class _Engine(_ValueDatabase):
         for statement, same in itertools.groupby(effects, key=operator.itemgetter(0)):
             connection.executemany(statement, [values for _statement, values in same])
 
-    def _ack(
-        self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]
-    ) -> list[_Outcome]:
+    def _ack(self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]) -> list[_Outcome]:
         """Delete the rows of outcomes; return those whose row was still the worker's."""
         keys = [(owner, outcome.row.id) for outcome in outcomes]
         if len(keys) > 1:  # All at once takes two thirds of the time, and nearly always all are.
@@ -4365,9 +4357,7 @@ class _Engine(_ValueDatabase):
         """
         since = sent_ms * 1000
         by_id = "SELECT 1 FROM dramalite_messages WHERE id >= ? AND message_id = ? LIMIT 1"
-        in_body = (
-            "SELECT 1 FROM dramalite_messages WHERE id >= ? AND instr(body, ?) LIMIT 1"
-        )
+        in_body = "SELECT 1 FROM dramalite_messages WHERE id >= ? AND instr(body, ?) LIMIT 1"
         text = message_id.encode("utf-8", "replace")
         looks = ((by_id, since, message_id), (in_body, since, text), (by_id, 0, message_id))
         return any(self._read(sql, values) for sql, *values in looks)
@@ -4526,9 +4516,7 @@ class ResultBackend:
         self.encoder = get_encoder() if encoder is None else encoder
         self.use_namespace_prefix_keys = use_namespace_prefix_keys
 
-    def get_result(
-        self, message: Any, *, block: bool = False, timeout: int | None = None
-    ) -> Any:
+    def get_result(self, message: Any, *, block: bool = False, timeout: int | None = None) -> Any:
         """Return a message's result; reading does not consume it.
 
         With `block`, waits up to `timeout` milliseconds (10,000 if None), then raises
@@ -4875,9 +4863,7 @@ class SQLiteRateLimiterBackend(RateLimiterBackend):
         self.broker = _checked_broker(get_broker() if broker is None else broker)
 
     def add(self, key: str, value: int, ttl: int) -> bool:
-        return self.broker._engine.change_limit(
-            key, lambda old: value if old is None else None, ttl
-        )
+        return self.broker._engine.change_limit(key, lambda old: value if old is None else None, ttl)
 
     def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
         return self._add(key, amount, ttl, lambda value: value <= maximum)
@@ -5017,9 +5003,7 @@ _WINDOW_PARTS = 20
 class WindowRateLimiter(RateLimiter):
     """At most `limit` in any `window` of seconds, whenever it begins."""
 
-    def __init__(
-        self, backend: RateLimiterBackend, key: str, *, limit: int = 1, window: float = 1
-    ) -> None:
+    def __init__(self, backend: RateLimiterBackend, key: str, *, limit: int = 1, window: float = 1) -> None:
         _check_limit("limit", limit)
         _check_limit("window", window)
         super().__init__(backend, key)
@@ -5626,9 +5610,7 @@ class Retries(Middleware):
             return not retry_when(attempt, exception)
         return max_retries is not None and attempt >= max_retries
 
-    def _give_up(
-        self, broker: Broker, message: MessageProxy, attempt: int, max_retries: int | None
-    ) -> None:
+    def _give_up(self, broker: Broker, message: MessageProxy, attempt: int, max_retries: int | None) -> None:
         self.logger.warning("Retries exceeded for message %r.", message.message_id)
         message.fail()
         callback = _truthy_option(message, "on_retry_exhausted")
@@ -5636,9 +5618,7 @@ class Retries(Middleware):
             retries = {"retries": attempt, "max_retries": max_retries}
             _send_callback(broker, callback, message, retries)
 
-    def _delay_ms(
-        self, broker: Broker, message: MessageProxy, attempt: int, exception: BaseException
-    ) -> int:
+    def _delay_ms(self, broker: Broker, message: MessageProxy, attempt: int, exception: BaseException) -> int:
         if isinstance(exception, Retry) and exception.delay is not None:
             return exception.delay
         backoff = _option(message, "backoff", self.backoff)
@@ -6321,9 +6301,7 @@ class _EngineBroker(Broker):
         self._check_queue(queue_name)
         return _EngineConsumer(self, queue_name, prefetch, timeout)
 
-    def join(
-        self, queue_name: str, *, timeout: int | None = None, fail_fast: bool | None = None
-    ) -> None:
+    def join(self, queue_name: str, *, timeout: int | None = None, fail_fast: bool | None = None) -> None:
         """Wait until a queue holds nothing that waits, is delayed or runs.
 
         With `fail_fast` (the default of a StubBroker) then raises what the queue's first dead
