@@ -4762,9 +4762,7 @@ class Results(Middleware):
         result: Any = None,
         exception: BaseException | None = None,
     ) -> None:
-        if exception is not None or message.failed:
-            return
-        if self._stores(broker, message):
+        if exception is None and not message.failed and self._stores(broker, message):
             try:
                 self.backend.store_result(message, result, self._ttl(message))
             except (TypeError, ValueError) as error:
@@ -5071,9 +5069,7 @@ class AgeLimit(Middleware):
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         max_age = _truthy_option(message, "max_age", self.max_age)
-        if not max_age:
-            return
-        if broker.clock.time_ms() - message.message_timestamp >= max_age:
+        if max_age and broker.clock.time_ms() - message.message_timestamp >= max_age:
             self.logger.warning(
                 "Message %s of %s is older than %s ms; it becomes a dead letter.",
                 message.message_id, message.actor_name, max_age,

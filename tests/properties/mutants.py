@@ -113,13 +113,13 @@ MUTANTS = [
     ),
     Mutant(
         "age-the-wrong-way", "what is young becomes a dead letter", "deadlines",
-        "if broker.clock.time_ms() - message.message_timestamp >= max_age:",
-        "if broker.clock.time_ms() - message.message_timestamp < max_age:",
+        "if max_age and broker.clock.time_ms() - message.message_timestamp >= max_age:",
+        "if max_age and broker.clock.time_ms() - message.message_timestamp < max_age:",
     ),
     Mutant(
         "age-off-by-one", "a message may start at the very age of its limit", "deadlines",
-        "if broker.clock.time_ms() - message.message_timestamp >= max_age:",
-        "if broker.clock.time_ms() - message.message_timestamp > max_age:",
+        "if max_age and broker.clock.time_ms() - message.message_timestamp >= max_age:",
+        "if max_age and broker.clock.time_ms() - message.message_timestamp > max_age:",
     ),
     Mutant(
         "time-limit-doubled", "jobs have twice their time", "deadlines",
@@ -352,9 +352,8 @@ MUTANTS = [
     ),
     Mutant(
         "results-of-attempts", "a result is stored while retries are to come", "results_agree",
-        "        if exception is not None or message.failed:\n            return\n"
-        "        if self._stores(broker, message):",
-        "        if message.failed:\n            return\n        if self._stores(broker, message):",
+        "if exception is None and not message.failed and self._stores(broker, message):",
+        "if not message.failed and self._stores(broker, message):",
     ),
     Mutant(
         "results-outlive-their-time", "a result is kept for a millisecond too long", "results_agree",
