@@ -4245,7 +4245,7 @@ class _Engine(_ValueDatabase):
 
     def hand_back(self, slot: _Slot, rows: list[_Row]) -> None:
         """Give claimed rows back in their old place, as if they had never been claimed."""
-        self.exchange(slot, [_handed_back(row) for row in rows])
+        self.exchange(slot, [_Outcome(row, is_handed_back=True) for row in rows])
         for queue, actor in {(row.queue, row.actor) for row in rows}:
             self.wake(0, queue, actor)
 
