@@ -885,8 +885,15 @@ class Message(Generic[_R]):
 
     def asdict(self) -> dict[str, Any]:
         """Return the seven fields as a dict; the values are not copied."""
-        attributes = self.__dict__
-        return {name: attributes[name] for name in _FIELD_TYPES}
+        return {
+            "queue_name": self.queue_name,
+            "actor_name": self.actor_name,
+            "args": self.args,
+            "kwargs": self.kwargs,
+            "options": self.options,
+            "message_id": self.message_id,
+            "message_timestamp": self.message_timestamp,
+        }
 
     _asdict = asdict
 
