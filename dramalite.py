@@ -3490,11 +3490,13 @@ class _Database:
         connection.execute("PRAGMA temp_store = MEMORY")
         connection.execute("PRAGMA trusted_schema = OFF")
         if self._check_schema(connection) != _SCHEMA_VERSION:
-            with self._transaction(connection):
-                version = self._check_schema(connection)
-                if version != _SCHEMA_VERSION:
-                    for statement in _UPGRADE if version else _SCHEMA:
-                        connection.execute(statement)
+            self._transact(connection, self._make_schema)
+
+    def _make_schema(self, connection: sqlite3.Connection) -> None:
+        version = self._check_schema(connection)
+        if version != _SCHEMA_VERSION:
+            for statement in _UPGRADE if version else _SCHEMA:
+                connection.execute(statement)
 
     def _check_schema(self, connection: sqlite3.Connection) -> int:
         """The version of our tables, 0 if there are none; ConnectionFailed if they are too new."""
@@ -3598,37 +3600,22 @@ class _Database:
             jitter = now * 1e6 % 1  # Or all would come back in step.
             _SYSTEM_CLOCK.sleep(nap * (1 + jitter) / 2)
 
-    @contextlib.contextmanager
-    def _transaction(self, connection: sqlite3.Connection) -> Iterator[None]:
-        """One write transaction: all of it, or after any exception nothing."""
-        self._end_leftover(connection)
-        try:
-            self._patiently(connection.execute, "BEGIN IMMEDIATE")
-            yield
-            self._patiently(connection.execute, "COMMIT")
-        except BaseException:
-            with contextlib.suppress(self._errors):  # The first error is the one to tell.
-                self._end_leftover(connection)
-            raise
+    # No context managers of our own: an exception that a signal handler raises while one is entered
+    # would keep it from being left for as long as somebody holds that exception.
 
-    def _end_leftover(self, connection: sqlite3.Connection) -> None:
-        """Roll back what a signal handler's exception kept from being ended.  Call with _lock held."""
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-
-    @contextlib.contextmanager
-    def _writing(self, role: str) -> Iterator[sqlite3.Connection]:
-        """The connection for a write, with the lock held; SQLite's errors become BrokerErrors."""
+    def _write(self, role: str, run: Callable[[sqlite3.Connection], _R]) -> _R:
+        """Call `run` with the connection for a write; SQLite's errors become BrokerErrors."""
         before = self.changes() if self._watchers else -1
+        self._check_alive()
         with self._lock:
             if self._is_writing:
                 raise BrokerError(
                     f"A signal handler or finalizer interrupted this very thread while it wrote to "
                     f"{self.path!r}; there it can send messages, and nothing else."
                 )
-            self._is_writing = True
             try:
-                yield self._connect(role)
+                self._is_writing = True
+                result = run(self._connect(role))
             except self._errors as error:
                 raise self._failure(error) from error
             finally:
@@ -3636,6 +3623,40 @@ class _Database:
                 self._finish_write()
         if self._watchers and self.changes() != before:
             self.notify()
+        return result
+
+    def _transact(self, connection: sqlite3.Connection, run: Callable[[sqlite3.Connection], _R]) -> _R:
+        """Call `run` in one write transaction: all of it, or after any exception nothing."""
+        self._end_leftover(connection)
+        try:
+            self._patiently(connection.execute, "BEGIN IMMEDIATE")
+            result = run(connection)
+            self._patiently(connection.execute, "COMMIT")
+            return result
+        except BaseException:
+            with contextlib.suppress(self._errors):  # The first error is the one to tell.
+                self._end_leftover(connection)
+            raise
+
+    def _commit(self, role: str, run: Callable[[sqlite3.Connection], _R]) -> _R:
+        """Call `run` with the connection for a write, in one transaction."""
+        return self._write(role, lambda connection: self._transact(connection, run))
+
+    def _end_leftover(self, connection: sqlite3.Connection) -> None:
+        """Roll back what a signal handler's exception kept from being ended.  Call with _lock held."""
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+
+    def _check_alive(self) -> None:
+        """Raise BrokerError where a thread that writes was stopped for good, at the interpreter's end."""
+        if not sys.is_finalizing():
+            return
+        if not self._lock.acquire(blocking=False):
+            raise BrokerError(
+                "The interpreter is ending, and it has stopped a thread that was writing: nothing more can "
+                "be stored. Send before that, from atexit at the latest."
+            )
+        self._lock.release()
 
     def changes(self) -> int:
         """A number that changes when this process has changed the database."""
@@ -3651,6 +3672,7 @@ class _Database:
     @_uninterrupted
     def _read(self, sql: str, values: Any = (), role: str = "read") -> list[Any]:
         """Run a query, on the connection that reads if no other is asked for."""
+        self._check_alive()
         with self._lock:
             try:
                 connection = self._connect(role)
@@ -3959,8 +3981,7 @@ class _ValueDatabase(_WatchedDatabase):
     @_uninterrupted
     def store(self, statement: str, values: tuple[Any, ...]) -> None:
         """Run one write statement as a transaction of its own."""
-        with self._writing("send") as connection:
-            self._patiently(connection.execute, statement, values)
+        self._write("send", lambda connection: self._patiently(connection.execute, statement, values))
         self._announce()
 
     def result(self, message_id: str, key: str) -> bytes | None:
@@ -3979,9 +4000,12 @@ class _ValueDatabase(_WatchedDatabase):
     @_uninterrupted
     def forget_values(self, uuid: str) -> None:
         """Drop the results of a message, or the count of a group, of this id."""
-        with self._writing("work") as connection, self._transaction(connection):
+
+        def forget(connection: sqlite3.Connection) -> None:
             for statement in _FORGET_VALUES:
                 connection.execute(statement, (uuid,))
+
+        self._commit("work", forget)
 
     # Rate limits.
 
@@ -3999,22 +4023,25 @@ class _ValueDatabase(_WatchedDatabase):
         """
         _check_storable((key,))
         now = self._clock().time_ms()
-        with self._writing("work") as connection, self._transaction(connection):
+
+        def change_stored(connection: sqlite3.Connection) -> bool:
             row = connection.execute(_LIMIT, (key, now)).fetchone()
             value = change(row[0] if row else None)
             _check_storable((value, now + ttl))
             if value is not None:
                 connection.execute(_SET_LIMIT, (key, value, now + ttl))
             connection.execute(_PRUNE_LIMITS, (now,))
+            return value is not None
+
+        is_changed = self._commit("work", change_stored)
         self._announce()
-        return value is not None
+        return is_changed
 
     # Metrics.
 
     def add_metrics(self, rows: list[tuple[Any, ...]]) -> None:
         """Add amounts to the sums: rows of (name, queue, actor, bucket, amount)."""
-        with self._writing("work") as connection, self._transaction(connection):
-            connection.executemany(_ADD_METRIC, rows)
+        self._commit("work", lambda connection: connection.executemany(_ADD_METRIC, rows))
 
     def metrics(self) -> list[tuple[Any, ...]]:
         """The sums, as rows like those that were added."""
@@ -4091,6 +4118,7 @@ class _Engine(_ValueDatabase):
         A call from a signal handler or finalizer that interrupts a write of this very thread
         can't wait for it: its rows are stored by that write, before it returns.
         """
+        self._check_alive()
         ticket = _Ticket(rows)
         self._waiting.append(ticket)
         with self._lock:
@@ -4127,8 +4155,7 @@ class _Engine(_ValueDatabase):
                 self._end_leftover(connection)
                 self._patiently(connection.execute, _INSERT, rows[0])
             elif rows:
-                with self._transaction(connection):
-                    connection.executemany(_INSERT, rows)
+                self._transact(connection, lambda connection: connection.executemany(_INSERT, rows))
             is_stored = True
         except self._errors as cause:
             error = self._failure(cause)
@@ -4175,21 +4202,25 @@ class _Engine(_ValueDatabase):
         """
         rows: list[Any] = []
         version = _NO_VERSION
-        with self._writing("work") as connection:
-            with self._transaction(connection):
-                if outcomes:
-                    self._apply(connection, slot.owner, outcomes)
-                if limit and self._make_ready(connection, skip_to):
-                    rows = connection.execute(
-                        _CLAIM,
-                        {"owner": slot.owner, "targets": targets, "limit": limit, "suspects": suspects},
-                    ).fetchall()
-                if limit and not rows:
-                    (version,) = connection.execute("PRAGMA data_version").fetchone()
-                    version += connection.total_changes
+
+        def trade(connection: sqlite3.Connection) -> None:
+            nonlocal rows, version
+            if outcomes:
+                self._apply(connection, slot.owner, outcomes)
+            if limit and self._make_ready(connection, skip_to):
+                values = {"owner": slot.owner, "targets": targets, "limit": limit, "suspects": suspects}
+                rows = connection.execute(_CLAIM, values).fetchall()
+            if limit and not rows:
+                (version,) = connection.execute("PRAGMA data_version").fetchone()
+                version += connection.total_changes
+
+        def commit(connection: sqlite3.Connection) -> None:
+            self._transact(connection, trade)
             for outcome in outcomes:
                 if outcome.after_commit is not None:
                     outcome.after_commit()
+
+        self._write("work", commit)
         try:
             self._tell_of(outcomes)
         except Exception:  # What is committed holds, whatever happens to those who hear of it.
@@ -4263,39 +4294,40 @@ class _Engine(_ValueDatabase):
         their limit, claimed by this worker, to be made dead letters of, each with the id of the
         process that died; and whether anybody was found dead.
         """
-        crashed: list[tuple[_Row, int]] = []
-        is_news = False
         dead = self.slots().dead()  # Before the look at what is claimed: they claim no more.
         if set(self._read(_OWNERS)) <= {(slot.owner,)} and not dead:
-            return crashed, is_news
-        with self._writing("work") as connection:
-            owners = [owner for (owner,) in connection.execute(_OWNERS).fetchall()]
-            for owner in set(dead).difference(owners):
-                self.slots().clear(owner)
-            self._unknown_since = {o: at for o, at in self._unknown_since.items() if o in owners}
-            for owner in owners:
-                remains = None if owner == slot.owner else self.slots().seize(owner)
-                if remains is None or not (remains.slot or self._is_long_unknown(owner)):
-                    continue
-                running = None if remains.running is None else json.dumps(remains.running)
-                values = {"dead": owner, "owner": slot.owner, "running": running}
-                try:
-                    with self._transaction(connection):
-                        connection.execute(_COUNT_CRASH, values)
-                        over = connection.execute(_TAKE_OVER_CRASHED, values).fetchall()
-                        taken = connection.execute(_TAKE_BACK, values).rowcount
-                except self._errors:
-                    remains.leave()
-                    if not crashed:
-                        raise
-                    break  # Those are this worker's by now; the next recover() meets the trouble.
-                remains.release()
-                crashed += [(_Row._make(row), remains.pid) for row in over]
-                is_news = True
-                get_logger("dramalite.worker").warning(
-                    "A worker died; %d of its messages go back to their queues, %d of them were "
-                    "running.", taken, len(remains.running or []),
-                )  # fmt: skip
+            return [], False
+        return self._write("work", lambda connection: self._recover(connection, slot.owner, dead))
+
+    def _recover(
+        self, connection: sqlite3.Connection, own: int, dead: list[int]
+    ) -> tuple[list[tuple[_Row, int]], bool]:
+        crashed: list[tuple[_Row, int]] = []
+        is_news = False
+        owners = [owner for (owner,) in connection.execute(_OWNERS).fetchall()]
+        for owner in set(dead).difference(owners):
+            self.slots().clear(owner)
+        self._unknown_since = {o: at for o, at in self._unknown_since.items() if o in owners}
+        for owner in owners:
+            remains = None if owner == own else self.slots().seize(owner)
+            if remains is None or not (remains.slot or self._is_long_unknown(owner)):
+                continue
+            try:
+                taken, over = self._transact(
+                    connection, functools.partial(_take_back, dead=owner, owner=own, running=remains.running)
+                )
+            except self._errors:
+                remains.leave()
+                if not crashed:
+                    raise
+                break  # Those are this worker's by now; the next recover() meets the trouble.
+            remains.release()
+            crashed += [(_Row._make(row), remains.pid) for row in over]
+            is_news = True
+            get_logger("dramalite.worker").warning(
+                "A worker died; %d of its messages go back to their queues, %d of them were "
+                "running.", taken, len(remains.running or []),
+            )  # fmt: skip
         return crashed, is_news
 
     def _is_long_unknown(self, owner: Any) -> bool:
@@ -4316,8 +4348,7 @@ class _Engine(_ValueDatabase):
             for thread, row_id in running.items():
                 new.run(thread, row_id)
             values = {"owner": new.owner, "dead": old.owner}
-            with self._writing("work") as connection:
-                self._patiently(connection.execute, _ADOPT, values)
+            self._write("work", lambda connection: self._patiently(connection.execute, _ADOPT, values))
         except BaseException:
             new.give_up()
             raise
@@ -4395,8 +4426,9 @@ class _Engine(_ValueDatabase):
     @_uninterrupted
     def take(self, queue: str) -> list[bytes]:
         """Remove the first ready message of a queue; its body, if there was one."""
-        with self._writing("send") as connection:
-            rows = self._patiently(connection.execute, _TAKE, (queue,)).fetchall()
+        rows = self._write(
+            "send", lambda connection: self._patiently(connection.execute, _TAKE, (queue,)).fetchall()
+        )
         return [body for (body,) in rows]
 
     # House-keeping.
@@ -4404,9 +4436,12 @@ class _Engine(_ValueDatabase):
     @_uninterrupted
     def flush(self, queue: str | None) -> None:
         """Drop what waits or is delayed in a queue; with None in all, and the dead letters."""
-        with self._writing("send") as connection, self._transaction(connection):
+
+        def drop(connection: sqlite3.Connection) -> None:
             for statement in _FLUSH:
                 connection.execute(statement, {"queue": queue})
+
+        self._commit("send", drop)
 
     def prune(self) -> None:
         """Delete, some at a time, what has been kept for long enough."""
@@ -4416,13 +4451,26 @@ class _Engine(_ValueDatabase):
         looks = [f"EXISTS (SELECT 1 FROM {table} WHERE {is_old})" for table, _key, is_old in _OLD]
         if not self._read(f"SELECT {' OR '.join(looks)}", values)[0][0]:
             return
-        with self._writing("work") as connection, self._transaction(connection):
+
+        def delete(connection: sqlite3.Connection) -> None:
             for table, key, is_old in _OLD:
                 connection.execute(
                     f"""DELETE FROM {table} WHERE ({key}) IN
                         (SELECT {key} FROM {table} WHERE {is_old} LIMIT 1000)""",
                     values,
                 )
+
+        self._commit("work", delete)
+
+
+def _take_back(
+    connection: sqlite3.Connection, *, dead: int, owner: int, running: list[int] | None
+) -> tuple[int, list[Any]]:
+    """Take a dead worker's rows back; how many, and those that are not to be run again."""
+    values = {"dead": dead, "owner": owner, "running": None if running is None else json.dumps(running)}
+    connection.execute(_COUNT_CRASH, values)
+    over = connection.execute(_TAKE_OVER_CRASHED, values).fetchall()
+    return connection.execute(_TAKE_BACK, values).rowcount, over
 
 
 def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
