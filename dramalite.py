@@ -3658,6 +3658,11 @@ class _Database:
             )
         self._lock.release()
 
+    def locks(self) -> list[Any]:
+        """All that a thread may hold while it is at work here."""
+        shared = [] if self._slots is None else [self._slots.lock]
+        return [self._lock, self._checkpoint_lock, *shared]
+
     def changes(self) -> int:
         """A number that changes when this process has changed the database."""
         with self._lock:
@@ -3803,6 +3808,9 @@ class _WatchedDatabase(_Database):
         self.changed = threading.Condition()
         self._callbacks = []
         self._is_listening = False
+
+    def locks(self) -> list[Any]:
+        return [*super().locks(), self.changed]
 
     # Waking workers.
 
@@ -4507,16 +4515,29 @@ def _register_fork_hooks() -> None:
         )
 
 
+# A signal handler's exception does not keep Python from forking: it only ends these hooks.
+
+
 def _before_fork() -> None:
-    for engine in list(_engines):
-        for lock in (engine._checkpoint_lock, engine._lock):
-            lock.acquire()
-            _locked_for_fork.locks.append(lock)
+    todo = [lock for engine in list(_engines) for lock in (engine._lock, engine._checkpoint_lock)]
+    while todo:
+        try:
+            _locked_for_fork.locks.append(todo[-1])  # Before it is locked: none stays so for ever.
+            todo[-1].acquire()
+            todo.pop()
+        except BaseException:
+            continue
 
 
 def _after_fork_in_parent() -> None:
     while _locked_for_fork.locks:
-        _locked_for_fork.locks.pop().release()
+        try:
+            try:
+                _locked_for_fork.locks[-1].release()
+            finally:
+                _locked_for_fork.locks.pop()
+        except BaseException:  # Or it was not locked after all.
+            continue
 
 
 def _after_fork_in_child() -> None:
@@ -7087,8 +7108,7 @@ class _Exchanger:
 
     def is_busy_here(self) -> bool:
         """Tell whether this very thread holds a lock: a signal handler has come in between."""
-        locks: tuple[Any, ...] = (self._exchange_lock, self._engine._lock, self._lock)
-        return any(lock._is_owned() for lock in locks)
+        return any(lock._is_owned() for lock in (self._exchange_lock, self._lock, *self._engine.locks()))
 
     def has_lost_descriptors(self) -> bool:
         """Tell whether a job has closed what holds our locks; the process had better end."""
@@ -7548,7 +7568,8 @@ class Worker:
         self._maintainer = threading.Thread()
         self._tick = threading.Event()
         self._pid = os.getpid()
-        self._stop_lock = threading.RLock()  # A signal handler may come in between.
+        self._state_lock = threading.RLock()  # A signal handler may come in between.
+        self._is_starting = False
         self._stopper: int | None = None  # The thread that stops the worker.
         self._stopped = threading.Event()
 
@@ -7557,23 +7578,35 @@ class Worker:
 
         Raises BrokerError if the database can't be used, RuntimeError if it runs already.
         """
-        if self._running() is not None:
-            raise RuntimeError("The worker is running already.")
-        if self.broker._is_simulated:
-            raise RuntimeError("The broker is being simulated; take steps of the simulation.")
+        with self._state_lock:
+            if self._is_starting or self._running() is not None:
+                raise RuntimeError("The worker is running already.")
+            if self.broker._is_simulated:
+                raise RuntimeError("The broker is being simulated; take steps of the simulation.")
+            try:
+                self._is_starting = True
+                self._start()
+            finally:
+                self._is_starting = False
+        self.broker.emit_after("worker_boot", self)
+
+    def _start(self) -> None:
         self.broker.emit_before("worker_boot", self)
         self._pid = os.getpid()
-        dispatcher = self._dispatcher = _Dispatcher(
+        dispatcher = _Dispatcher(
             self.broker, self._queues, self.worker_threads, self.async_concurrency,
             self.worker_timeout / 1000, self._tick.set,
         )  # fmt: skip
-        self._maintainer = threading.Thread(
-            target=self._maintain, args=(dispatcher,), name="dramalite-maintenance", daemon=True
-        )
         try:
             for index in range(self.worker_threads):
                 self._start_thread(index, dispatcher)
+            self._maintainer = threading.Thread(
+                target=self._maintain, args=(dispatcher,), name="dramalite-maintenance", daemon=True
+            )
             self._maintainer.start()
+            _live_workers.add(self)
+            _register_exit_hook()
+            self._dispatcher = dispatcher
         except BaseException:  # The system has no threads left, say.
             dispatcher.stop()
             for thread in self._threads.values():
@@ -7582,32 +7615,30 @@ class Worker:
             self._threads.clear()
             self._dispatcher = None
             raise
-        _live_workers.add(self)
-        _register_exit_hook()
-        self.broker.emit_after("worker_boot", self)
 
     def stop(self, timeout: int = 600_000) -> None:
         """Stop: what runs may finish within `timeout` milliseconds, else it is handed back.
 
         What is handed back runs again later; its outcome here, if it still comes, is dropped.
-        In a signal handler that interrupts work with the database, the worker is stopped by a
-        thread of its own, for which the interpreter waits.
+        Where it can't wait, in one of its own jobs or in a signal handler that interrupts work with
+        the database, the worker is stopped by a thread of its own, for which the interpreter waits.
+        While another program keeps the database locked, up to 30 s more may pass.
         """
         timeout = min(timeout, _LONGEST_WAIT_S * 1000)
         me = threading.current_thread()
-        with self._stop_lock:
+        with self._state_lock:
             dispatcher = self._running()
-            if dispatcher is None:
-                return
-            if dispatcher.is_busy_here():
-                threading.Thread(target=self.stop, args=(timeout,), name="dramalite-stop").start()
+            if dispatcher is None and not self._is_starting:
                 return
             is_first = self._stopper is None
+            if is_first and (dispatcher is None or dispatcher.is_busy_here() or self._is_ours(me)):
+                threading.Thread(target=self.stop, args=(timeout,), name="dramalite-stop").start()
+                return
             if is_first:
                 self._stopper = me.ident
                 self._stopped.clear()
-        if not is_first:
-            if me.ident != self._stopper and me not in self._threads.values():
+        if dispatcher is None or not is_first:
+            if me.ident != self._stopper and not self._is_ours(me):
                 self._stopped.wait(timeout / 1000)
             return
         try:
@@ -7620,11 +7651,18 @@ class Worker:
         deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
         self.logger.debug("Stopping.")
         dispatcher.claim_no_more()  # Before the hooks: what began after them would hear of nothing.
-        self.broker.emit_before("worker_shutdown", self)
+        try:
+            self.broker.emit_before("worker_shutdown", self)
+        finally:
+            self._end(dispatcher, deadline)
+            self.broker.emit_after("worker_shutdown", self)
+            self.logger.debug("Stopped.")
+
+    def _end(self, dispatcher: _Dispatcher, deadline: float) -> None:
+        """Wait for the threads until the deadline, and leave."""
         dispatcher.stop()
         for thread in list(self._threads.values()):
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, deadline - _SYSTEM_CLOCK.monotonic()))
+            thread.join(max(0.0, deadline - _SYSTEM_CLOCK.monotonic()))
         fail = self._processor.fail
         cancelled = [job for job in dispatcher.give_up_running(fail) if job.context is not None]
         for job in cancelled:
@@ -7636,8 +7674,11 @@ class Worker:
         self._threads.clear()
         self._dispatcher = None
         _live_workers.discard(self)
-        self.broker.emit_after("worker_shutdown", self)
-        self.logger.debug("Stopped.")
+
+    def _is_ours(self, thread: threading.Thread) -> bool:
+        """Tell whether a thread runs jobs of this worker."""
+        loop_thread = None if _event_loop_thread is None else _event_loop_thread.thread
+        return thread is loop_thread or thread in list(self._threads.values())
 
     def pause(self) -> None:
         """Start no more messages; returns when those that run have ended."""
