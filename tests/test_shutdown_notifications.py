@@ -149,15 +149,34 @@ def test_an_interrupted_message_goes_back_to_its_queue_and_no_retry_is_counted(
     assert list(broker.dead_letters) == []
 
 
-def test_a_job_that_is_over_is_not_notified(broker, worker, caplog):
-    log = []
-    dramalite.actor(lambda: log.append("done"), actor_name="work", notify_shutdown=True).send()
-    started = worker(broker)
-    broker.join("default", timeout=PATIENCE)
-    started.stop()
+@pytest.mark.parametrize("outcome", ["done", "failed", "skipped"])
+def test_a_job_that_is_over_is_not_notified(make_broker, worker, job, caplog, outcome):
+    """Nor is the job that its thread does by then, which does not want it."""
+    caplog.set_level(logging.INFO)
 
-    assert log == ["done"]
-    assert [record for record in caplog.records if record.levelname != "INFO"] == []
+    class Skips(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            if outcome == "skipped" and message.actor_name == "over":
+                raise dramalite.SkipMessage("no")
+
+    def over():
+        if outcome == "failed":
+            raise ValueError("no")
+
+    announced = Announced()
+    broker = make_broker(middleware=[ShutdownNotifications(), Skips(), announced])
+    dramalite.actor(over, notify_shutdown=True).send()
+    dramalite.actor(job, actor_name="indifferent").send()
+    started = worker(broker)
+    job.running.wait(DEADLINE)
+    stopping = in_thread(started.stop)
+    announced.event.wait(DEADLINE)
+    job.go_on.set()
+    stopping.join(DEADLINE)
+    notified = [record for record in caplog.records if "shutdown.Shutdown" in record.name]
+
+    assert job.outcomes == ["finished"]
+    assert notified == []
 
 
 def test_a_notification_is_announced_in_the_log(broker, worker, caplog):
