@@ -1,5 +1,7 @@
 """Groups and pipelines as objects: what they contain, what run() sends, how results are collected."""
 
+import datetime
+
 import pytest
 
 import dramalite
@@ -295,6 +297,33 @@ def test_a_groups_missing_result_is_missing_or_times_out(add):
         list(g.get_results())
     with pytest.raises(dramalite.ResultTimeout):
         list(g.get_results(block=True, timeout=20))
+
+
+@pytest.mark.parametrize("kind", ["messages", "pipelines", "groups", "pipeline"])
+def test_the_timeout_of_all_results_together_is_one_deadline(broker, kind):
+    """The first result comes in time, the second one would only in a time of its own."""
+    work = dramalite.actor(lambda: "done", actor_name="work", store_results=True, pipe_ignore=True)
+
+    def after(ms):
+        return work.message_with_options(delay=ms)
+
+    composed = {
+        "messages": group([after(900), after(1800)]),
+        "pipelines": group([pipeline([after(900)]), pipeline([after(1800)])]),
+        "groups": group([group([after(900)]), group([after(1800)])]),
+        "pipeline": pipeline([after(900), after(900)]),
+    }[kind]
+    with dramalite.simulate(broker) as sim:
+        start = sim.now
+        composed.run()
+        results = composed.get_results(block=True, timeout=1000)
+        first = next(results)
+        with pytest.raises(dramalite.ResultTimeout):
+            next(results)
+        waited = sim.now - start
+
+    assert first == (["done"] if kind == "groups" else "done")
+    assert waited == datetime.timedelta(milliseconds=1000)
 
 
 def test_waiting_for_a_group_ends_when_all_have_ended(add, broker, worker):
