@@ -208,6 +208,15 @@ def test_a_pipeline_counts_what_is_completed(add, broker, worker):
     assert (pipe.completed, pipe.completed_count) == (True, 2)
 
 
+def test_a_pipeline_counts_up_to_the_first_step_without_a_result(add, broker, worker):
+    forgetful = dramalite.actor(lambda x: x, actor_name="forgetful")
+    pipe = (add.message(1, 2) | forgetful.message() | add.message(3)).run()
+    worker(broker)
+
+    assert pipe.get_result(block=True, timeout=DEADLINE * 1000) == 6
+    assert pipe.completed_count == 1
+
+
 def test_a_failed_step_raises_where_results_are_collected(add, fail, broker, worker):
     pipe = (add.message(1, 2) | fail.message() | add.message(3)).run()
     worker(broker)
