@@ -244,6 +244,23 @@ def test_a_retry_carries_its_count_its_traceback_and_its_time(broker, worker, tr
     )
 
 
+def test_a_retrys_time_is_that_of_the_failure_it_comes_from(broker, trace):
+    job = Failing(times=3)
+
+    def work():
+        dramalite.simulated_work(40)
+        job()
+
+    actor = dramalite.actor(work, backoff=[1000, 0, 5])
+    with dramalite.simulate(broker) as sim:
+        sent = actor.send()
+        sim.run_until_idle()
+    times = [options["requeue_timestamp"] for options in trace.attempts[1:]]
+
+    assert times == [event.ended_ms for event in sim.events[:3]]
+    assert sent.message_timestamp < times[0] < times[1] < times[2]
+
+
 def test_a_long_traceback_is_cut_to_thirty_frames(broker, worker, trace):
     def deep(level):
         if level == 0:
