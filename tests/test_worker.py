@@ -1105,23 +1105,32 @@ def test_a_failure_is_logged_as_an_error_with_its_traceback(broker, worker, capl
     assert text.rstrip().endswith("ValueError: no")
 
 
-def test_an_expected_exception_is_logged_as_information(broker, worker, caplog):
-    records = logged(broker, worker, caplog, ValueError("no"), throws=ValueError)
+def said(broker, worker, caplog, error, **options):
+    """Run a job that raises `error`; return (level, text) of what the worker's thread says of it, not of its start."""
+    logged(broker, worker, caplog, error, **options)
+    return [
+        (record.levelname, record.getMessage())
+        for record in caplog.records
+        if record.name == "dramalite.worker.WorkerThread" and not record.getMessage().startswith("Received message")
+    ]
 
-    assert "INFO" in [level for level, _ in records]
-    assert {"ERROR", "CRITICAL"} & {level for level, _ in records} == set()
+
+def test_an_expected_exception_is_logged_as_information(broker, worker, caplog):
+    lines = said(broker, worker, caplog, ValueError("no"), throws=ValueError)
+
+    assert lines == [("INFO", "Failed to process message work() with expected exception no.")]
 
 
 def test_an_exceeded_rate_limit_is_logged_for_debugging_only(broker, worker, caplog):
-    records = logged(broker, worker, caplog, dramalite.RateLimitExceeded("limit"))
+    lines = said(broker, worker, caplog, dramalite.RateLimitExceeded("limit"))
 
-    assert {"ERROR", "CRITICAL"} & {level for level, _ in records} == set()
+    assert lines == [("DEBUG", "Rate limit exceeded in message work(): limit.")]
 
 
 def test_a_wanted_retry_is_not_logged_as_an_error(broker, worker, caplog):
-    records = logged(broker, worker, caplog, dramalite.Retry("later"))
+    lines = said(broker, worker, caplog, dramalite.Retry("later"))
 
-    assert {"ERROR", "CRITICAL"} & {level for level, _ in records} == set()
+    assert lines == []
 
 
 def test_a_value_that_nobody_takes_is_warned_about(stub_broker, worker, caplog):
@@ -1156,11 +1165,12 @@ def test_on_a_broker_in_memory_a_message_for_an_unknown_actor_is_a_dead_letter(
     worker(broker)
     broker.join("default", timeout=PATIENCE)
 
-    errors = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    (error,) = [record for record in caplog.records if record.levelname == "ERROR"]
 
     assert [letter.message_id for letter in broker.dead_letters] == [message.message_id]
     assert done == ["rest"]
-    assert ["nobody" in text for text in errors] == [True]
+    assert "'nobody'" in error.getMessage()
+    assert error.exc_info[0] is dramalite.ActorNotFound
 
 
 def test_in_a_file_a_message_for_an_unknown_actor_waits_and_the_rest_goes_on(
