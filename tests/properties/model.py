@@ -37,8 +37,8 @@ class Entry:
 
     def goes_before(self, other: Entry) -> bool:
         """Whether this one, if ready, must start first; False where both orders are right."""
-        if self.crashes or self.priority != other.priority:  # Suspects run one at a time.
-            return not self.crashes and self.priority < other.priority
+        if self.priority != other.priority:
+            return self.priority < other.priority
         if self.eta is None and other.eta is None:
             return self.number < other.number
         if self.eta is None:
@@ -58,11 +58,13 @@ class Model:
         self.attempts[message_id] = []
 
     def begin(self, message_id, now):
-        """An attempt starts."""
+        """An attempt starts.  What crashed keeps its place, but may wait while another such one runs."""
         entry = self.entries[message_id]
         self._check(entry.state == "waiting", f"{entry} started while it was {entry.state}")
         self._check(entry.is_ready(now), f"{entry} started at {now}, before its eta")
-        first = [e for e in self.entries.values() if e.is_ready(now) and e.goes_before(entry)]
+        is_alone = entry.crashes or not any(e.crashes and e.state == "running" for e in self.entries.values())
+        claimable = [e for e in self.entries.values() if e.is_ready(now) and (is_alone or not e.crashes)]
+        first = [e for e in claimable if e.goes_before(entry)]
         self._check(not first, f"{entry} started before {first[:1]}")
         entry.state = "running"
         entry.starts += 1
@@ -116,6 +118,9 @@ class Model:
 
     def unfinished(self):
         return {e.message_id for e in self.entries.values() if e.state in ("waiting", "running")}
+
+    def is_busy(self):
+        return any(e.state == "running" for e in self.entries.values())
 
     def dead(self):
         return {e.message_id for e in self.entries.values() if e.state == "dead"}

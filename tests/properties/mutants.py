@@ -95,6 +95,18 @@ MUTANTS = [
         "       id = (SELECT max(m.id) + 1 FROM dramalite_messages AS m WHERE m.id >= dramalite_messages.id)\n"
         "     WHERE state = 2 AND owner = ? AND",
     ),
+    Mutant(
+        "crashed-go-last", "what was running in a crash waits for all that was not", "engine",
+        "ORDER BY m.priority, m.id LIMIT :limit)",
+        "ORDER BY m.crashes, m.priority, m.id LIMIT :limit)",
+    ),
+    Mutant(
+        "crashed-to-the-end", "what a dead worker had claimed loses its place", "engine",
+        'UPDATE dramalite_messages SET state = 0, owner = NULL WHERE state = 2 AND owner IS :dead"""',
+        "UPDATE dramalite_messages SET state = 0, owner = NULL,\n"
+        "       id = (SELECT max(m.id) + 1 FROM dramalite_messages AS m WHERE m.id >= dramalite_messages.id)\n"
+        '     WHERE state = 2 AND owner IS :dead"""',
+    ),
     # Time
     Mutant(
         "eta-ignored", "delayed messages are ready at once", "engine",

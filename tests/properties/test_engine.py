@@ -9,6 +9,7 @@ import sqlite3
 import tempfile
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import settings
@@ -25,6 +26,24 @@ actions = st.sampled_from([OK, OK, FAIL, FAIL, RETRY, SKIP, ABORT])
 scripts = st.lists(st.tuples(actions, st.sampled_from([0, 1, 70, 400])), min_size=1, max_size=4)
 durations = st.sampled_from([0, 1, 50, 100, 333, 1000, 5000])
 workers = st.integers(0, WORKERS - 1)
+
+
+class Job(NamedTuple):
+    script: list[tuple[str, int]]
+    priority: int
+    delay: int | None
+    takes_ms: int
+    max_retries: int
+
+
+jobs = st.builds(
+    Job,
+    script=scripts,
+    priority=st.sampled_from([0, 0, -1, 5]),
+    delay=st.none() | durations,
+    takes_ms=st.sampled_from([0, 0, 30, 250]),
+    max_retries=st.integers(0, 3),
+)
 
 
 class Expected(Exception):
@@ -100,16 +119,14 @@ class Engine(RuleBasedStateMachine):
 
     # Rules
 
-    @rule(
-        script=scripts, priority=st.sampled_from([0, 0, -1, 5]), delay=st.none() | durations,
-        takes_ms=st.sampled_from([0, 0, 30, 250]), max_retries=st.integers(0, 3),
-    )  # fmt: skip
-    def send(self, script, priority, delay, takes_ms, max_retries):
-        message = self.actor.send_with_options(
-            args=(takes_ms,), delay=delay, priority=priority, max_retries=max_retries
-        )
-        eta, now = message.options.get("eta"), self.broker.clock.time_ms()
-        self.model.send(message.message_id, now, priority, eta, script, max_retries)
+    @rule(jobs=st.lists(jobs, min_size=1, max_size=4))
+    def send(self, jobs):
+        for job in jobs:
+            message = self.actor.send_with_options(
+                args=(job.takes_ms,), delay=job.delay, priority=job.priority, max_retries=job.max_retries
+            )
+            eta, now = message.options.get("eta"), self.broker.clock.time_ms()
+            self.model.send(message.message_id, now, job.priority, eta, job.script, job.max_retries)
 
     @rule(count=st.integers(1, 8), data=st.data())
     def step(self, count, data):
@@ -124,9 +141,14 @@ class Engine(RuleBasedStateMachine):
         self.sim.advance(ms)
         self.follow()
 
-    @rule(worker=workers)
-    def crash(self, worker):
-        self.follow()
+    @rule(worker=workers, count=st.integers(0, 2), data=st.data())
+    def crash(self, worker, count, data):
+        """A worker dies; mostly one of them has begun something."""
+        for _ in range(9):
+            if self.model.is_busy():
+                break
+            self.step(1, data)
+        self.step(count, data)
         self.sim.crash(worker)
         self.follow()
 

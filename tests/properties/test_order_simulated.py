@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import dramalite
 
-from world import open_broker, places, simulated, worlds
+from world import PATIENT, crashes, open_broker, places, run_with, simulated, worlds
 
 START = datetime(2026, 6, 1, tzinfo=timezone.utc)
 
@@ -56,6 +56,28 @@ def test_what_stopping_workers_give_back_keeps_its_place(place, world, plan, ste
     left = set(range(len(plan))) - set(done)
 
     assert ran == sorted(left, key=lambda number: (plan[number], number))
+
+
+@simulated
+@given(places, st.lists(st.integers(0, 1), min_size=2, max_size=9), crashes)
+def test_what_crashed_keeps_its_place(place, plan, faults):
+    """One thread does what is first of all that is left, also after crashes."""
+    ran, expected = [], []
+    with open_broker(place) as broker:
+
+        @dramalite.actor(broker=broker, **PATIENT)
+        def work(number):
+            done = {event.message.args[0] for event in sim.events if event.outcome == "done"}
+            left = set(range(len(plan))) - done
+            ran.append(number)
+            expected.append(min(left, key=lambda other: (plan[other], other)))
+
+        with dramalite.simulate(broker) as sim:
+            for number, priority in enumerate(plan):
+                work.send_with_options(args=(number,), priority=priority)
+            run_with(sim, {"workers": 1}, faults)
+
+    assert ran == expected
 
 
 @simulated
