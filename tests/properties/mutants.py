@@ -211,6 +211,12 @@ MUTANTS = [
         "    actor.send(message.asdict(), value)\n    actor.send(message.asdict(), value)\n",
     ),
     Mutant(
+        "on-failure-never-sent", "a failure is told to nobody", "once",
+        'name = "on_success" if exception is None else "on_failure"\n        callback = _truthy_option(message, name)\n',
+        'name = "on_success" if exception is None else "on_failure"\n'
+        "        callback = _truthy_option(message, name) if exception is None else None\n",
+    ),
+    Mutant(
         "results-before-the-ack", "results and counts are written before the acknowledgement", "results_agree",
         "        if self._collecting.outcome is None:\n            self._engine.store(statement, values)",
         "        if True:\n            self._engine.store(statement, values)",

@@ -44,6 +44,8 @@ def run(place, script, *, max_retries=20, options=None, **actor_options):
         def exhausted(data, counts):
             told.append((data["message_id"], counts["retries"]))
 
+        for name in ("succeeded", "failed"):
+            dramalite.actor(lambda _data, _what, name=name: told.append(name), actor_name=name, broker=broker)
         with dramalite.simulate(broker) as sim:
             message = work.send_with_options(**(options or {}))
             sim.run_until_idle()
@@ -75,6 +77,18 @@ def test_a_message_ends_after_its_last_retry_or_its_last_crash(place, script, ma
 
     assert outcomes == expected(script, max_retries, max_crashes)
     assert [letter.message_id for letter in letters] == [message.message_id] * outcomes.count("dead")
+
+
+@simulated
+@given(places, scripts, st.integers(0, 4), limits)
+def test_callbacks_are_told_of_each_success_and_failure(place, script, max_retries, max_crashes):
+    """Not of what was skipped, nor of a crash unless it is the last."""
+    options = {"max_crashes": max_crashes, "on_success": "succeeded", "on_failure": "failed"}
+    events, _letters, told, _message = run(place, script, max_retries=max_retries, **options)
+    outcomes = [event.outcome for event in events]
+
+    assert told.count("succeeded") == outcomes.count("done")
+    assert told.count("failed") == outcomes.count("retry") + outcomes.count("dead")
 
 
 @simulated

@@ -91,6 +91,34 @@ def test_each_job_and_what_it_sends_succeed_exactly_once_whatever_crashes(place,
 
 
 @simulated
+@given(places, worlds, st.lists(st.tuples(jobs, st.integers(0, 2)), min_size=1, max_size=5), st.just([]) | crashes)
+def test_each_success_and_each_failed_attempt_is_told_of_exactly_once(place, world, plan, faults):
+    """Also by workers that die: an attempt that a crash ended has neither succeeded nor failed."""
+    with open_broker(place) as broker:
+
+        @dramalite.actor(broker=broker, on_success="succeeded", on_failure="failed", **PATIENT)
+        def work(number):
+            job = plan[number][0]
+            dramalite.simulated_work(job.takes_ms)
+            if retries() < job.fails:
+                raise ValueError("not yet")
+            return number
+
+        for name in ("succeeded", "failed"):
+            dramalite.actor(lambda data, _what: data.args[0], actor_name=name, broker=broker, **PATIENT)
+        with dramalite.simulate(broker, **world) as sim:
+            for number, (job, max_retries) in enumerate(plan):
+                options = {"delay": job.delay, "priority": job.priority, "max_retries": max_retries}
+                work.send_with_options(args=(number,), **options)
+            run_with(sim, world, faults)
+    good = {number for number, (job, max_retries) in enumerate(plan) if job.fails <= max_retries}
+    failures = {number: min(job.fails, max_retries + 1) for number, (job, max_retries) in enumerate(plan)}
+
+    assert successes(sim.events, "succeeded") == dict.fromkeys(good, 1)
+    assert successes(sim.events, "failed") == {number: times for number, times in failures.items() if times}
+
+
+@simulated
 @given(places, worlds, plans, crashes)
 def test_a_job_starts_again_only_after_a_failure_or_a_crash_and_counts_them(place, world, plan, faults):
     starts, events = run(place, world, plan, faults)
