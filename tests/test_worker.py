@@ -521,17 +521,39 @@ def test_a_worker_with_a_long_job_keeps_nothing_that_another_could_do(broker, wo
     done = []
     long = dramalite.actor(job, actor_name="long")
     short = dramalite.actor(done.append, actor_name="short")
-    for number in range(5):  # Quick ones first, so that the worker takes several ahead.
-        short.send(number)
+    first = worker(broker)
+    broker.enqueue_many(short.message("quick") for _ in range(200))  # So that it takes many ahead.
+    broker.join("default", timeout=PATIENCE)
+    first.pause()
+    done.clear()
     long.send("in hand")
-    for number in range(5, 25):
-        short.send(number)
-    worker(broker)
+    broker.enqueue_many(short.message(number) for number in range(20))
+    first.resume()
     job.running.wait(DEADLINE)
+    short.send_with_options(args=("urgent",), priority=-1)
     worker(broker)
-    wait_until(lambda: len(done) == 25)
+    wait_until(lambda: len(done) == 21)
 
     assert job.finished == []
+    assert done[0] == "urgent"
+    assert sorted(done[1:]) == list(range(20))
+
+
+def test_an_urgent_message_waits_for_no_job_but_the_one_that_runs_where_jobs_take_their_time(broker, worker):
+    done, never = [], threading.Event()
+    urgent = dramalite.actor(done.append, actor_name="urgent", priority=-1)
+
+    @dramalite.actor
+    def work(number):
+        never.wait(0.01)  # Longer than what a worker takes ahead.
+        done.append(number)
+        urgent.send(-number)
+
+    broker.enqueue_many(work.message(number) for number in range(1, 21))
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert done == [sign * number for number in range(1, 21) for sign in (1, -1)]
 
 
 def test_workers_of_several_brokers_live_in_one_process(
