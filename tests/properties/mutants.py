@@ -508,6 +508,12 @@ MUTANTS = [
         "self.broker._engine.limits(keys())) + amount <= maximum",
         "self.broker._engine.limits(keys())) <= maximum",
     ),
+    Mutant(
+        "limits-forgotten-in-crashes", "a worker that dies leaves all places free", "limits",
+        "                        taken = connection.execute(_TAKE_BACK, values).rowcount\n",
+        "                        taken = connection.execute(_TAKE_BACK, values).rowcount\n"
+        '                        connection.execute("DELETE FROM dramalite_limits")\n',
+    ),
     # Encoding
     Mutant(
         "keys-become-text", "a dict's key 1 is read back as \"1\"", "encoding",

@@ -29,6 +29,7 @@ jobs = st.builds(Job, delay=st.integers(0, 2000), takes_ms=st.sampled_from([0, 1
 plans = st.lists(jobs, min_size=1, max_size=7)
 limits = st.integers(1, 3)
 spans = st.integers(1, 1500)  # Of buckets, in milliseconds.
+faults = st.just([]) | crashes
 
 
 def run(place, world, plan, make_limiter, faults=()):
@@ -104,8 +105,10 @@ def test_as_many_as_the_limit_run_at_once_and_no_more(place, world, plan, limit)
 @simulated
 @given(places, worlds, plans, limits, crashes)
 def test_places_that_were_lost_in_crashes_are_free_again_after_their_time(place, world, plan, limit, faults):
+    """No earlier: a crash gives no place to another."""
     tries = run(place, world, plan, concurrent(limit, ttl=1500), faults)
 
+    assert most_at_once(tries) <= limit
     assert len(taken(tries)) >= len(plan)
 
 
@@ -130,9 +133,9 @@ def test_places_given_back_are_places_to_take(limit, moves):
 
 
 @simulated
-@given(places, worlds, plans, limits, spans)
-def test_a_bucket_holds_its_limit_and_no_more(place, world, plan, limit, span):
-    tries = run(place, world, plan, bucket(limit, span))
+@given(places, worlds, plans, limits, spans, faults)
+def test_a_bucket_holds_its_limit_and_no_more_whatever_crashes(place, world, plan, limit, span, faults):
+    tries = run(place, world, plan, bucket(limit, span), faults)
     numbers = [time // span for time in taken(tries)]
 
     assert max(map(numbers.count, numbers)) <= limit
@@ -145,9 +148,10 @@ def test_a_bucket_holds_its_limit_and_no_more(place, world, plan, limit, span):
 
 
 @simulated
-@given(places, worlds, plans, limits, st.integers(1000, 1500))
-def test_a_window_holds_its_limit_and_no_more_wherever_it_begins(place, world, plan, limit, span):
-    tries = run(place, world, plan, window(limit, span))
+@given(places, worlds, plans, limits, st.integers(1000, 1500), faults)
+def test_a_window_holds_its_limit_and_no_more_wherever_it_begins(place, world, plan, limit, span, faults):
+    """Whatever crashes meanwhile."""
+    tries = run(place, world, plan, window(limit, span), faults)
     times = taken(tries)
     part = span // 20  # To so much it is exact.
 
