@@ -169,7 +169,7 @@ MUTANTS = [
     ),
     Mutant(
         "left-in-a-crash", "what a dead worker had claimed is never taken back", "once",
-        "        if set(self._read(_OWNERS)) <= {(slot.owner,)}:\n",
+        "        if set(self._read(_OWNERS)) <= {(slot.owner,)} and not dead:\n",
         "        if True:\n",
     ),
     Mutant(
