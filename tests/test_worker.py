@@ -361,6 +361,56 @@ def test_a_worker_can_be_started_after_a_start_that_found_no_threads_left(broker
     assert done == [1]
 
 
+def test_a_stop_while_the_worker_starts_stops_it(broker):
+    class Impatient(dramalite.Middleware):
+        def before_worker_boot(self, broker, worker):
+            stops.append(in_thread(worker.stop))
+
+    stops = []
+    broker.add_middleware(Impatient())
+    starting = dramalite.Worker(broker)
+    for _ in range(3):
+        starting.start()
+        stops[-1].join(DEADLINE)
+
+        assert not stops[-1].is_alive()
+        assert starting.runners == set()
+
+
+def test_a_job_that_stops_its_worker_is_done_and_not_run_again(broker):
+    @dramalite.actor
+    def last(worker_number):
+        ran.append(worker_number)
+        workers[worker_number].stop()
+
+    ran, workers = [], [dramalite.Worker(broker, worker_threads=1) for _ in range(2)]
+    last.send(0)
+    workers[0].start()
+    wait_until(lambda: ran)
+    workers[0].stop()
+    with workers[1]:
+        broker.join("default", timeout=2000)
+
+    assert ran == [0]
+
+
+@pytest.mark.parametrize("error", [dramalite.MiddlewareError, SystemExit, KeyboardInterrupt])
+def test_a_hook_that_fails_as_the_worker_stops_does_not_keep_it(broker, error):
+    class Failing(dramalite.Middleware):
+        def before_worker_shutdown(self, broker, worker):
+            raise error("no")
+
+    broker.add_middleware(Failing())
+    names = {thread.name for thread in threading.enumerate()}
+    working = dramalite.Worker(broker, worker_threads=2)
+    working.start()
+    with pytest.raises(error):
+        working.stop()
+
+    assert working.runners == set()
+    wait_until(lambda: {thread.name for thread in threading.enumerate()} <= names)
+
+
 def test_two_stops_at_once_call_the_hooks_once(broker, worker):
     held = Held(stops=2)
     broker.add_middleware(held)

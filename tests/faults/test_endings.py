@@ -546,6 +546,37 @@ def test_daemon_threads_that_send_while_the_interpreter_ends_do_not_keep_it(plac
     assert place.sound()
 
 
+def test_a_finalizer_that_sends_while_the_interpreter_ends_does_not_keep_it(place):
+    place.script(
+        """
+        import itertools, os, threading
+        import jobs
+
+        def keep_sending(name):
+            for number in itertools.count():
+                jobs.send(f"{name}-{number}")
+
+        class Session:
+            def __del__(self, note=jobs.note, error=jobs.dramalite.BrokerError):
+                try:
+                    jobs.job.send("bye")
+                except error:
+                    note("refused")
+                note("over")
+
+        session = Session()
+        session.itself = session  # Collected at the very end.
+        del session
+        threading.Thread(target=keep_sending, args=("thread",), daemon=True).start()
+        jobs.until(lambda: jobs.noted("stored") > 20)
+        """,
+        seconds=10,
+    )
+
+    assert len(place.notes("over")) == 1
+    assert place.sound()
+
+
 def test_a_thread_that_outlives_the_main_thread_can_send(place):
     place.script(
         """

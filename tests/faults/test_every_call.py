@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import sqlite3
 import sys
+import threading
 
 import dramalite
 import pytest
@@ -17,8 +18,12 @@ class Stopped(BaseException):
     """What the handler raises; whoever catches it may hold it for long."""
 
 
-def interrupt(number):
-    """Have this thread meet Stopped where for the `number`th time a handler could have run.
+def stop():
+    raise Stopped
+
+
+def interrupt(number, handler=stop):
+    """Have this thread call `handler` where for the `number`th time one of a signal could run.
 
     Python looks for signals where a function begins and where a C function has returned.
     """
@@ -28,7 +33,7 @@ def interrupt(number):
         is_point = event in ("call", "c_return") and frame.f_code.co_filename in WHERE
         if is_point and next(counted) == number:
             sys.setprofile(None)
-            raise Stopped
+            handler()
 
     sys.setprofile(strike)
 
@@ -77,3 +82,47 @@ def test_an_exception_of_a_signal_handler_keeps_nothing_locked_while_it_is_alive
     broker.close()
 
     assert number > 20
+
+
+def run_worker(worker, broker, work):
+    """What a program does in its main thread; it waits in vain for what is delayed."""
+    worker.start()
+    broker.enqueue_many([work.message(n) for n in range(20)])
+    with contextlib.suppress(dramalite.QueueJoinTimeout):
+        broker.join("default", timeout=20)
+
+
+@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("place", ["memory", "file"])
+def test_a_handler_may_stop_the_worker_wherever_it_interrupts_the_program(tmp_path, place, stride):
+    broker = dramalite.MemoryBroker() if place == "memory" else dramalite.SQLiteBroker(tmp_path / "queue.db")
+    work = dramalite.actor(lambda number: None, actor_name="work", broker=broker)
+    work.send_with_options(args=(0,), delay=10_000_000)
+    worker = dramalite.Worker(broker, worker_threads=2)
+    numbers, stopped = [], []
+
+    def handle():
+        worker.stop(timeout=5000)
+        stopped.append(numbers[-1])
+
+    def strike_everywhere():
+        for number in itertools.count(1, stride):
+            numbers.append(number)
+            interrupt(number, handle)
+            run_worker(worker, broker, work)
+            sys.setprofile(None)
+            for thread in threading.enumerate():
+                if thread.name == "dramalite-stop":
+                    thread.join()
+            worker.stop()
+            if stopped[-1:] != [number]:
+                break
+
+    striking = threading.Thread(target=strike_everywhere, daemon=True)
+    striking.start()
+    striking.join(300)
+
+    assert not striking.is_alive(), f"stop() never returned at point {numbers[-1]}"
+    assert stopped == numbers[:-1]
+    assert len(stopped) > 100 / stride
+    broker.close()
