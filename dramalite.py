@@ -1891,6 +1891,8 @@ class Actor(Generic[_P, _R]):
         self.logger = get_logger(module, actor_name)
         #: The function if it is `async def`; workers then run it without holding a thread.
         self.coroutine_fn = function if _is_coroutine_function(function) else None
+        if self.coroutine_fn is not None:
+            import asyncio  # noqa: F401  (Not by the first job: a child forked meanwhile would hang.)
         self.fn: Callable[_P, _R] = fn if self.coroutine_fn is None else async_to_sync(function)
         self.broker = broker
         self.actor_name = actor_name
@@ -8898,9 +8900,9 @@ _WATCH_S = 1.0
 #: Seconds within which the supervisor has noticed how a process died.
 _DEATH_NOTE_S = 2.0
 
-#: Files in the supervisor's folder of notes: how children died, which functions to fork, and the
-#: ids of processes that could not start.
-_DEATHS_NOTE, _FORKS_NOTE, _FAILURES_NOTE = "deaths", "forks", "failures"
+#: Files in the supervisor's folder of notes: its children's process ids, with how they died, which
+#: functions to fork, and the ids of processes that could not start.
+_CHILDREN_NOTE, _FORKS_NOTE, _FAILURES_NOTE = "children", "forks", "failures"
 
 #: And one that it keeps locked while it lives.
 _ALIVE_NOTE = "alive"
@@ -9095,15 +9097,16 @@ class _WorkerProcess(_ChildProcess):
             os.replace(draft, self._note(_FORKS_NOTE))
 
     def _describe_death(self, pid: int) -> str:
-        """How a process died, as its supervisor writes down in these moments."""
+        """How a process died, as its supervisor writes down in these moments; "" for a stranger."""
         deadline = _SYSTEM_CLOCK.monotonic() + _DEATH_NOTE_S
-        while _SYSTEM_CLOCK.monotonic() < deadline:
-            with contextlib.suppress(OSError), open(self._note(_DEATHS_NOTE), encoding="utf-8") as file:
-                causes = dict(line.rstrip().partition(" ")[::2] for line in file)
-                if str(pid) in causes:
-                    return causes[str(pid)]
-            _SYSTEM_CLOCK.sleep(0.02)
-        return ""
+        cause: str | None = ""
+        while cause == "" and _SYSTEM_CLOCK.monotonic() < deadline:
+            cause = None
+            with contextlib.suppress(OSError), open(self._note(_CHILDREN_NOTE), encoding="utf-8") as file:
+                cause = dict(line.rstrip().partition(" ")[::2] for line in file).get(str(pid))
+            if cause == "":
+                _SYSTEM_CLOCK.sleep(0.02)
+        return cause or ""
 
     def _next_event(self) -> str:
         import queue
@@ -9363,7 +9366,7 @@ def _open_pid_file(path: str) -> int:
 def _check_pid_file(path: str) -> None:
     try:
         with open(path, encoding="ascii") as file:
-            pid = int(file.read().strip())
+            pid = int(file.read().strip() or 0)  # Empty where a starter died: its lock tells.
     except FileNotFoundError:
         return
     except ValueError:
@@ -9575,9 +9578,15 @@ class _Supervisor:
                     self._command, stdin=subprocess.PIPE, bufsize=0, env=environment, cwd=self._folder
                 )
             started.put(child.process)
+            self._note_child(child.process.pid, "")
         except (OSError, RuntimeError) as error:  # Too many processes, no memory: that may pass.
             self._logger.critical("%s can't be started: %s; trying again.", child, error)
             child.restart_at = child.started_at + _RESTART_DELAYS_S[-1]
+
+    def _note_child(self, pid: int, death: str) -> None:
+        with contextlib.suppress(OSError):  # A full disk costs the cause of a death, no more.
+            with open(os.path.join(self._notes, _CHILDREN_NOTE), "a", encoding="utf-8") as file:
+                file.write(f"{pid} {death}\n")
 
     def _await_forks(self) -> None:
         """Start the fork functions once a worker process runs, or the time for that is over."""
@@ -9603,9 +9612,7 @@ class _Supervisor:
         """A child has ended: replace it, unless it was to end or can't start at all."""
         child.process = None
         cast("IO[bytes]", process.stdin).close()
-        with contextlib.suppress(OSError):  # A full disk costs the cause, no more.
-            with open(os.path.join(self._notes, _DEATHS_NOTE), "a", encoding="utf-8") as file:
-                file.write(f"{process.pid} {_describe_exit(code)}\n")
+        self._note_child(process.pid, _describe_exit(code))
         now = _SYSTEM_CLOCK.monotonic()
         if self._could_not_start(process) and (child.is_fork or not self._has_booted()):
             if self._reloads and self._namespace.watch is not None and not self._stops:

@@ -559,7 +559,7 @@ def test_what_a_killed_supervisor_left_behind_is_removed_by_the_next_and_what_th
     place.ready_worker(TMPDIR=str(notes))
     [living] = os.listdir(notes)
     place.ready_worker(TMPDIR=str(notes))
+    place.wait_until(lambda: len(os.listdir(notes)) == 2, "the second one has its folder too")
 
     assert left != living
     assert living in os.listdir(notes)
-    assert len(os.listdir(notes)) == 2
