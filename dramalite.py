@@ -3152,6 +3152,8 @@ _MESSAGE_IDS = "SELECT message_id FROM dramalite_messages UNION SELECT message_i
 _DEAD_LETTERS = """
     SELECT queue, actor, message_id, died_at, reason, body FROM dramalite_dead ORDER BY id"""
 
+_CAUSE_OF_DEATH = "SELECT reason FROM dramalite_dead WHERE message_id = ? ORDER BY id DESC LIMIT 1"
+
 _OWNERS = "SELECT DISTINCT owner FROM dramalite_messages WHERE state = 2"
 
 _COUNT_CRASH = """
@@ -4429,6 +4431,11 @@ class _Engine(_ValueDatabase):
         """(queue, actor, how many messages) in a state."""
         return self._read(_COUNT_ACTORS.format(state))
 
+    def cause_of_death(self, message_id: str) -> str | None:
+        """The reason of a dead letter, None if there is none of that id."""
+        rows = self._read(_CAUSE_OF_DEATH, (message_id,))
+        return rows[0][0] if rows else None
+
     def dead_letters(self) -> list[tuple[str, str, str, int, str, bytes]]:
         """(queue, actor, message_id, died_at, reason, body) of the dead letters, oldest first."""
         return self._read(_DEAD_LETTERS)
@@ -4776,6 +4783,9 @@ class SQLiteResultBackend(ResultBackend):
         sent_ms = _time_of_message_id(message.message_id) - _CLOCK_SLACK_MS
         if broker._engine.has_message(message.message_id, sent_ms):
             return None
+        death = broker._engine.cause_of_death(message.message_id)
+        if death is not None:
+            return f"it is a dead letter: {death}"
         return (
             "it is not in the database. It has ended and its result was not kept or has expired, "
             "an earlier step of its pipeline failed, it was dropped from its queue, or it was "
@@ -4900,7 +4910,8 @@ def _fail_for_result(broker: Broker, message: MessageProxy, error: Exception) ->
 #
 # Counters with a time to live, shared by all processes that use the database.  Limiters never
 # wait: they take what they want to take or raise RateLimitExceeded, which a worker retries.
-# To add a limiter: subclass RateLimiter, override _acquire() and, if it gives back, _release().
+# To add a limiter: subclass RateLimiter, override _acquire() and, if it gives back, _release(), as
+# in Dramatiq; or _take(), if what is given back is to be told from others.
 # ------------------------------------------------------------------------------------------
 class RateLimiterBackend:
     """Base of stores of counters.  Every method is atomic; `ttl` is in milliseconds."""
@@ -4996,26 +5007,30 @@ class RateLimiter:
 
         Raises RateLimitExceeded if there is none, or yields False without raise_on_failure.
         """
-        place: Any = None
+        give_back: Callable[[], object] | None = None
 
         def take() -> None:
-            nonlocal place
-            place = self._acquire()
+            nonlocal give_back
+            give_back = self._take()
 
         try:
             _uninterrupted(take)()  # Or a time limit could leave a place that nobody gives back.
-            if raise_on_failure and not place:
+            if raise_on_failure and give_back is None:
                 raise RateLimitExceeded(f"rate limit exceeded for key {self.key!r}")
-            yield bool(place)
+            yield give_back is not None
         finally:
-            if place:
-                _uninterrupted(self._release)(place)
+            if give_back is not None:
+                _uninterrupted(give_back)()
 
-    def _acquire(self) -> Any:
-        """Take a place and return it, or what is false if there was none."""
+    def _take(self) -> Callable[[], object] | None:
+        """Take a place; return what gives it back, None if there was none."""
+        return self._release if self._acquire() else None
+
+    def _acquire(self) -> bool:
+        """Take a place; tell whether there was one."""
         raise NotImplementedError
 
-    def _release(self, place: Any) -> None:
+    def _release(self) -> None:
         """Give the place back, where the limiter does that."""
 
 
@@ -5038,17 +5053,16 @@ class ConcurrentRateLimiter(RateLimiter):
         self.limit = limit
         self.ttl = _milliseconds(ttl, "ttl")
 
-    def _acquire(self) -> tuple[str, float] | None:
-        """The key of a place and until when it is ours, by the wall clock."""
+    def _take(self) -> Callable[[], object] | None:
         for number in range(self.limit):
             ends_at = _clock_of(self.backend).time_ms() + self.ttl
             key = f"{self.key}#{number}" if number else self.key
             if self.backend.incr(key, 1, 1, self.ttl):
-                return key, ends_at
+                return functools.partial(self._give_back, key, ends_at)
         return None
 
-    def _release(self, place: tuple[str, float]) -> None:
-        key, ends_at = place
+    def _give_back(self, key: str, ends_at: int) -> None:
+        """Give back a place that is ours up to a time, by the wall clock."""
         if _clock_of(self.backend).time_ms() < ends_at:  # Later it may be somebody else's.
             self.backend.decr(key, 1, 0, self.ttl)
 
@@ -5456,15 +5470,15 @@ class Pipelines(Middleware):
         sources = message.options.get("pipe_results")
         if sources is None or self._ignores_result(broker, message._message):
             return
-        backend = broker.get_results_backend()
         members: list[Message[Any]] = [
             Message(queue, name, (), {}, {}, message_id) for queue, name, message_id in sources
         ]
         try:
+            backend = broker.get_results_backend()
             results = [backend.get_result(member) for member in members]
-        except ResultError as error:
+        except (ResultError, RuntimeError) as error:  # The latter where the broker keeps none.
             message.fail()
-            raise SkipMessage(f"The results of the group before are gone: {error}") from error
+            raise SkipMessage(f"The results of the group before can't be had: {error}") from error
         except BrokerError as error:  # Not to be run without them, but again.
             raise MiddlewareError(f"The results of the group before can't be read: {error}") from error
         message.args = (*message.args, results)
@@ -6578,6 +6592,9 @@ class StubBroker(MemoryBroker):
     def _default_middleware(self) -> list[Middleware]:
         return [kind() for kind in default_middleware]
 
+    def consume(self, queue_name: str, prefetch: int = 1, timeout: int = 100) -> Consumer:
+        return super().consume(queue_name, prefetch, timeout)
+
 
 # ------------------------------------------------------------------------------------------
 # Message processing
@@ -6828,12 +6845,16 @@ class _Processor:
         elif throws and isinstance(exception, throws):
             self._logger.info("Failed to process message %s with expected exception %s.", message, text)
         elif not isinstance(exception, Retry) and self._logger.isEnabledFor(logging.ERROR):
-            self._logger.error(
-                "Failed to process message %s of %s with unhandled exception:\n    %s",
-                message.message_id, message.actor_name,
-                # Indented, so that no line of it can pass for a line of the log.
-                _traceback_text(exception).replace("\n", "\n    "),
+            record = self._logger.makeRecord(
+                self._logger.name, logging.ERROR, __file__, 0,
+                "Failed to process message %s of %s with unhandled exception:",
+                (message.message_id, message.actor_name),
+                (type(exception), exception, exception.__traceback__),
             )  # fmt: skip
+            # In place of what a formatter makes of it: indented, so that no line of it can pass for a
+            # line of the log, and bounded.
+            record.exc_text = f"    {_traceback_text(exception)}".replace("\n", "\n    ")
+            self._logger.handle(record)
 
     def _dead_letter(self, job: _Job, message: MessageProxy) -> tuple[str, tuple[Any, ...]]:
         """Bury the message as it is now, with its last traceback; or its bytes as they were."""

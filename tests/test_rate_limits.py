@@ -543,6 +543,23 @@ def test_limiters_of_one_key_share_its_places(backend):
         assert acquired(ConcurrentRateLimiter(backend, "key")) is False
 
 
+def test_a_limiter_of_ones_own_gives_back_as_in_dramatiq(backend):
+    given_back = []
+
+    class Generous(RateLimiter):
+        def _acquire(self):
+            return True
+
+        def _release(self):
+            given_back.append(self.key)
+
+    with pytest.raises(ValueError), Generous(backend, "key").acquire() as is_acquired:
+        assert is_acquired and not given_back
+        raise ValueError
+
+    assert given_back == ["key"]
+
+
 def test_a_limiter_of_ones_own_needs_to_take_only(backend):
     taken = []
 

@@ -794,3 +794,14 @@ def test_the_refusal_of_a_result_names_the_actor_and_what_is_wrong(broker):
 
     assert raised.value.orig_exc_type == "TypeError"
     assert re.fullmatch(r"The result of actor 'work' can't be kept: \w.* is a set, .*", raised.value.orig_exc_msg)
+
+
+def test_a_result_that_will_never_come_is_told_with_the_reason_of_the_dead_letter(worker):
+    broker = dramalite.MemoryBroker()
+    work = dramalite.actor(print, actor_name="work", store_results=True, broker=broker)
+    message = broker.enqueue(work.message().copy(actor_name="nobody"))
+    worker(broker)
+    broker.join("default", timeout=5000)
+
+    with pytest.raises(ResultUnavailable, match="dead letter: ActorNotFound: nobody"):
+        message.get_result(block=True, timeout=5000)

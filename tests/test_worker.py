@@ -1187,6 +1187,22 @@ def said(broker, worker, caplog, error, **options):
     ]
 
 
+def test_a_logged_failure_has_its_exception_for_handlers_that_want_it(broker, worker, caplog):
+    @dramalite.actor(max_retries=0)
+    def fail():
+        raise ValueError("no\nFAKE line of a log")
+
+    fail.send()
+    worker(broker)
+    broker.join("default", timeout=2000)
+    [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
+    text = logging.Formatter().format(record)
+
+    assert record.exc_info[0] is ValueError
+    assert text.count("Traceback") == 1
+    assert all(line.startswith("    ") for line in text.splitlines()[1:])
+
+
 def test_an_expected_exception_is_logged_as_information(broker, worker, caplog):
     lines = said(broker, worker, caplog, ValueError("no"), throws=ValueError)
 

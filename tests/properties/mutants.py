@@ -156,11 +156,10 @@ MUTANTS = [
     # Nothing is lost or done twice
     Mutant(
         "ack-before-run", "a message is deleted when it is claimed", "once",
-        "                    ).fetchall()\n                if limit and not rows:",
-        "                    ).fetchall()\n"
-        '                    gone = "DELETE FROM dramalite_messages WHERE state = 2 AND id = ?"\n'
-        "                    connection.executemany(gone, [(row[1],) for row in rows])\n"
-        "                if limit and not rows:",
+        "                rows = connection.execute(_CLAIM, values).fetchall()\n",
+        "                rows = connection.execute(_CLAIM, values).fetchall()\n"
+        '                gone = "DELETE FROM dramalite_messages WHERE state = 2 AND id = ?"\n'
+        "                connection.executemany(gone, [(row[1],) for row in rows])\n",
     ),
     Mutant(
         "lost-in-a-crash", "what a dead worker had claimed is deleted", "once",
@@ -510,9 +509,9 @@ MUTANTS = [
     ),
     Mutant(
         "limits-forgotten-in-crashes", "a worker that dies leaves all places free", "limits",
-        "                        taken = connection.execute(_TAKE_BACK, values).rowcount\n",
-        "                        taken = connection.execute(_TAKE_BACK, values).rowcount\n"
-        '                        connection.execute("DELETE FROM dramalite_limits")\n',
+        "    return connection.execute(_TAKE_BACK, values).rowcount, over\n",
+        '    connection.execute("DELETE FROM dramalite_limits")\n'
+        "    return connection.execute(_TAKE_BACK, values).rowcount, over\n",
     ),
     # Encoding
     Mutant(
