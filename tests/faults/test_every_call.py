@@ -92,7 +92,7 @@ def run_worker(worker, broker, work):
         broker.join("default", timeout=20)
 
 
-@pytest.mark.parametrize("stride", [7, pytest.param(1, marks=pytest.mark.torture)])
+@pytest.mark.parametrize("stride", [23, pytest.param(1, marks=pytest.mark.torture)])
 @pytest.mark.parametrize("place", ["memory", "file"])
 def test_a_handler_may_stop_the_worker_wherever_it_interrupts_the_program(tmp_path, place, stride):
     broker = dramalite.MemoryBroker() if place == "memory" else dramalite.SQLiteBroker(tmp_path / "queue.db")

@@ -74,7 +74,7 @@ class Model:
         entry = self.entries[event.message_id]
         self.attempts[event.message_id].append(event.outcome)
         if event.outcome == "crashed":
-            entry.crashes += 1
+            entry.crashes += not event.error  # None where the attempt had ended, but was not written.
             self._check(entry.crashes <= MAX_CRASHES, f"{entry} crashed too often")
             entry.state = "waiting"
             return
