@@ -1732,7 +1732,7 @@ _INTERRUPT_CHECK_S = 0.1
 #: Seconds that a cancelled coroutine has for cleaning up.
 _CANCEL_GRACE_S = 1.0
 
-_event_loop_lock = threading.Lock()  # Guards _event_loop_thread.
+_event_loop_lock = threading.RLock()  # Guards _event_loop_thread; no fork while asyncio is imported.
 _event_loop_thread: _EventLoopThread | None = None
 
 
@@ -1891,8 +1891,6 @@ class Actor(Generic[_P, _R]):
         self.logger = get_logger(module, actor_name)
         #: The function if it is `async def`; workers then run it without holding a thread.
         self.coroutine_fn = function if _is_coroutine_function(function) else None
-        if self.coroutine_fn is not None:
-            import asyncio  # noqa: F401  (Not by the first job: a child forked meanwhile would hang.)
         self.fn: Callable[_P, _R] = fn if self.coroutine_fn is None else async_to_sync(function)
         self.broker = broker
         self.actor_name = actor_name
@@ -4529,6 +4527,7 @@ def _register_fork_hooks() -> None:
 
 def _before_fork() -> None:
     todo = [lock for engine in list(_engines) for lock in (engine._lock, engine._checkpoint_lock)]
+    todo.append(_event_loop_lock)
     while todo:
         try:
             _locked_for_fork.locks.append(todo[-1])  # Before it is locked: none stays so for ever.
@@ -4553,7 +4552,7 @@ def _after_fork_in_child() -> None:
     global _interrupt_lock, _broker_lock, _event_loop_lock
     _locked_for_fork.locks.clear()
     _SideFile.forget_all()
-    _interrupt_lock, _event_loop_lock, _broker_lock = threading.RLock(), threading.Lock(), threading.RLock()
+    _interrupt_lock, _event_loop_lock, _broker_lock = [threading.RLock() for _ in range(3)]
     _interruptible.clear()
     _stoppers.clear()
     for item in (*_engines, *_forgetful):
