@@ -4809,8 +4809,6 @@ _CLOCK_SLACK_MS = 1000
 class Results(Middleware):
     """Stores what actors return, where store_results is on, for result_ttl milliseconds."""
 
-    actor_options = {"store_results", "result_ttl"}
-
     def __init__(
         self,
         *,
@@ -4829,6 +4827,10 @@ class Results(Middleware):
         if self._backend is None:
             raise RuntimeError("This Results middleware has no backend and was added to no broker.")
         return self._backend
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"store_results", "result_ttl"}
 
     def concerns(self, options: Mapping[str, Any]) -> bool:
         return bool(options.get("store_results", self.store_results))
@@ -5149,11 +5151,13 @@ class Barrier:
 class AgeLimit(Middleware):
     """Makes dead letters of messages that are older than max_age when their turn comes."""
 
-    actor_options = {"max_age"}
-
     def __init__(self, *, max_age: int | timedelta | None = None) -> None:
         self.logger = get_logger("dramalite.middleware.age_limit", type(self))
         self.max_age = None if max_age is None else _milliseconds(max_age, "max_age")
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"max_age"}
 
     def concerns(self, options: Mapping[str, Any]) -> bool:
         return bool(options.get("max_age", self.max_age))
@@ -5191,8 +5195,6 @@ class TimeLimit(Middleware):
     between two looks at the deadlines.
     """
 
-    actor_options = {"time_limit"}
-
     def __init__(self, *, time_limit: int | timedelta = 600_000, interval: int = 1000) -> None:
         self.logger = get_logger("dramalite.middleware.time_limit", type(self))
         self.time_limit = None if time_limit is None else _check_time_limit(time_limit, "time_limit")
@@ -5207,6 +5209,10 @@ class TimeLimit(Middleware):
         self._passed: dict[int, float] = {}  # By runner: when the interrupt was raised.
         self._wakes_at = 0.0
         self._is_watched = False  # By a thread.
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"time_limit"}
 
     def after_process_boot(self, broker: Broker) -> None:
         _warn_without_interrupts("TimeLimit cannot kill threads")
@@ -5300,8 +5306,6 @@ class Shutdown(Interrupt):
 class ShutdownNotifications(Middleware):
     """Raises Shutdown in the running actors that have notify_shutdown, when the worker stops."""
 
-    actor_options = {"notify_shutdown"}
-
     def __init__(self, notify_shutdown: bool = False) -> None:
         self.logger = get_logger("dramalite.middleware.shutdown", type(self))
         self.notify_shutdown = notify_shutdown
@@ -5312,6 +5316,10 @@ class ShutdownNotifications(Middleware):
         """Begin with nobody to notify, also in a forked child: its parent's threads are not here."""
         self._notified: set[int] = set()  # Runners whose actor wants to know.
         self._stopping: set[int] = set()  # By id(): workers that stop.
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"notify_shutdown"}
 
     def concerns(self, options: Mapping[str, Any]) -> bool:
         wanted = options.get("notify_shutdown")
@@ -5373,10 +5381,12 @@ class Callbacks(Middleware):
     on_failure comes for every failed attempt; see on_retry_exhausted of Retries for the last.
     """
 
-    actor_options = {"on_failure", "on_success"}
-
     def __init__(self) -> None:
         self.logger = get_logger("dramalite.middleware.callbacks", type(self))
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"on_failure", "on_success"}
 
     def concerns(self, options: Mapping[str, Any]) -> bool:
         return bool(options.get("on_success") or options.get("on_failure"))
@@ -5424,11 +5434,13 @@ def _send_callback(broker: Broker, callback: str, message: MessageProxy, value: 
 class Pipelines(Middleware):
     """Sends the next message of a pipeline, with the result as its last argument."""
 
-    actor_options = {"pipe_ignore", "pipe_target"}
-
     def __init__(self) -> None:
         self.logger = get_logger("dramalite.middleware.pipelines", type(self))
         self._told: set[str] = set()  # Actors whose signature was warned of.
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {"pipe_ignore", "pipe_target"}
 
     def concerns(self, options: Mapping[str, Any]) -> bool:
         return False  # A message in a pipeline has a pipe_target of its own.
@@ -5629,11 +5641,6 @@ class Retries(Middleware):
     holds from there on, or a function of the attempt (from 0).
     """
 
-    actor_options = {
-        "backoff", "max_retries", "min_backoff", "max_backoff", "retry_when", "throws",
-        "on_retry_exhausted",
-    }  # fmt: skip
-
     def __init__(
         self,
         *,
@@ -5649,6 +5656,13 @@ class Retries(Middleware):
         self.min_backoff = 15_000 if min_backoff is None else _milliseconds(min_backoff, "min_backoff")
         self.max_backoff = _MAX_BACKOFF_MS if max_backoff is None else _milliseconds(max_backoff, "max_backoff")
         self.retry_when = retry_when
+
+    @property
+    def actor_options(self) -> set[str]:
+        return {
+            "backoff", "max_retries", "min_backoff", "max_backoff", "retry_when", "throws",
+            "on_retry_exhausted",
+        }  # fmt: skip
 
     def concerns(self, options: Mapping[str, Any]) -> bool:
         return False
