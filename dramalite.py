@@ -6587,19 +6587,25 @@ class MemoryBroker(_EngineBroker):
 
 
 class StubBroker(MemoryBroker):
-    """A MemoryBroker with exactly Dramatiq's default middleware, whose join() raises failures.
-
-    `options` are those of a MemoryBroker.
-    """
+    """A MemoryBroker with exactly Dramatiq's default middleware, whose join() raises failures."""
 
     def __init__(
         self,
         middleware: list[Middleware] | None = None,
         *,
         fail_fast_default: bool = True,
-        **options: Any,
+        max_message_size: int = _MAX_MESSAGE_SIZE,
+        max_crashes: int = 3,
+        clock: Clock | None = None,
+        random: random.Random | None = None,
     ) -> None:
-        super().__init__(middleware, **options)
+        super().__init__(
+            middleware,
+            max_message_size=max_message_size,
+            max_crashes=max_crashes,
+            clock=clock,
+            random=random,
+        )
         self.fail_fast_default = fail_fast_default
 
     def _default_middleware(self) -> list[Middleware]:
