@@ -5562,7 +5562,12 @@ class GroupCallbacks(Middleware):
         cast("_EngineBroker", broker)._write(_CREATE_GROUP, (uuid, count, count))
 
     def after_process_message(
-        self, broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **_result: Any
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
     ) -> None:
         if exception is None and not message.failed:
             for membership in _memberships(message.options):
@@ -5668,7 +5673,12 @@ class Retries(Middleware):
         return False
 
     def after_process_message(
-        self, broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **_result: Any
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
     ) -> None:
         if exception is None or message.failed:
             return
@@ -5846,7 +5856,12 @@ class Prometheus(Middleware):
         self._started[_runner.id()] = broker.clock.monotonic()
 
     def after_process_message(
-        self, broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **_result: Any
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
     ) -> None:
         started = self._started.pop(_runner.id(), None)
         taken_ms = 0.0 if started is None else (broker.clock.monotonic() - started) * 1000
