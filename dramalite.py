@@ -5229,10 +5229,18 @@ class TimeLimit(Middleware):
         if deadline < self._wakes_at or not self._is_watched:
             self._watch(broker.clock, deadline)
 
-    def after_process_message(self, broker: Broker, message: MessageProxy, **_outcome: Any) -> None:
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
         self.leave(_runner.id())
 
-    after_skip_message = after_process_message
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        self.leave(_runner.id())
 
     def leave(self, runner: int) -> None:
         """Forget what a runner's message was watched for: it is over, or no longer the worker's."""
@@ -5362,10 +5370,19 @@ class ShutdownNotifications(Middleware):
         if self.notify_shutdown if wanted is None else wanted:
             self._notified.add(_runner.id())
 
-    def after_process_message(self, broker: Broker, message: MessageProxy, **_outcome: Any) -> None:
-        self.leave(_runner.id())
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
+        if self._notified:
+            self.leave(_runner.id())
 
-    after_skip_message = after_process_message
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        self.leave(_runner.id())
 
     def leave(self, runner: int) -> None:
         """Forget that a runner's message wants to know: it is over, or no longer the worker's."""
@@ -5766,10 +5783,18 @@ class CurrentMessage(Middleware):
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         _current_message.set(message)
 
-    def after_process_message(self, broker: Broker, message: MessageProxy, **_outcome: Any) -> None:
+    def after_process_message(
+        self,
+        broker: Broker,
+        message: MessageProxy,
+        *,
+        result: Any = None,
+        exception: BaseException | None = None,
+    ) -> None:
         _current_message.set(None)
 
-    after_skip_message = after_process_message
+    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
+        _current_message.set(None)
 
 
 class AsyncIO(Middleware):
