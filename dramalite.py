@@ -2246,7 +2246,7 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
         """
         for step in self.messages:
             if isinstance(step, group):
-                step.check()
+                step._check()
         if self.messages:
             first = self.messages[0]
             if isinstance(first, group):
@@ -2331,7 +2331,7 @@ class group:  # noqa: N801  (Dramatiq's name)
     def run(self, *, delay: int | timedelta | None = None) -> group:
         """Send all children, in their order; messages next to each other in one transaction.
 
-        Raises RuntimeError where check() does.
+        Raises RuntimeError if the broker lacks the middleware that somebody waits by.
         """
         together: list[Message[Any]] = []
         for child in self._children_to_send():
@@ -2349,7 +2349,7 @@ class group:  # noqa: N801  (Dramatiq's name)
         self.broker.enqueue_many(together)
         return self
 
-    def check(self) -> None:
+    def _check(self) -> None:
         """Raise RuntimeError if the broker can't count the members, or keep results for the next step."""
         successor = self.successor
         if self._is_counted():
@@ -2376,7 +2376,7 @@ class group:  # noqa: N801  (Dramatiq's name)
         """The children; where somebody waits for all of them, copies that count."""
         if not self._is_counted():
             return self.children
-        self.check()
+        self._check()
         counter, successor = self._counter(), self.successor
         callbacks = list(self.completion_callbacks)
         children = self.children
