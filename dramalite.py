@@ -3124,7 +3124,7 @@ _CLAIM = """
           CROSS JOIN dramalite_messages AS m INDEXED BY dramalite_ready
             ON m.queue = t.key AND m.actor = t.value
          WHERE m.state = 0
-           AND (m.crashes = 0 OR m.id = (
+           AND (m.crashes <= 0 OR m.id = (
                 SELECT s.id FROM dramalite_messages AS s INDEXED BY dramalite_suspects
                  WHERE s.state = 0 AND s.crashes > 0 AND :suspects
                    AND EXISTS (SELECT 1 FROM json_each(:targets) AS u

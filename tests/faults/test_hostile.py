@@ -540,6 +540,18 @@ def test_values_that_a_foreign_program_stored_stop_no_other_message(make_file_br
     assert len(done) == len(set(done))
 
 
+def test_a_count_of_crashes_below_zero_keeps_no_message_waiting(make_file_broker, worker, tmp_path):
+    broker = make_file_broker()
+    done = []
+    dramalite.actor(done.append, actor_name="work").send(1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
+        connection.execute("UPDATE dramalite_messages SET crashes = -1")
+    worker(broker)
+    broker.join("default", timeout=5000)
+
+    assert done == [1]
+
+
 def spoil(path, message, column):
     """Store a text that is no UTF-8 in a column of a message."""
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
