@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import functools
 import importlib
 import itertools
 import json
@@ -45,6 +46,7 @@ def dramalite():
     return importlib.import_module("dramalite")
 
 
+@functools.cache
 def banners():
     """The titles of the sections with the numbers of their first lines (from 1), in order."""
     found, inside = [], False
@@ -522,8 +524,8 @@ def test_no_test_leans_on_a_private_name_of_the_module():
         for path in sorted(TESTS.rglob("test_*.py"))
         if path != Path(__file__).resolve()
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if re.match(r"(dramalite|dramatiq)\._[^_]", ast.unparse(node))
-        or re.match(r"monkeypatch\.setattr\((dramalite|dramatiq), '_", ast.unparse(node))
+        if isinstance(node, ast.Attribute) or (isinstance(node, ast.Call) and node.args)
+        if re.match(r"(dramalite|dramatiq)\._[^_]|monkeypatch\.setattr\((dramalite|dramatiq), '_", ast.unparse(node))
     ]
 
     assert private == []
