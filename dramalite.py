@@ -1901,6 +1901,8 @@ class Actor(Generic[_P, _R]):
         broker.declare_actor(self)
 
     def _check_name(self, broker: Broker) -> None:
+        if not isinstance(self.actor_name, str):
+            raise TypeError(f"actor_name is {self.actor_name!r}; give a str.")
         if self.actor_name in broker.actors:
             raise ValueError(f"An actor named {self.actor_name!r} is already registered.")
 
@@ -2628,6 +2630,7 @@ class _Slots:
         self.words: Any = memoryview(bytearray(_SIDE_FILE_SIZE)).cast("q")
         self.held: set[int] = set()  # Slots of this process.  Guarded by lock.
         self.bells: dict[int, _Bell] = {}  # Their bells.
+        self.abandoned: set[int] = set()  # Owners in this process that died without their process.
         self.lock: Any = threading.RLock()
 
     def make_bell(self) -> _Bell:
@@ -2670,6 +2673,7 @@ class _Slots:
         """Leave a slot of this process as if the process had died."""
         with self.lock:
             self.words[index * _SLOT_WORDS + _WAKE_AT] = 0
+            self.abandoned.add(self.words[index * _SLOT_WORDS + _OWNER])
             self.bells.pop(index, None)
             self.let_go(index)
 
@@ -2695,6 +2699,10 @@ class _Slots:
                 words = self.words[base + _RUNNING : base + _SLOT_WORDS]
                 running = [word for word in words if word]
             return _Remains(self, index, running, self.words[base + _PID])
+
+    def is_surely_dead(self, owner: int) -> bool:
+        """Tell whether a worker whose slot is not locked can't be one whose job has dropped the lock."""
+        return True
 
     def clear(self, owner: int) -> None:
         """Free the slot of a dead worker that has left nothing behind."""
@@ -2805,6 +2813,10 @@ class _Slot:
         """Take the lock back if a job has dropped it, by opening and closing the side file."""
         self.slots.renew(self._index)
 
+    def is_known(self) -> bool:
+        """Tell whether nobody has cleared the slot, who took this worker for dead."""
+        return bool(self._words[self._base + _OWNER] == self.owner)
+
     def abandon(self) -> None:
         """Die: the others find what this worker leaves behind."""
         self._is_ours = False
@@ -2820,7 +2832,10 @@ class _Slot:
         """Leave, but keep the bell, which another slot has."""
         if self._is_ours:
             self._is_ours = False
-            self.slots.free(self._index)
+            if self.is_known():
+                self.slots.free(self._index)
+            else:  # It may be another worker's by now.
+                self.slots.let_go(self._index)
 
 
 class _Remains(NamedTuple):
@@ -2861,7 +2876,7 @@ class _SideFile(_Slots):
             self._file: types.SimpleNamespace = self._open(create) if file is None else file
             self._file.users += 1
         self._descriptor, self._identity = self._file.descriptor, self._file.identity
-        self.words, self.held = self._file.words, self._file.held
+        self.words, self.held, self.abandoned = self._file.words, self._file.held, self._file.abandoned
         self._sender: socket.socket | None = None
         with contextlib.suppress(OSError):  # Without it those elsewhere poll.
             self._sender = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -2887,7 +2902,7 @@ class _SideFile(_Slots):
             identity,
             types.SimpleNamespace(
                 descriptor=descriptor, mapping=mapping, words=memoryview(mapping).cast("q"),
-                identity=identity, held=set(), users=0,
+                identity=identity, held=set(), abandoned=set(), users=0,
             ),
         )  # fmt: skip
 
@@ -2914,6 +2929,9 @@ class _SideFile(_Slots):
         with contextlib.suppress(OSError, OverflowError):  # A lost ring costs a poll's time, no more.
             if self._sender is not None:
                 self._sender.sendto(b"", ("127.0.0.1", port))
+
+    def is_surely_dead(self, owner: int) -> bool:
+        return owner in self.abandoned
 
     def _take(self, index: int) -> bool:
         return _try_lock_byte(self._descriptor, index)
@@ -4315,9 +4333,10 @@ class _Engine(_ValueDatabase):
         crashed: list[tuple[_Row, int]] = []
         is_news = False
         owners = [owner for (owner,) in connection.execute(_OWNERS).fetchall()]
+        self._unknown_since = {o: at for o, at in self._unknown_since.items() if o in owners or o in dead}
         for owner in set(dead).difference(owners):
-            self.slots().clear(owner)
-        self._unknown_since = {o: at for o, at in self._unknown_since.items() if o in owners}
+            if self.slots().is_surely_dead(owner) or self._is_long_unknown(owner):
+                self.slots().clear(owner)
         for owner in owners:
             remains = None if owner == own else self.slots().seize(owner)
             if remains is None or not (remains.slot or self._is_long_unknown(owner)):
@@ -4326,9 +4345,9 @@ class _Engine(_ValueDatabase):
                 taken, over = self._transact(
                     connection, functools.partial(_take_back, dead=owner, owner=own, running=remains.running)
                 )
-            except self._errors:
+            except BaseException as error:
                 remains.leave()
-                if not crashed:
+                if not crashed or not isinstance(error, self._errors):
                     raise
                 break  # Those are this worker's by now; the next recover() meets the trouble.
             remains.release()
@@ -4341,9 +4360,9 @@ class _Engine(_ValueDatabase):
         return crashed, is_news
 
     def _is_long_unknown(self, owner: Any) -> bool:
-        """Tell whether a worker that no slot knows was seen long ago.
+        """Tell whether a worker that no slot knows, or whose slot is not locked, was first seen long ago.
 
-        One that lives, and has lost its side file, makes its claims known anew within a second.
+        One that lives, and has lost its side file or its lock, makes itself known anew within a second.
         """
         now = _SYSTEM_CLOCK.monotonic()
         return now >= self._unknown_since.setdefault(owner, now) + _UNKNOWN_S
@@ -6905,10 +6924,10 @@ class _Processor:
             self._logger.info("Failed to process message %s with expected exception %s.", message, text)
         elif not isinstance(exception, Retry) and self._logger.isEnabledFor(logging.ERROR):
             record = self._logger.makeRecord(
-                self._logger.name, logging.ERROR, __file__, 0,
+                self._logger.name, logging.ERROR, __file__, sys._getframe().f_lineno,
                 "Failed to process message %s of %s with unhandled exception:",
                 (message.message_id, message.actor_name),
-                (type(exception), exception, exception.__traceback__),
+                (type(exception), exception, exception.__traceback__), "_log_failure",
             )  # fmt: skip
             # In place of what a formatter makes of it: indented, so that no line of it can pass for a
             # line of the log, and bounded.
@@ -7569,11 +7588,14 @@ class _Dispatcher(_Exchanger):
                 self._cond.notify()
 
     def _check_slot(self) -> None:
-        """If the side file was deleted or replaced, get a slot in the one that others see."""
-        if self._slot.slots.is_current():
-            self._slot.renew()
+        """If the others no longer see this worker, take a slot in the side file that they see."""
+        self._slot.renew()
+        if self._slot.slots.is_current() and self._slot.is_known():
             return
-        self.logger.error("The side file of %r was deleted or replaced; making a new one.", self._broker)
+        self.logger.error(
+            "The side file of %r was deleted or replaced, or this worker was stopped for so long that "
+            "others took it for dead; making it known anew.", self._broker,
+        )  # fmt: skip
         with self._exchange_lock:
             with self._lock:
                 running = {job.key: job.row.id for job in self.running.values()}
@@ -7708,26 +7730,32 @@ class Worker:
         """
         timeout = min(timeout, _LONGEST_WAIT_S * 1000)
         me = threading.current_thread()
-        with self._state_lock:
-            dispatcher = self._running()
-            if dispatcher is None and not self._is_starting:
-                return
-            is_first = self._stopper is None
-            if is_first and (dispatcher is None or dispatcher.is_busy_here() or self._is_ours(me)):
-                threading.Thread(target=self.stop, args=(timeout,), name="dramalite-stop").start()
-                return
-            if is_first:
-                self._stopper = me.ident
-                self._stopped.clear()
-        if dispatcher is None or not is_first:
-            if me.ident != self._stopper and not self._is_ours(me):
-                self._stopped.wait(timeout / 1000)
+        if self._is_ours(me):
+            self._stop_elsewhere(timeout)
             return
+        is_first = False
         try:
-            self._stop(dispatcher, timeout)
+            with self._state_lock:
+                dispatcher = self._running()
+                if dispatcher is None or dispatcher.is_busy_here():
+                    if self._stopper is None and (dispatcher is not None or self._is_starting):
+                        self._stop_elsewhere(timeout)
+                    return
+                if self._stopper is None:
+                    is_first = True
+                    self._stopper = me.ident
+                    self._stopped.clear()
+            if is_first:
+                self._stop(dispatcher, timeout)
+            elif me.ident != self._stopper:
+                self._stopped.wait(timeout / 1000)
         finally:
-            self._stopper = None
-            self._stopped.set()
+            if is_first:
+                self._stopper = None
+                self._stopped.set()
+
+    def _stop_elsewhere(self, timeout: int) -> None:
+        threading.Thread(target=self.stop, args=(timeout,), name="dramalite-stop").start()
 
     def _stop(self, dispatcher: _Dispatcher, timeout: int) -> None:
         deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
@@ -7758,9 +7786,10 @@ class Worker:
         _live_workers.discard(self)
 
     def _is_ours(self, thread: threading.Thread) -> bool:
-        """Tell whether a thread runs jobs of this worker."""
+        """Tell whether this worker, while it runs, waits for a thread to end what it does."""
         loop_thread = None if _event_loop_thread is None else _event_loop_thread.thread
-        return thread is loop_thread or thread in list(self._threads.values())
+        threads = [loop_thread, self._maintainer, *list(self._threads.values())]
+        return (self._is_starting or self._dispatcher is not None) and thread in threads
 
     def pause(self) -> None:
         """Start no more messages; returns when those that run have ended."""
@@ -7768,8 +7797,8 @@ class Worker:
             dispatcher.pause()
 
     def resume(self) -> None:
-        """Go on after pause()."""
-        if (dispatcher := self._running()) is not None:
+        """Go on after pause(); a stop is not undone."""
+        if (dispatcher := self._running()) is not None and self._stopper is None:
             dispatcher.resume()
 
     def join(self) -> None:
@@ -7989,7 +8018,11 @@ class _JobThread:
     def resume(self) -> None:
         """Let the task go on until it ends or pauses."""
         self._go.release()
-        self._gone.acquire()
+        try:
+            self._gone.acquire()
+        except BaseException:  # Ctrl+C, say: not before the task is where it can be resumed or left.
+            self._gone.acquire()
+            raise
 
     def pause(self) -> None:
         """In the thread: let whoever waits go on, until resume()."""
@@ -8020,6 +8053,7 @@ class _VirtualThread:
         self.deaths = 0  # by so many exceptions.
         self.gives_up_at: int | None = None  # When the worker will, since the job ignored its time limit.
         self.is_given_up = False
+        self.is_cut_off = False  # The run does not wait for its end.
         self.is_skipped = False
         self.error = ""
 
@@ -8028,7 +8062,7 @@ class _VirtualThread:
         self.job = _Job(row)
         self.started_ms = now_ms
         self.is_running = True
-        self.gives_up_at, self.is_given_up = None, False
+        self.gives_up_at, self.is_given_up, self.is_cut_off, self.deaths = None, False, False, 0
         self.worker.slot.run(self.index, row.id)
         if self.real is None:
             run(self)
@@ -8044,10 +8078,14 @@ class _VirtualThread:
             job.exception = None
             self.forget()
             return
-        if isinstance(job.exception, KeyboardInterrupt) and self.real is None:  # Not the job's own.
+        is_interrupted = isinstance(job.exception, KeyboardInterrupt) and self.real is None
+        if self.is_cut_off or is_interrupted:  # That is not the job's own.
             self.worker.hand_back(job.row)
+            self.worker.slot.run(self.index, 0)
             self.forget()
-            raise job.exception
+            if is_interrupted:
+                raise cast(BaseException, job.exception)
+            return
         if self.is_given_up:
             job.exception = TimeLimitExceeded()
         exception = job.exception
@@ -8083,7 +8121,7 @@ class _VirtualThread:
         self.forget()
 
     def die(self) -> None:
-        """In a job of a dead worker: end it, or leave it where it is if it can't be ended."""
+        """In a job whose worker has died, or given it up: end it, or leave it where it is for ever."""
         self.deaths += 1
         if self.deaths > _MOST_DEATHS and self.real is not None:
             self.real.pause()
@@ -8176,6 +8214,7 @@ def drain(broker: Broker, *, max_messages: int = 10_000) -> int:
             failures.pop(row.message_id, None)
             failure = job.exception
             if isinstance(failure, KeyboardInterrupt):  # Not the job's own.
+                worker.hand_back(row)
                 raise failure
             worker.processor.conclude_safely(job)
             if job.message is not None and job.message.failed:
@@ -8201,6 +8240,9 @@ def drain(broker: Broker, *, max_messages: int = 10_000) -> int:
 # ------------------------------------------------------------------------------------------
 #: Milliseconds between two looks of a job that waits for something.
 _VIRTUAL_POLL_MS = 10
+
+#: How often a job may let time pass where no other one can run meanwhile.
+_MOST_NAPS = 1_000_000
 
 
 class _VirtualClock(Clock):
@@ -8266,6 +8308,9 @@ def simulated_work(duration: int | timedelta) -> None:
 #: What a loop's time is ahead after each wait: it takes a timer for due only when it is past.
 _LOOP_NAP_S = 1e-7
 
+#: Real seconds for which a call in a thread keeps virtual time from passing.
+_REAL_WAIT_S = 0.1
+
 
 def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine on an event loop of its own, whose time is the clock's."""
@@ -8277,9 +8322,9 @@ def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> A
 
         def select(self, timeout: float | None = None) -> Any:
             is_timed = timeout is not None and timeout > 0
-            if is_timed and loop.calls:  # In real threads: no time passes until they end.
-                return super().select(None)
-            ready = super().select(0 if is_timed else timeout)
+            # Calls in real threads take no time, unless they wait for it to pass.
+            wait = _REAL_WAIT_S if loop.calls else 0
+            ready = super().select(wait if is_timed else timeout)
             if not ready and is_timed:
                 clock.sleep(cast(float, timeout))
                 loop.ahead_s += _LOOP_NAP_S
@@ -8313,20 +8358,14 @@ def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> A
     except asyncio.CancelledError as error:
         raise RuntimeError("The coroutine was cancelled.") from error
     finally:
-        with contextlib.suppress(_Crash):
-            loop.run_until_complete(_cancel_all())
+        with contextlib.suppress(_Crash, Interrupt):  # What came of the coroutine stands.
+            left = asyncio.all_tasks(loop)
+            for task in left:
+                task.cancel()
+            if left:
+                loop.run_until_complete(asyncio.wait(left, timeout=_CANCEL_GRACE_S))
+            loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
-
-
-async def _cancel_all() -> None:
-    """Cancel what else runs on this loop, and wait for the end of it."""
-    import asyncio
-
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in left:
-        task.cancel()
-    await asyncio.gather(*left, return_exceptions=True)
-    await asyncio.get_running_loop().shutdown_asyncgens()
 
 
 def _run_virtually(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -8342,6 +8381,7 @@ def _run_virtually(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> Any:
 
     def run() -> Any:
         _virtual.world, _virtual.thread = world, thread
+        _runner.run_coroutine = functools.partial(_run_virtually, clock)
         return _run_on_virtual_loop(clock, coroutine)
 
     with ThreadPoolExecutor(1) as pool:
@@ -8594,7 +8634,7 @@ class Simulation:
         most_ms = _milliseconds(max_time, "max_time")
         end_ms = self._clock.now_ms + most_ms
         for _ in range(max_steps):
-            if not self._step(end_ms, may_skip=True, latest_ms=end_ms):
+            if not self._step(end_ms, may_skip=True, latest_ms=end_ms) or self._clock.now_ms > end_ms:
                 break
         else:
             if self._steps() or self._next_time() is not None:
@@ -8743,8 +8783,10 @@ class Simulation:
             self._jump(due_ms)
             return True
 
-        self._take(self._pick(steps), skip_to)
-        if self._naps > _MOST_STEPS:
+        step = self._pick(steps)
+        if self._choose is None or step in self._steps():  # choose() may have had a worker crash.
+            self._take(step, skip_to)
+        if self._naps > _MOST_NAPS:
             self._fail("has a job that lets time pass without end")
         return True
 
@@ -8843,13 +8885,14 @@ class Simulation:
         now_ms = self._clock.now_ms
         wakes_at = now_ms + ms
         self._naps += 1
-        if thread.real is None and (self._naps > _MOST_STEPS or now_ms > self._latest_ms):
-            thread.gives_up_at = now_ms
+        if thread.real is None and (self._naps > _MOST_NAPS or now_ms > self._latest_ms):
+            thread.is_cut_off = True
+            raise _Crash
         if thread.gives_up_at is not None and wakes_at >= thread.gives_up_at:
             if not thread.is_given_up:
                 self._sleep(thread, thread.gives_up_at)
             thread.is_given_up = True
-            raise _Crash
+            thread.die()
         limits = [item for item in self.broker.middleware if isinstance(item, TimeLimit)]
         deadlines = [(item.deadline(thread.runner), item) for item in limits]
         ends = [
@@ -8878,6 +8921,7 @@ class Simulation:
                 return False
             if _virtual.thread is not None:
                 self.pass_time(_VIRTUAL_POLL_MS)
+                self._naps -= 1  # That is no job without an end: its wait has one, or the run.
             elif not self._step(end_ms):
                 if end_ms is None:
                     return is_done()
