@@ -4324,6 +4324,7 @@ class _Engine(_ValueDatabase):
         """
         dead = self.slots().dead()  # Before the look at what is claimed: they claim no more.
         if set(self._read(_OWNERS)) <= {(slot.owner,)} and not dead:
+            self._unknown_since.clear()
             return [], False
         return self._write("work", lambda connection: self._recover(connection, slot.owner, dead))
 

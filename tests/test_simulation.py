@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -868,6 +869,38 @@ def test_a_job_that_lets_time_pass_without_end_fails_the_run(make_broker, bounds
         with pytest.raises(dramalite.SimulationError, match="is not idle after"):
             sim.run_until_idle(**bounds)
 
+        assert sim.events == []
+        assert [message.actor_name for message in sim.pending()] == ["endless"]
+
+
+def test_a_job_may_wait_for_hours(broker):
+    @dramalite.actor(time_limit=timedelta(days=1), max_retries=0)
+    def patient():
+        never.message().get_result(block=True, timeout=20 * 60_000)
+
+    never = dramalite.actor(print, actor_name="never", store_results=True, queue_name="other")
+    with dramalite.simulate(broker) as sim:
+        patient.send()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["dead"]
+
+
+def test_a_choice_may_have_a_worker_crash(broker, work):
+    def choose(steps):
+        chosen.append(steps[0])
+        if len(chosen) in (1, 4, 6):
+            sim.crash(steps[0].worker)
+        return steps[0]
+
+    chosen = []
+    with dramalite.simulate(broker, workers=2, choose=choose) as sim:
+        work.send(10)
+        work.send(10)
+        sim.run_until_idle()
+
+    assert outcomes(sim)[-2:] == ["done", "done"]
+
 
 def test_a_job_that_waits_without_end_fails_the_step(make_broker):
     broker = make_broker(middleware=[])
@@ -950,6 +983,64 @@ def test_no_time_passes_while_a_real_thread_works(broker):
         sim.run_until_idle()
 
     assert [event.result for event in sim.events] == [(sum(range(100_000)), 0.0, 0.01)]
+
+
+def test_a_real_thread_that_waits_for_virtual_time_gets_it(broker):
+    @dramalite.actor(store_results=True)
+    async def waits():
+        event = threading.Event()
+        waiting = asyncio.create_task(asyncio.to_thread(event.wait))
+        await asyncio.sleep(1)
+        event.set()
+        return await waiting
+
+    with dramalite.simulate(broker) as sim:
+        waits.send()
+        sim.run_until_idle()
+
+    assert [(event.outcome, event.result) for event in sim.events] == [("done", True)]
+
+
+def test_a_coroutine_that_cannot_be_cancelled_leaves_the_result_of_the_one_that_left_it(broker):
+    async def stubborn():
+        while True:
+            try:
+                await asyncio.sleep(1)
+            except asyncio.CancelledError:
+                pass
+
+    @dramalite.actor(store_results=True)
+    async def careless():
+        kept.append(asyncio.create_task(stubborn()))
+        await asyncio.sleep(1)
+        return 1
+
+    kept = []
+    with dramalite.simulate(broker) as sim:
+        careless.send()
+        sim.run_until_idle()
+
+    assert [(event.outcome, event.result) for event in sim.events] == [("done", 1)]
+
+
+def test_actors_that_call_coroutines_inside_a_running_loop_stay_in_virtual_time(broker):
+    @dramalite.actor
+    async def inner():
+        await asyncio.sleep(300)
+
+    @dramalite.actor
+    async def outer():
+        inner()
+
+    async def main():
+        with dramalite.simulate(broker) as sim:
+            outer.send()
+            sim.run_until_idle()
+        return sim
+
+    sim = asyncio.run(main())
+
+    assert [event.ended - event.started for event in sim.events] == [timedelta(minutes=5)]
 
 
 def test_what_a_coroutine_leaves_behind_is_cancelled(broker):

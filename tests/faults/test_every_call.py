@@ -103,6 +103,7 @@ def test_a_handler_may_stop_the_worker_wherever_it_interrupts_the_program(tmp_pa
 
     def handle():
         worker.stop(timeout=5000)
+        worker.stop(timeout=5000)  # As by a second signal.
         stopped.append(numbers[-1])
 
     def strike_everywhere():
