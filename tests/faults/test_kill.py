@@ -190,6 +190,29 @@ def test_a_worker_that_fails_once_to_take_over_from_two_dead_ones_does_so_all_th
     assert {letter.message_id for letter in broker.dead_letters} == {message.message_id for message in sent}
 
 
+@pytest.mark.torture
+def test_an_idle_worker_that_drops_its_lock_again_and_again_is_not_taken_for_dead_later_on(place):
+    place.ready_worker(threads=1)
+    place.script(
+        """
+        import time
+        import dramalite
+        import jobs
+
+        with dramalite.Worker(jobs.broker, worker_threads=2):
+            for _ in range(8):
+                open(jobs.os.environ["JOBS_DB"] + "-lock").close()
+                time.sleep(0.63)  # The other one looks, and this one takes the lock back, each second.
+            for number in range(1, 4):
+                jobs.job.send(number, 4.0)
+            jobs.broker.join("default", timeout=30_000)
+        """,
+        seconds=60,
+    )
+
+    assert place.runs("start") == {"1": 1, "2": 1, "3": 1}
+
+
 def test_a_job_that_opens_and_closes_the_side_file_is_not_taken_over(place, make_file_broker, worker):
     place.worker()
     place.send("drops_the_lock", 1)
