@@ -873,17 +873,19 @@ def test_a_job_that_lets_time_pass_without_end_fails_the_run(make_broker, bounds
         assert [message.actor_name for message in sim.pending()] == ["endless"]
 
 
-def test_a_job_may_wait_for_hours(broker):
-    @dramalite.actor(time_limit=timedelta(days=1), max_retries=0)
+def test_a_job_may_wait_in_vain_for_a_result(broker):
+    @dramalite.actor(max_retries=0)
     def patient():
-        never.message().get_result(block=True, timeout=20 * 60_000)
+        waited_for[0].get_result(block=True, timeout=60_000)
 
-    never = dramalite.actor(print, actor_name="never", store_results=True, queue_name="other")
+    late = dramalite.actor(print, actor_name="late", store_results=True)
     with dramalite.simulate(broker) as sim:
+        waited_for = [late.send_with_options(delay=timedelta(days=1))]
         patient.send()
-        sim.run_until_idle()
+        sim.run_until(START + timedelta(hours=1))
 
     assert outcomes(sim) == ["dead"]
+    assert sim.events[0].ended - sim.events[0].started == timedelta(minutes=1)
 
 
 def test_a_choice_may_have_a_worker_crash(broker, work):
@@ -1117,12 +1119,11 @@ def test_a_simulation_starts_after_1970(broker):
         dramalite.simulate(broker, start=datetime(1969, 12, 31))
 
 
-def test_the_event_of_a_message_for_an_unknown_actor_names_it(make_broker):
-    broker = make_broker()
+def test_the_event_of_a_message_for_an_unknown_actor_names_it():
+    broker = dramalite.MemoryBroker()
     work = dramalite.actor(print, actor_name="work", broker=broker)
-    message = work.message().copy(actor_name="nobody")
-    broker.enqueue(message)
+    broker.enqueue(work.message().copy(actor_name="nobody"))
     with dramalite.simulate(broker) as sim:
         sim.run_until_idle()
 
-    assert {event.actor for event in sim.events} <= {"nobody"}
+    assert [(event.actor, event.outcome) for event in sim.events] == [("nobody", "dead")]
