@@ -35,6 +35,7 @@ Contents
     SQLite connections
     Waking and watching
     Values
+    Senders
     SQLite engine
     Forking
     Results
@@ -202,6 +203,16 @@ else:
     def _unlock_byte(descriptor: int, index: int) -> None:
         """Give up the lock on byte `index`."""
         fcntl.lockf(descriptor, fcntl.LOCK_UN, 1, _LOCK_OFFSET + index)
+
+
+def _flush_to_disk(descriptor: int) -> None:
+    """Return when the disk keeps what was written to an open file; OSError where it may not."""
+    if sys.platform == "darwin":
+        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+    elif sys.platform == "win32":
+        os.fsync(descriptor)
+    else:
+        os.fdatasync(descriptor)
 
 
 def _file_system(path: str) -> str:
@@ -3314,7 +3325,8 @@ class _Outcome:
 # ------------------------------------------------------------------------------------------
 # Database files
 #
-# Making a database's file, with what is wrong with its path or place told in time.
+# Making a database's file, with what is wrong with its path or place told in time; and the
+# flushing of its write-ahead log.
 # ------------------------------------------------------------------------------------------
 #: Bytes of a database of one page of the smallest size.
 _SMALLEST_DATABASE = 512
@@ -3379,6 +3391,66 @@ def _warn_of_place(path: str) -> None:
         )  # fmt: skip
 
 
+def _beside(path: str, suffix: str) -> str:
+    """A file beside a database: where a link leads, as SQLite has it, one for all names."""
+    return os.path.realpath(path) + suffix
+
+
+class _Log:
+    """A database's write-ahead log, which its senders flush to the disk after their commits.
+
+    SQLite itself would flush it inside each commit, with the database locked to all others.
+    Numbers count the commits of this process.  Those that wait together share one flush.
+    """
+
+    def __init__(self, database: str) -> None:
+        self._database = database
+        self.lock = threading.RLock()  # Held for a flush; a signal handler may send meanwhile.
+        self.commits = 0
+        self._file: IO[bytes] | None = None
+        self._flushed = 0
+        self._lost = 0  # What was committed up to there may not be on disk, whatever comes later.
+
+    def note_commit(self) -> int:
+        """Count a commit of this process; gives what to flush up to."""
+        if self._file is None:
+            self._file = open(_beside(self._database, "-wal"), "rb+", buffering=0)
+        self.commits += 1
+        return self.commits
+
+    def flush(self, commit: int) -> None:
+        """Return when a commit is on disk; OSError if it may not be there."""
+        if sys.is_finalizing():  # A thread that was stopped for good may hold the lock.
+            self._flush()
+            return
+        with self.lock:
+            if self._flushed < commit:
+                self._flush()
+            if commit <= self._lost:
+                raise OSError(errno.EIO, "a flush to the disk has failed")
+
+    def _flush(self) -> None:
+        if self._file is None:
+            raise OSError(errno.EBADF, "the log was closed")
+        commits = self.commits
+        try:
+            _flush_to_disk(self._file.fileno())
+        except OSError:
+            self._lost = commits
+            raise
+        finally:
+            self._flushed = max(self._flushed, commits)
+
+    def close(self) -> None:
+        """Flush what is not flushed yet, and close the file."""
+        with self.lock:
+            if self._file is not None:
+                try:
+                    self.flush(self.commits)
+                finally:
+                    self._file.close()
+                    self._file = None
+
 # ------------------------------------------------------------------------------------------
 # SQLite connections
 #
@@ -3386,7 +3458,7 @@ def _warn_of_place(path: str) -> None:
 # one that works, one that reads; in memory one for all.  They are opened at first use and
 # guarded by `_lock`, under which every write is one transaction; only the slots' lock is
 # taken under it.  Every error that reaches the user says which file, what, and what to do.
-# SQLite's own files are never opened by Python: closing such a descriptor drops its locks.
+# The database itself is never opened by Python: closing its descriptor drops SQLite's locks.
 # ------------------------------------------------------------------------------------------
 #: Of new files: a message touches few pages, and every touched one goes into the log whole.
 _PAGE_SIZE = 2048
@@ -3420,6 +3492,7 @@ class _Database:
         self.path = path
         self._errors = Error
         self._durability = durability
+        self._log = _Log(path) if path is not None and durability == "full" else None
         self._clock = clock  # The broker's, which may get another one.
         self._lock = threading.RLock()
         self._identity: tuple[int, int] | None = None
@@ -3499,10 +3572,8 @@ class _Database:
             connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
             self._patiently(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchall())
             connection.execute("PRAGMA wal_autocheckpoint = 0")
-            full = role == "send" and self._durability == "full"
-            connection.execute(f"PRAGMA synchronous = {'FULL' if full else 'NORMAL'}")
+            connection.execute("PRAGMA synchronous = NORMAL")  # What else is to be flushed, _log flushes.
             if sys.platform == "darwin" and self._durability == "full":
-                connection.execute(f"PRAGMA fullfsync = {int(full)}")
                 connection.execute("PRAGMA checkpoint_fullfsync = 1")  # The log starts anew after it.
             connection.execute("PRAGMA mmap_size = 0")
         (self._page_size,) = connection.execute("PRAGMA page_size").fetchone()
@@ -3535,6 +3606,9 @@ class _Database:
 
     def _disconnect(self) -> None:
         """Close the connections; the next use opens them again.  Call with _lock held."""
+        if self._log is not None:
+            with contextlib.suppress(OSError):  # Those that wait for it hear of it.
+                self._log.close()
         for connection in self._connections.values():
             with contextlib.suppress(self._errors):  # A full disk must not keep us here.
                 connection.close()
@@ -3568,7 +3642,7 @@ class _Database:
                         self._slots.close()
                         self._slots = None
                     try:
-                        self._slots = _SideFile(self._beside("-lock"), create=True)
+                        self._slots = _SideFile(_beside(self.path, "-lock"), create=True)
                     except OSError as error:
                         raise ConnectionFailed(
                             f"The side file {self.path + '-lock'!r} can't be used: {error}."
@@ -3589,11 +3663,12 @@ class _Database:
 
     def forget(self) -> None:
         """In a forked child: what was inherited is the parent's; keep it, never touch it."""
-        _inherited.append((self._connections, self._slots))
+        _inherited.append((self._connections, self._slots, self._log))
         self._lock = threading.RLock()
         self._checkpoint_lock = threading.RLock()
         if self.path is not None:
             self._connections = {}
+            self._log = None if self._log is None else _Log(self.path)
             self._slots = None
             self._identity = None
         self._is_writing = False
@@ -3624,7 +3699,10 @@ class _Database:
     # would keep it from being left for as long as somebody holds that exception.
 
     def _write(self, role: str, run: Callable[[sqlite3.Connection], _R]) -> _R:
-        """Call `run` with the connection for a write; SQLite's errors become BrokerErrors."""
+        """Call `run` with the connection for a write; SQLite's errors become BrokerErrors.
+
+        What the role "send" writes is on disk, by the durability chosen, when this returns.
+        """
         before = self.changes() if self._watchers else -1
         self._check_alive()
         with self._lock:
@@ -3636,6 +3714,7 @@ class _Database:
             try:
                 self._is_writing = True
                 result = run(self._connect(role))
+                commit = self._note_commit() if role == "send" else 0
             except self._errors as error:
                 raise self._failure(error) from error
             finally:
@@ -3643,7 +3722,29 @@ class _Database:
                 self._finish_write()
         if self._watchers and self.changes() != before:
             self.notify()
+        self._flush(commit)
         return result
+
+    def _note_commit(self) -> int:
+        """What to _flush(), after a write that is to outlast a power cut.  Call with _lock held."""
+        try:
+            return 0 if self._log is None else self._log.note_commit()
+        except OSError as error:
+            raise self._not_on_disk(error) from error
+
+    def _flush(self, commit: int) -> None:
+        """Return when a commit, if any, is on disk."""
+        if commit:
+            try:
+                cast(_Log, self._log).flush(commit)
+            except OSError as error:
+                raise self._not_on_disk(error) from error
+
+    def _not_on_disk(self, error: OSError) -> BrokerError:
+        return BrokerError(
+            f"The database {self.path!r} was written to, but it may not be on its disk: {error}. What was "
+            f"written holds until a power cut, or longer."
+        )
 
     def _transact(self, connection: sqlite3.Connection, run: Callable[[sqlite3.Connection], _R]) -> _R:
         """Call `run` in one write transaction: all of it, or after any exception nothing."""
@@ -3681,7 +3782,8 @@ class _Database:
     def locks(self) -> list[Any]:
         """All that a thread may hold while it is at work here."""
         shared = [] if self._slots is None else [self._slots.lock]
-        return [self._lock, self._checkpoint_lock, *shared]
+        log = [] if self._log is None else [self._log.lock]
+        return [self._lock, self._checkpoint_lock, *log, *shared]
 
     def changes(self) -> int:
         """A number that changes when this process has changed the database."""
@@ -3754,15 +3856,11 @@ class _Database:
                 else:
                     connection.close()
 
-    def _beside(self, suffix: str) -> str:
-        """A file beside the database: where a link leads, as SQLite has it, one for all names."""
-        return os.path.realpath(cast(str, self.path)) + suffix
-
     def _wal_size(self) -> int:
         if self.path is None:
             return 0
         try:
-            return os.stat(self._beside("-wal")).st_size
+            return os.stat(_beside(self.path, "-wal")).st_size
         except OSError:
             return 0
 
@@ -3863,7 +3961,7 @@ class _WatchedDatabase(_Database):
                 return
             self._slots_looked_for_at = now
             try:
-                slots = self._slots = _SideFile(self._beside("-lock"), create=False)
+                slots = self._slots = _SideFile(_beside(self.path, "-lock"), create=False)
             except OSError:  # None runs, or it can't be seen from here: it polls.
                 return
         try:
@@ -4077,56 +4175,41 @@ class _ValueDatabase(_WatchedDatabase):
 
 
 # ------------------------------------------------------------------------------------------
-# SQLite engine
+# Senders
 #
-# The queue's operations on a database: storing, claiming, finishing, recovering.
-# Senders that arrive together share one commit.  A worker's exchange writes what came of the
-# messages it ran and claims the next ones in one transaction; an outcome counts only while
-# its row is still the worker's.
+# Messages on their way into the database: senders that arrive together share one commit, and one
+# flush of the log.
 # ------------------------------------------------------------------------------------------
-#: Milliseconds that a dead letter is kept, and the count of a group that can't succeed: 7 days.
-_KEPT_MS = 7 * 24 * 3600 * 1000
-
-#: Seconds for which a worker must be unknown to count as dead, where it left no slot.
-_UNKNOWN_S = 2.5
-
-#: In place of a data_version(), where another look is due in any case.
-_NO_VERSION = -1
-
-
 class _Ticket:
     """Rows that a sender wants stored; whoever holds the lock stores them for all."""
 
-    __slots__ = ("done", "error", "rows")
+    __slots__ = ("commit", "done", "error", "is_orphan", "rows")
 
     def __init__(self, rows: list[tuple[Any, ...]]) -> None:
         self.rows = rows
+        self.commit = 0
         self.done = False
+        self.is_orphan = False  # Its sender could not wait: see insert().
         self.error: Exception | None = None
 
 
 _INTERRUPTED_SEND = "The send was interrupted; it may not be stored."
 
 
-class _Engine(_ValueDatabase):
-    """The queue in one database."""
+class _SenderDatabase(_ValueDatabase):
+    """A database that messages are sent to."""
 
     def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
         super().__init__(path, durability, clock)
         self._waiting: collections.deque[_Ticket] = collections.deque()  # Of senders.
-        self._has_orphans = False  # Tickets whose senders could not wait: see insert().
+        self._has_orphans = False
         self._logged = 0  # Bytes, about, that sends have put into the log since it was looked at.
-        self._unknown_since: dict[Any, float] = {}  # Owners of rows that no slot knows.
         _import_for_sending()
-        _engines.add(self)
-        _register_fork_hooks()
 
     def forget(self) -> None:
         super().forget()
         self._waiting.clear()
         self._has_orphans = False
-
-    # Sending.
 
     def row(
         self, message: Message[Any], body: bytes, priority: int, eta: int | None,
@@ -4144,17 +4227,18 @@ class _Engine(_ValueDatabase):
         """Store rows; they are on disk (by the durability chosen) when this returns.
 
         A call from a signal handler or finalizer that interrupts a write of this very thread
-        can't wait for it: its rows are stored by that write, before it returns.
+        can't wait for it: its rows are stored by that write, before it returns.  What fails then
+        is logged.
         """
         self._check_alive()
         ticket = _Ticket(rows)
         self._waiting.append(ticket)
         with self._lock:
             if self._is_writing:
-                self._has_orphans = True
+                self._has_orphans = ticket.is_orphan = True
                 return
             if not ticket.done:
-                self._store_all()
+                ticket.commit = self._store_all()
         if not ticket.done:  # Taken by a thread that an exception from outside ended just then.
             raise BrokerError(_INTERRUPTED_SEND)
         if ticket.error is not None:
@@ -4163,16 +4247,18 @@ class _Engine(_ValueDatabase):
             self._wake(row[5] or 0, self.bit(row[2], row[3]))
         if self._watchers:
             self.notify()
+        self._flush(ticket.commit)
         if self._logged > (_LONG_LOG // 8 if self._durability == "full" else _LONG_LOG * 4):
             self._logged = 0
             self.checkpoint(0)
 
-    def _store_waiting(self) -> None:
-        """Store the rows of all senders that wait, in one commit.  Call with _lock held."""
+    def _store_waiting(self) -> int:
+        """Store the rows of all senders that wait, in one commit, to be flushed.  Call with _lock held."""
         tickets: list[_Ticket] = []
         rows: list[tuple[Any, ...]] = []
         is_stored = False
         error: Exception | None = None
+        commit = 0
         try:
             while self._waiting:  # Nothing waits where a signal handler's send, just now, took all.
                 tickets.append(self._waiting.popleft())
@@ -4184,6 +4270,7 @@ class _Engine(_ValueDatabase):
                 self._patiently(connection.execute, _INSERT, rows[0])
             elif rows:
                 self._transact(connection, lambda connection: connection.executemany(_INSERT, rows))
+            commit = self._note_commit()
             is_stored = True
         except self._errors as cause:
             error = self._failure(cause)
@@ -4194,26 +4281,70 @@ class _Engine(_ValueDatabase):
             if not is_stored and error is None:
                 error = BrokerError(_INTERRUPTED_SEND)
             for ticket in tickets:
+                ticket.commit = commit
                 ticket.error = error
                 ticket.done = True
+                if ticket.is_orphan and error is not None:
+                    _report_orphans(error)
         self._logged += sum([len(row[-1]) for row in rows]) + 2 * self._page_size * len(rows)
+        return commit
 
-    def _store_all(self) -> None:
-        """Store what waits, and what is left behind meanwhile.  Call with _lock held."""
+    def _store_all(self) -> int:
+        """Store what waits, and what is left behind meanwhile, to be flushed.  Call with _lock held."""
         while True:
             self._is_writing = True
             try:
-                self._store_waiting()
+                commit = self._store_waiting()
             finally:
                 self._is_writing = False
             if not self._has_orphans:
-                return
+                return commit
             self._has_orphans = False
 
     def _finish_write(self) -> None:
         if self._has_orphans:
             self._has_orphans = False
-            self._store_all()
+            try:
+                self._flush(self._store_all())
+            except BrokerError as error:
+                _report_orphans(error)
+
+
+def _report_orphans(error: Exception) -> None:
+    """Log what those that could not wait for their sends are not told."""
+    get_logger("dramalite.broker").critical("A send in a signal handler or finalizer failed: %s", error)
+
+
+def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
+    """Of rows for the same queue, actor and eta-or-not, one each: a ring each is enough."""
+    return {(row[2], row[3], row[5]): row for row in reversed(rows)}.values()
+
+
+# ------------------------------------------------------------------------------------------
+# SQLite engine
+#
+# The queue's operations on a database: claiming, finishing, recovering.
+# A worker's exchange writes what came of the messages it ran and claims the next ones in one
+# transaction; an outcome counts only while its row is still the worker's.
+# ------------------------------------------------------------------------------------------
+#: Milliseconds that a dead letter is kept, and the count of a group that can't succeed: 7 days.
+_KEPT_MS = 7 * 24 * 3600 * 1000
+
+#: Seconds for which a worker must be unknown to count as dead, where it left no slot.
+_UNKNOWN_S = 2.5
+
+#: In place of a data_version(), where another look is due in any case.
+_NO_VERSION = -1
+
+
+class _Engine(_SenderDatabase):
+    """The queue in one database."""
+
+    def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
+        super().__init__(path, durability, clock)
+        self._unknown_since: dict[Any, float] = {}  # Owners of rows that no slot knows.
+        _engines.add(self)
+        _register_fork_hooks()
 
     # Working.
 
@@ -4506,11 +4637,6 @@ def _take_back(
     connection.execute(_COUNT_CRASH, values)
     over = connection.execute(_TAKE_OVER_CRASHED, values).fetchall()
     return connection.execute(_TAKE_BACK, values).rowcount, over
-
-
-def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
-    """Of rows for the same queue, actor and eta-or-not, one each: a ring each is enough."""
-    return {(row[2], row[3], row[5]): row for row in reversed(rows)}.values()
 
 
 # ------------------------------------------------------------------------------------------
@@ -6587,10 +6713,11 @@ class SQLiteBroker(_EngineBroker):
     """A broker in one SQLite file, which may be an application's own database.
 
     The file is opened at first use.  `durability` is "full" (a message survives a power cut
-    once send() has returned) or "normal" (it survives the death of any process; a power cut may
-    take the last moments).  A message is refused over `max_message_size` bytes, and becomes a
-    dead letter when `max_crashes` worker processes have died while running it.  `clock` and
-    `random` are the engine's sources of time and jitter.
+    once send() has returned; a worker may start it while its sender still waits for the disk) or
+    "normal" (it survives the death of any process; a power cut may take the last moments).  A
+    message is refused over `max_message_size` bytes, and becomes a dead letter when `max_crashes`
+    worker processes have died while running it.  `clock` and `random` are the engine's sources
+    of time and jitter.
     """
 
     _is_private = False
@@ -7058,6 +7185,8 @@ _SEVERAL_S = 0.5  # For how long several threads work once one was seen to wait.
 _HELP_S = 0.001  # Work that makes it worth waking another thread.
 _STALE_S = 0.02  # After which what is left of one is handed back.
 _MAX_BATCH = 128
+_GATHER_S = 0.001  # From one claim to the next where messages come one by one, each a ring else,
+_CLAIMS_WITHOUT_PAUSE = 64  # and claims until the next try where that brings no two together.
 
 
 class _Batch:
@@ -7109,6 +7238,29 @@ class _Batch:
     def limit(self, free: int) -> int:
         """How many to claim next, with so many threads free."""
         return max(free, min(_MAX_BATCH, int(_BATCH_S / max(self.pace_s, 1e-6))))
+
+
+class _Gathering:
+    """Pauses before claims where messages come one by one, and fast, so that some come together."""
+
+    def __init__(self) -> None:
+        self._claimed_at = 0.0  # When the last claim was, if it brought all that was ready.
+        self._has_paused = False
+        self._claims_without = 0  # So many more without a pause, for the last one was in vain.
+
+    def pause(self) -> None:
+        """Before a claim: let messages gather, where that has been of use."""
+        pause_s = self._claimed_at + _GATHER_S - _SYSTEM_CLOCK.monotonic()
+        self._has_paused = pause_s > 0 and not self._claims_without
+        if self._has_paused:
+            _SYSTEM_CLOCK.sleep(pause_s)
+        self._claims_without = max(0, self._claims_without - 1)
+
+    def note(self, count: int, limit: int) -> None:
+        """After a claim: it brought `count` messages, of up to `limit`."""
+        self._claimed_at = _SYSTEM_CLOCK.monotonic() if count < limit else 0.0
+        if self._has_paused and count < 2:
+            self._claims_without = _CLAIMS_WITHOUT_PAUSE
 
 
 # ------------------------------------------------------------------------------------------
@@ -7257,6 +7409,7 @@ class _Dispatcher(_Exchanger):
         self._ended: collections.deque[_Job] = collections.deque()  # Coroutines to be concluded.
         self._free_keys = list(range(threads + coroutines - 1, threads - 1, -1))  # For coroutines.
         self._batch = _Batch()
+        self._gathering = _Gathering()
         self._popped_at = 0.0  # When a row was last taken from it.
         self._idle = 0  # Threads that wait on _cond for something to do.
         self._is_waited_for = False  # One thread waits at the bell,
@@ -7372,8 +7525,10 @@ class _Dispatcher(_Exchanger):
                 self._trade()
                 return False
             self._targets.refresh(self._slot)
+            self._gathering.pause()
             self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
             rows = self._trade(limit, suspects, self._targets.json(bool(self._free_keys)))
+            self._gathering.note(len(rows), limit)
             if not rows:
                 return False  # It stays said: this thread is about to wait.
             return self._take_in(rows, limit)

@@ -380,13 +380,13 @@ def test_an_assertion_names_the_test_that_shows_it():
 
 
 def test_sqlite_files_are_never_opened_as_plain_files():
-    # Closing such a descriptor would drop SQLite's own locks.
+    # Closing such a descriptor would drop SQLite's own locks; on the log, "-wal", it has none.
     opened = [
         f"line {node.lineno}: {ast.unparse(node)}"
         for node in ast.walk(TREE)
         if isinstance(node, ast.Call)
         and ast.unparse(node.func) in ("open", "io.open", "os.open")
-        and re.search(r"-wal|-shm", ast.unparse(node))
+        and re.search(r"-shm", ast.unparse(node))
     ]
 
     assert opened == []

@@ -1,0 +1,275 @@
+"""The flushing of a database's log: when, for whom, beside whom, and what a failure means."""
+
+import contextlib
+import errno
+import os
+import sqlite3
+import sys
+import threading
+
+import pytest
+
+import dramalite
+from dramalite import BrokerError
+
+from helpers import DEADLINE, wait_until
+
+class Disk:
+    """Stands for the disk: counts flushes, and holds them up or fails them where a test says so."""
+
+    def __init__(self, flush):
+        self._flush = flush
+        self.flushed = []  # Files, by their names.
+        self.errors = []  # One for each flush to come that fails.
+        self.is_free = threading.Event()
+        self.is_free.set()
+        self.waiting = 0
+        self.on_flush = lambda: None
+
+    def __call__(self, descriptor):
+        self.waiting += 1
+        self.on_flush()
+        assert self.is_free.wait(DEADLINE)
+        self.waiting -= 1
+        self.flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        if self.errors:
+            raise self.errors.pop(0)
+        self._flush(descriptor)
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    if sys.platform != "linux":
+        pytest.skip("Flushes are counted, and their files known, as Linux has them.")
+    disk = Disk(os.fdatasync)
+    monkeypatch.setattr(os, "fdatasync", disk)
+    return disk
+
+
+@pytest.fixture
+def work(make_file_broker):
+    make_file_broker(durability="full")
+    return dramalite.actor(print, actor_name="work")
+
+
+def in_threads(count, fn):
+    """Call `fn` in threads; returns them, and what it raised there."""
+    raised = []
+
+    def call():
+        try:
+            fn()
+        except Exception as error:
+            raised.append(error)
+
+    threads = [threading.Thread(target=call) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads, raised
+
+
+@contextlib.contextmanager
+def held_up(disk, work):
+    """The disk is held up, with a send that waits for it; gives what that has raised in the end."""
+    disk.is_free.clear()
+    threads, raised = in_threads(1, lambda: work.send(0))
+    wait_until(lambda: disk.waiting)
+    yield raised
+    disk.is_free.set()
+    threads[0].join(DEADLINE)
+
+
+def waiting(broker):
+    """How many messages wait."""
+    with contextlib.closing(sqlite3.connect(broker.path)) as connection:
+        return connection.execute("SELECT count(*) FROM dramalite_messages").fetchone()[0]
+
+
+def test_each_send_is_flushed_before_it_returns(disk, work):
+    seen = []
+    for number in range(3):
+        work.send(number)
+        seen.append(list(disk.flushed))
+
+    assert seen == [["queue.db-wal"] * count for count in (1, 2, 3)]
+
+
+def test_many_messages_that_are_sent_together_share_a_flush(disk, work):
+    dramalite.group(work.message(number) for number in range(50)).run()
+
+    assert disk.flushed == ["queue.db-wal"]
+
+
+def test_normal_durability_flushes_nothing(disk, make_file_broker):
+    make_file_broker(durability="normal")
+    dramalite.actor(print, actor_name="work").send(1)
+
+    assert disk.flushed == []
+
+
+def test_what_is_flushed_is_the_log_that_a_link_leads_to(disk, make_file_broker, tmp_path):
+    (tmp_path / "link.db").symlink_to(tmp_path / "real.db")
+    make_file_broker("real.db", durability="normal").declare_queue("default")
+    make_file_broker("real.db", durability="full")
+    dramalite.actor(print, actor_name="first").send(1)
+    make_file_broker("link.db", durability="full")
+    dramalite.actor(print, actor_name="work").send(1)
+
+    assert disk.flushed == ["real.db-wal", "real.db-wal"]
+
+
+def test_threads_that_send_during_a_flush_share_the_next_one(disk, work):
+    with held_up(disk, work):
+        threads, raised = in_threads(6, lambda: work.send(1))
+        wait_until(lambda: waiting(work.broker) == 7)
+    for thread in threads:
+        thread.join(DEADLINE)
+
+    assert raised == []
+    assert len(disk.flushed) == 2
+
+
+def test_a_flush_keeps_nobody_from_the_database(disk, work, make_file_broker):
+    with held_up(disk, work):
+        make_file_broker(durability="normal")
+        dramalite.actor(print, actor_name="other").send(1)
+        flushed_by_then = list(disk.flushed)
+
+    assert flushed_by_then == []
+    assert waiting(work.broker) == 2
+
+
+def test_a_worker_runs_a_message_whose_sender_still_waits_for_the_disk(disk, worker, make_file_broker):
+    broker = make_file_broker(durability="full")
+    received = []
+    work = dramalite.actor(received.append, actor_name="work")
+    worker(broker)
+    with held_up(disk, work) as raised:
+        wait_until(lambda: received)
+
+    assert raised == []
+
+
+def test_a_failed_flush_fails_the_send_and_says_that_the_message_may_be_there(disk, work):
+    disk.errors = [OSError(errno.EIO, "the disk is broken")]
+    with pytest.raises(BrokerError, match=r"queue\.db.*may not be on its disk.*the disk is broken"):
+        work.send(1)
+    work.send(2)
+
+    assert waiting(work.broker) == 2
+
+
+def test_a_failed_flush_fails_all_that_were_sent_before_it(disk, work):
+    # The second one is for three senders; a third would succeed, for a system tells only once.
+    disk.errors = [OSError(errno.EIO, "the disk is broken") for _ in range(2)]
+    with held_up(disk, work) as first_raised:
+        threads, raised = in_threads(3, lambda: work.send(1))
+        wait_until(lambda: waiting(work.broker) == 4)
+    for thread in threads:
+        thread.join(DEADLINE)
+    work.send(2)
+
+    assert [len(first_raised), len(raised)] == [1, 3]
+    assert all("may not be on its disk" in str(error) for error in first_raised + raised)
+
+
+def test_a_full_disk_that_shows_at_the_flush_fails_the_send(disk, work):
+    disk.errors = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
+    with pytest.raises(BrokerError, match="No space left"):
+        work.send(1)
+
+
+def test_closing_a_broker_flushes_what_was_sent(disk, work):
+    with held_up(disk, work) as first_raised:
+        threads, raised = in_threads(1, lambda: work.send(1))
+        wait_until(lambda: waiting(work.broker) == 2)
+        closing = threading.Thread(target=work.broker.close)
+        closing.start()
+    for thread in (*threads, closing):
+        thread.join(DEADLINE)
+
+    assert (first_raised, raised) == ([], [])
+    assert len(disk.flushed) == 2
+
+
+def test_a_send_within_a_flush_of_the_same_thread_is_flushed_too(disk, work):
+    sent = []
+
+    def send_once():
+        if not sent:
+            sent.append(1)
+            work.send("within")
+
+    disk.on_flush = send_once
+    work.send("first")
+
+    assert waiting(work.broker) == 2
+    assert len(disk.flushed) == 2
+
+
+@pytest.mark.parametrize("act", ["flush", "result"])
+def test_other_writes_of_a_program_are_flushed_too(disk, make_file_broker, act):
+    broker = make_file_broker(durability="full")
+    results = dramalite.SQLiteResultBackend(broker=broker)
+    work = dramalite.actor(print, actor_name="work")
+    message = work.send(1)
+    before = len(disk.flushed)
+    if act == "flush":
+        broker.flush("default")
+    else:
+        results.store_result(message, "done", ttl=60_000)
+
+    assert len(disk.flushed) == before + 1
+
+
+def test_a_forked_child_flushes_through_a_file_of_its_own(disk, work):
+    work.send(0)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work.send(1)
+            status = 0 if disk.flushed == ["queue.db-wal"] * 2 else 2
+        finally:
+            os._exit(status)
+    _, status = os.waitpid(child, 0)
+    work.send(2)
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert waiting(work.broker) == 3
+    assert disk.flushed == ["queue.db-wal"] * 2
+
+
+def send_within_a_write(work):
+    """Send while this very thread writes to the database, as a signal handler may."""
+
+    def keys():
+        work.send("within")
+        return []
+
+    limits = dramalite.SQLiteRateLimiterBackend(broker=work.broker)
+    return limits.incr_and_sum("limit", keys, 1, 1, 60_000)
+
+
+def test_what_a_signal_handler_sent_is_flushed_by_the_write_it_interrupted(disk, work):
+    work.send(0)
+    is_written = send_within_a_write(work)
+
+    assert is_written
+    assert waiting(work.broker) == 2
+    assert len(disk.flushed) == 2
+
+
+@pytest.mark.parametrize("trouble", ["store", "flush"])
+def test_a_signal_handlers_send_that_fails_later_is_logged(disk, work, caplog, trouble):
+    work.send(0)
+    if trouble == "store":
+        with contextlib.closing(sqlite3.connect(work.broker.path)) as connection:
+            refuse = "BEFORE INSERT ON dramalite_messages BEGIN SELECT RAISE(ABORT, 'refused'); END"
+            connection.execute(f"CREATE TRIGGER refuse {refuse}")
+    else:
+        disk.errors = [OSError(errno.EIO, "the disk is broken")]
+    is_written = send_within_a_write(work)
+
+    assert is_written
+    assert ["A send in a signal handler or finalizer failed" in text for text in caplog.messages] == [True]
