@@ -59,7 +59,7 @@ def in_threads(count, fn):
     def call():
         try:
             fn()
-        except Exception as error:
+        except BaseException as error:
             raised.append(error)
 
     threads = [threading.Thread(target=call) for _ in range(count)]
@@ -173,6 +173,19 @@ def test_a_failed_flush_fails_all_that_were_sent_before_it(disk, work):
     assert all("may not be on its disk" in str(error) for error in first_raised + raised)
 
 
+def test_a_flush_that_a_signal_handler_ended_counts_for_nobody(disk, work):
+    disk.errors = [KeyboardInterrupt()]
+    with held_up(disk, work) as first_raised:
+        threads, raised = in_threads(2, lambda: work.send(1))
+        wait_until(lambda: waiting(work.broker) == 3)
+    for thread in threads:
+        thread.join(DEADLINE)
+
+    assert [type(error) for error in first_raised] == [KeyboardInterrupt]
+    assert raised == []
+    assert len(disk.flushed) == 2
+
+
 def test_a_full_disk_that_shows_at_the_flush_fails_the_send(disk, work):
     disk.errors = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
     with pytest.raises(BrokerError, match="No space left"):
@@ -273,3 +286,17 @@ def test_a_signal_handlers_send_that_fails_later_is_logged(disk, work, caplog, t
 
     assert is_written
     assert ["A send in a signal handler or finalizer failed" in text for text in caplog.messages] == [True]
+
+
+def test_the_log_is_closed_without_harm_to_a_lock_of_sqlite(disk, work, run_python):
+    work.send(0)
+    with contextlib.closing(sqlite3.connect(work.broker.path, isolation_level=None)) as connection:
+        connection.execute("BEGIN IMMEDIATE")
+        connection.execute("DELETE FROM dramalite_messages")
+        with open(f"{work.broker.path}-wal", "rb+"):
+            pass
+        other = "c = sqlite3.connect('queue.db', timeout=0, isolation_level=None)"
+        refused = run_python(f"import sqlite3; {other}; c.execute('BEGIN IMMEDIATE')")
+        connection.execute("ROLLBACK")
+
+    assert "database is locked" in refused.stderr
