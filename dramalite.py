@@ -33,6 +33,8 @@ Contents
     SQL
     Database files
     SQLite connections
+    Write-ahead log
+    Reads and writes
     Waking and watching
     Values
     Senders
@@ -208,11 +210,10 @@ else:
 def _flush_to_disk(descriptor: int) -> None:
     """Return when the disk keeps what was written to an open file; OSError where it may not."""
     if sys.platform == "darwin":
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    elif sys.platform == "win32":
-        os.fsync(descriptor)
-    else:
-        os.fdatasync(descriptor)
+        with contextlib.suppress(OSError):  # Not every file system there has it.
+            fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
+            return
+    getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 def _file_system(path: str) -> str:
@@ -225,6 +226,18 @@ def _file_system(path: str) -> str:
         return ""
     device = f"{os.major(number)}:{os.minor(number)}"
     return next((mount[mount.index("-") + 1] for mount in mounts if mount[2] == device), "")
+
+
+def _has_open(name: str) -> bool:
+    """Tell whether this process has a file open that the system calls so; False where it doesn't tell."""
+    try:
+        for descriptor in os.listdir("/proc/self/fd"):  # On Linux.
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(f"/proc/self/fd/{descriptor}") == name:
+                    return True
+    except OSError:
+        pass
+    return False
 
 
 def _is_open_to_all(folder: str) -> bool:
@@ -3002,7 +3015,11 @@ def _fill_up(descriptor: int, size: int) -> None:
             _unlock_byte(descriptor, _SLOTS)
 
 
-def _file_identity(file: str | int) -> tuple[int, int] | None:
+#: Device and inode.
+_Identity = tuple[int, int] | None
+
+
+def _file_identity(file: str | int) -> _Identity:
     """Device and inode of the file at a path, or of an open one; None where there is none."""
     try:
         status = os.stat(file)
@@ -3405,55 +3422,44 @@ class _Log:
     process.  Those that wait together share one flush.
     """
 
-    def __init__(self, database: str) -> None:
-        self._database = database
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDWR)
         self.lock = threading.RLock()  # Held for a flush; a signal handler may send meanwhile.
-        self.commits = 0
-        self._file: IO[bytes] | None = None
+        self._commits = 0
         self._flushed = 0
-        self._lost = 0  # What was committed up to there may not be on disk, whatever comes later.
+        self._has_failed = False
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if hasattr(self, "_descriptor"):
+            close(self._descriptor)  # Not before all that flush have ended.
 
     def note_commit(self) -> int:
         """Count a commit of this process; gives what to flush up to."""
-        if self._file is None:
-            self._file = open(_beside(self._database, "-wal"), "rb+", buffering=0)
-        self.commits += 1
-        return self.commits
+        self._commits += 1
+        return self._commits
 
     def flush(self, commit: int) -> None:
-        """Return when a commit is on disk; OSError if it may not be there."""
+        """Return when a commit is on disk; OSError if it may not be there.
+
+        Once this has failed, nothing that is committed later is safe: it stands in the log behind
+        what may not be there, and the system tells of such an error only once.
+        """
         if sys.is_finalizing():  # A thread that was stopped for good may hold the lock.
-            self._flush()
+            _flush_to_disk(self._descriptor)
             return
         with self.lock:
-            if commit > max(self._flushed, self._lost):
-                self._flush()
-            if commit <= self._lost:
-                raise OSError(errno.EIO, "a flush to the disk has failed")
+            if self._flushed >= commit:
+                return
+            if self._has_failed:
+                raise OSError(errno.EIO, "a flush of its log has failed")
+            commits = self._commits
+            try:
+                _flush_to_disk(self._descriptor)
+            except OSError:
+                self._has_failed = True
+                raise
+            self._flushed = max(self._flushed, commits)
 
-    def _flush(self) -> None:
-        if self._file is None:
-            raise OSError(errno.EBADF, "the log was closed")
-        commits = self.commits
-        try:
-            _flush_to_disk(self._file.fileno())
-        except OSError:
-            self._lost = commits
-            raise
-        self._flushed = max(self._flushed, commits)
-
-    def close(self) -> None:
-        """Flush what is not flushed yet, and close the file."""
-        if not self.lock.acquire(blocking=not sys.is_finalizing()):
-            return  # A thread that was stopped for good holds it.
-        try:
-            if self._file is not None:
-                self.flush(self.commits)
-        finally:
-            if self._file is not None:
-                self._file.close()
-                self._file = None
-            self.lock.release()
 
 # ------------------------------------------------------------------------------------------
 # SQLite connections
@@ -3476,31 +3482,25 @@ _BUSY_TIMEOUT_S = 30.0
 _SHORTEST_NAP_S = 50e-6
 _LONGEST_NAP_S = 2e-3
 
-#: Bytes of the write-ahead log at which a worker moves it; the log starts anew at twice as many.
-#: Where no worker runs, senders move it: earlier where each send waits for a flush, later where
-#: none does and the moving is the only flush there is.
-_LONG_LOG = 8 << 20
 
-#: Passes of a checkpoint beside writers; one so short leaves little to the next.
-_MOST_PASSES = 4
-_SHORT_PASS_S = 0.01
-
-
-class _Database:
-    """A SQLite database with dramalite's tables.  Safe for threads and forks."""
+class _Connections:
+    """This process's connections to a SQLite database with dramalite's tables."""
 
     def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
         self._connections: dict[str, sqlite3.Connection] = {}
         self._slots: _Slots | None = None
-        from sqlite3 import Error  # Where there is none, the two above let __del__() pass.
+        self._log: _Log | None = None  # Where what is sent is flushed to the disk.
+        from sqlite3 import Error  # Where there is none, those above let __del__() pass.
 
         self.path = path
         self._errors = Error
         self._durability = durability
-        self._log = _Log(path) if path is not None and durability == "full" else None
         self._clock = clock  # The broker's, which may get another one.
         self._lock = threading.RLock()
-        self._identity: tuple[int, int] | None = None
+        self._identity: _Identity = None  # Of the file that is open,
+        self._log_path = ""
+        self._has_lost_log = False
+        self._log_identity: _Identity = None  # and of its write-ahead log.
         self._checkpoint_lock = threading.RLock()  # Held where SQLite works without _lock.
         self._is_writing = False  # Under _lock: this very thread is inside a write.
         self._watchers = 0
@@ -3513,8 +3513,11 @@ class _Database:
         """Return this process's connection for a role: "send", "work" or "read"."""
         if self.path is None:
             role = "memory"
-        elif self._identity is not None and _file_identity(self.path) != self._identity:
-            self._report_lost_file()
+        elif self._identity is not None:
+            if _file_identity(self.path) != self._identity:
+                self._report_lost_file()
+            if _file_identity(self._log_path) != self._log_identity:
+                self._leave_lost_log()
         connection = self._connections.get(role)
         if connection is None:
             connection = self._connections[role] = self._open(role)
@@ -3530,6 +3533,19 @@ class _Database:
             f"it. The next use opens {'the file there now' if what == 'replaced' else 'a new file'}."
         )
 
+    def _leave_lost_log(self) -> None:
+        """Have the database opened anew, whose log another process has deleted, and say so.
+
+        SQLite does that when it closes a database that nobody else has locked.
+        """
+        get_logger("dramalite.broker", "SQLiteBroker").error(
+            "The log of the database %r was deleted while it was in use; it is opened anew. Has a part of "
+            "this process opened the database as a plain file? To close that drops SQLite's locks: copy "
+            "it by sqlite3's backup(), or in another process.", self.path,
+        )  # fmt: skip
+        self._disconnect()
+        self._has_lost_log = True
+
     def _open(self, role: str) -> sqlite3.Connection:
         import sqlite3
 
@@ -3540,6 +3556,13 @@ class _Database:
             )
         identity = None
         if self.path is not None:
+            # Else SQLite would take the shared memory that was deleted for that of the new log.
+            if self._has_lost_log and _has_open(_beside(self.path, "-shm (deleted)")):
+                raise BrokerError(
+                    f"The log of the database {self.path!r} was deleted, and another connection of this "
+                    f"process still uses it: close that, or start the process anew."
+                )
+            self._has_lost_log = False
             _prepare_file(self.path)
             identity = _file_identity(self.path)
         try:
@@ -3562,6 +3585,8 @@ class _Database:
                 connection.close()
                 self._report_lost_file()
             self._identity = identity
+            self._log_path = _beside(self.path, "-wal")
+            self._log_identity = _file_identity(self._log_path)
             if not self._is_place_checked:
                 self._is_place_checked = True
                 _warn_of_place(self.path)
@@ -3611,14 +3636,14 @@ class _Database:
 
     def _disconnect(self) -> None:
         """Close the connections; the next use opens them again.  Call with _lock held."""
-        if self._log is not None:
-            with contextlib.suppress(OSError):  # Those that wait for it hear of it.
-                self._log.close()
-        for connection in self._connections.values():
+        connections, self._connections = self._connections, {}  # A signal handler opens others.
+        self._identity = self._log = None
+        self._close(connections)
+
+    def _close(self, connections: dict[str, sqlite3.Connection]) -> None:
+        for connection in connections.values():
             with contextlib.suppress(self._errors):  # A full disk must not keep us here.
                 connection.close()
-        self._connections.clear()
-        self._identity = None
 
     def close(self) -> None:
         """Close the connections and what rings; the next use opens them again."""
@@ -3667,19 +3692,24 @@ class _Database:
                 raise
 
     def forget(self) -> None:
-        """In a forked child: what was inherited is the parent's; keep it, never touch it."""
-        _inherited.append((self._connections, self._slots, self._log))
+        """In a forked child: what was inherited is the parent's; open anew what is used.
+
+        The connections are closed: else SQLite would take this process's new ones for locked, as the
+        parent's were.  Not in the middle of a write, which closing would undo for the parent.
+        """
+        if self.path is not None and not self._is_writing:
+            self._close(self._connections)
+        _inherited.append((self._connections, self._slots))
         self._lock = threading.RLock()
         self._checkpoint_lock = threading.RLock()
         if self.path is not None:
             self._connections = {}
-            self._log = None if self._log is None else _Log(self.path)
             self._slots = None
-            self._identity = None
+            self._identity = self._log = None
         self._is_writing = False
         self._watchers = 0
 
-    # Transactions and errors.
+    # Transactions.
 
     def _patiently(self, run: Callable[..., _R], *args: Any) -> _R:
         """Run a statement, again while another connection holds the lock, up to 30 s."""
@@ -3700,57 +3730,6 @@ class _Database:
             jitter = now * 1e6 % 1  # Or all would come back in step.
             _SYSTEM_CLOCK.sleep(nap * (1 + jitter) / 2)
 
-    # No context managers of our own: an exception that a signal handler raises while one is entered
-    # would keep it from being left for as long as somebody holds that exception.
-
-    def _write(self, role: str, run: Callable[[sqlite3.Connection], _R]) -> _R:
-        """Call `run` with the connection for a write; SQLite's errors become BrokerErrors.
-
-        What the role "send" writes is on disk, by the durability chosen, when this returns.
-        """
-        before = self.changes() if self._watchers else -1
-        self._check_alive()
-        with self._lock:
-            if self._is_writing:
-                raise BrokerError(
-                    f"A signal handler or finalizer interrupted this very thread while it wrote to "
-                    f"{self.path!r}; there it can send messages, and nothing else."
-                )
-            try:
-                self._is_writing = True
-                result = run(self._connect(role))
-                commit = self._note_commit() if role == "send" else 0
-            except self._errors as error:
-                raise self._failure(error) from error
-            finally:
-                self._is_writing = False
-                self._finish_write()
-        if self._watchers and self.changes() != before:
-            self.notify()
-        self._flush(commit)
-        return result
-
-    def _note_commit(self) -> int:
-        """What to _flush(), after a write that is to outlast a power cut.  Call with _lock held."""
-        try:
-            return 0 if self._log is None else self._log.note_commit()
-        except OSError as error:
-            raise self._not_on_disk(error) from error
-
-    def _flush(self, commit: int) -> None:
-        """Return when a commit, if any, is on disk."""
-        if commit:
-            try:
-                cast(_Log, self._log).flush(commit)
-            except OSError as error:
-                raise self._not_on_disk(error) from error
-
-    def _not_on_disk(self, error: OSError) -> BrokerError:
-        return BrokerError(
-            f"The database {self.path!r} was written to, but it may not be on its disk: {error}. What was "
-            f"written holds until a power cut, or longer."
-        )
-
     def _transact(self, connection: sqlite3.Connection, run: Callable[[sqlite3.Connection], _R]) -> _R:
         """Call `run` in one write transaction: all of it, or after any exception nothing."""
         self._end_leftover(connection)
@@ -3764,110 +3743,10 @@ class _Database:
                 self._end_leftover(connection)
             raise
 
-    def _commit(self, role: str, run: Callable[[sqlite3.Connection], _R]) -> _R:
-        """Call `run` with the connection for a write, in one transaction."""
-        return self._write(role, lambda connection: self._transact(connection, run))
-
     def _end_leftover(self, connection: sqlite3.Connection) -> None:
         """Roll back what a signal handler's exception kept from being ended.  Call with _lock held."""
         if connection.in_transaction:
             connection.execute("ROLLBACK")
-
-    def _check_alive(self) -> None:
-        """Raise BrokerError where a thread that writes was stopped for good, at the interpreter's end."""
-        if not sys.is_finalizing():
-            return
-        if not self._lock.acquire(blocking=False):
-            raise BrokerError(
-                "The interpreter is ending, and it has stopped a thread that was writing: nothing more can "
-                "be stored. Send before that, from atexit at the latest."
-            )
-        self._lock.release()
-
-    def locks(self) -> list[Any]:
-        """All that a thread may hold while it is at work here."""
-        shared = [] if self._slots is None else [self._slots.lock]
-        log = [] if self._log is None else [self._log.lock]
-        return [self._lock, self._checkpoint_lock, *log, *shared]
-
-    def changes(self) -> int:
-        """A number that changes when this process has changed the database."""
-        with self._lock:
-            return sum(connection.total_changes for connection in self._connections.values())
-
-    def _finish_write(self) -> None:
-        """Called after each write, with the lock held."""
-
-    def notify(self) -> None:
-        """Called after each write, while somebody watches."""
-
-    @_uninterrupted
-    def _read(self, sql: str, values: Any = (), role: str = "read") -> list[Any]:
-        """Run a query, on the connection that reads if no other is asked for."""
-        self._check_alive()
-        with self._lock:
-            try:
-                connection = self._connect(role)
-                return self._patiently(lambda: connection.execute(sql, values).fetchall())
-            except self._errors as error:
-                raise self._failure(error) from error
-
-    # The write-ahead log.
-
-    def checkpoint(self, limit: int, *, shrink: bool = False) -> None:
-        """If the write-ahead log takes more than `limit` bytes, move it into the database.
-
-        It then starts anew, over the old one: a flush of what was written in place of something
-        takes half as long as one that makes the file longer.  With `shrink` its disk space is
-        given back: for a long file that may take a tenth of a second, in which nobody can write.
-
-        What can be moved beside writers goes first; then the write lock is held for the little
-        that is left.  Never automatic, and by one process at a time: that keeps clear of the
-        WAL-reset bug of SQLite 3.7.0 to 3.51.2 (sqlite.org/wal.html#walresetbug).
-        """
-        if self._wal_size() <= limit:
-            return
-        with contextlib.suppress(self._errors, BrokerError, OSError):  # Not now then; the next will.
-            slots = self.slots()
-            if not slots.hold(_HEADER):
-                return  # Another one is at it.
-            try:
-                with self._checkpoint_lock, self._checkpointing() as connection:
-                    for _ in range(_MOST_PASSES):
-                        started = _SYSTEM_CLOCK.monotonic()
-                        moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-                        if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
-                            break  # Little can have been written meanwhile.
-                    if shrink or moved[1] > 2 * _LONG_LOG // self._page_size:
-                        with self._lock:
-                            mode = "TRUNCATE" if shrink else "RESTART"
-                            connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchall()
-            finally:
-                slots.let_go(_HEADER)
-
-    @contextlib.contextmanager
-    def _checkpointing(self) -> Iterator[sqlite3.Connection]:
-        """The connection for checkpoints, out of close()'s reach while it is used beside _lock."""
-        with self._lock:
-            connection = self._connect("checkpoint")
-            identity = self._identity
-            del self._connections["checkpoint"]
-        try:
-            yield connection
-        finally:
-            with self._lock:
-                if self._identity == identity:
-                    self._connections["checkpoint"] = connection
-                else:
-                    connection.close()
-
-    def _wal_size(self) -> int:
-        if self.path is None:
-            return 0
-        try:
-            return os.stat(_beside(self.path, "-wal")).st_size
-        except OSError:
-            return 0
 
     # Errors.
 
@@ -3902,6 +3781,220 @@ _SQLITE_ADVICE = (
     ("disk I/O error", "met an I/O error: a full disk, a quota, or failing hardware; nothing was "
                        "stored"),
 )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------
+# Write-ahead log
+#
+# Its flushes to the disk after commits, and its move into the database.
+# ------------------------------------------------------------------------------------------
+#: Bytes of the write-ahead log at which a worker moves it; the log starts anew at twice as many.
+#: Where no worker runs, senders move it: earlier where each send waits for a flush, later where
+#: none does and the moving is the only flush there is.
+_LONG_LOG = 8 << 20
+
+#: Passes of a checkpoint beside writers; one so short leaves little to the next.
+_MOST_PASSES = 4
+_SHORT_PASS_S = 0.01
+
+
+def _no_flush() -> None:
+    """In place of a flush where there is nothing to flush."""
+
+
+class _LoggedDatabase(_Connections):
+    """A database whose write-ahead log is flushed and moved."""
+
+    # Flushing.
+
+    def _open_log(self) -> _Log | None:
+        """The log, where what is sent is to outlast a power cut.  Call with _lock held, before the write."""
+        if self.path is None or self._durability != "full":
+            return None
+        self._connect("send")
+        if self._log is None:
+            try:
+                self._log = _Log(self._log_path)
+            except OSError as error:
+                raise BrokerError(f"The log of {self.path!r} can't be opened, to flush it: {error}.") from error
+        return self._log
+
+    def _note_commit(self, log: _Log | None) -> Callable[[], None]:
+        """What to call without _lock, after a write, to return when it is on disk."""
+        return _no_flush if log is None else functools.partial(self._flush, log, log.note_commit())
+
+    def _flush(self, log: _Log, commit: int) -> None:
+        try:
+            log.flush(commit)
+        except OSError as error:
+            # All that was written can still be read, so that it can be moved into the database.
+            if not self.checkpoint(-1, shrink=True):
+                raise BrokerError(
+                    f"The database {self.path!r} was written to, but it may not be on its disk: {error}. "
+                    f"What was written holds until a power cut, or longer."
+                ) from error
+            with self._lock:
+                if self._log is log:
+                    self._log = None  # Another one begins where that one failed.
+
+    # Moving.
+
+    def checkpoint(self, limit: int, *, shrink: bool = False) -> bool:
+        """If the write-ahead log takes more than `limit` bytes, move it; tell if all was moved and flushed.
+
+        It then starts anew, over the old one: a flush of what was written in place of something
+        takes half as long as one that makes the file longer.  With `shrink` its disk space is
+        given back: for a long file that may take a tenth of a second, in which nobody can write.
+
+        What can be moved beside writers goes first; then the write lock is held for the little
+        that is left.  Never automatic, and by one process at a time: that keeps clear of the
+        WAL-reset bug of SQLite 3.7.0 to 3.51.2 (sqlite.org/wal.html#walresetbug).
+        """
+        if self._wal_size() <= limit:
+            return False
+        is_moved = False
+        with contextlib.suppress(self._errors, BrokerError, OSError):  # Not now then; the next will.
+            slots = self.slots()
+            with self._lock:  # For a signal handler that sends meanwhile: close() takes both.
+                if not slots.hold(_HEADER):
+                    return False  # Another one is at it.
+            try:
+                with self._checkpoint_lock, self._checkpointing() as connection:
+                    for _ in range(_MOST_PASSES):
+                        started = _SYSTEM_CLOCK.monotonic()
+                        moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                        if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
+                            break  # Little can have been written meanwhile.
+                    if shrink or moved[1] > 2 * _LONG_LOG // self._page_size:
+                        with self._lock:
+                            mode = "TRUNCATE" if shrink else "RESTART"
+                            moved = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
+                            is_moved = moved[0] == 0
+            finally:
+                with self._lock:
+                    slots.let_go(_HEADER)
+        return is_moved
+
+    @contextlib.contextmanager
+    def _checkpointing(self) -> Iterator[sqlite3.Connection]:
+        """The connection for checkpoints, out of close()'s reach while it is used beside _lock."""
+        with self._lock:
+            connection = self._connect("checkpoint")
+            identity = self._identity, self._log_identity
+            del self._connections["checkpoint"]
+        try:
+            yield connection
+        finally:
+            with self._lock:
+                if (self._identity, self._log_identity) == identity:
+                    self._connections["checkpoint"] = connection
+                else:
+                    connection.close()
+
+    def _wal_size(self) -> int:
+        try:
+            return os.stat(self._log_path).st_size  # Of none where there is none, or none is open.
+        except OSError:
+            return 0
+
+
+# ------------------------------------------------------------------------------------------
+# Reads and writes
+#
+# Every write is one transaction.  What a signal handler sends in the middle of one is left to it.
+# ------------------------------------------------------------------------------------------
+def _report_orphans(error: Exception) -> None:
+    get_logger("dramalite.broker").critical("A send in a signal handler or finalizer failed: %s", error)
+
+
+class _Database(_LoggedDatabase):
+    """A SQLite database with dramalite's tables.  Safe for threads and forks."""
+
+    # No context managers of our own: an exception that a signal handler raises while one is entered
+    # would keep it from being left for as long as somebody holds that exception.
+
+    def _write(self, role: str, run: Callable[[sqlite3.Connection], _R]) -> _R:
+        """Call `run` with the connection for a write; SQLite's errors become BrokerErrors.
+
+        What the role "send" writes is on disk, by the durability chosen, when this returns.
+        """
+        before = self.changes() if self._watchers else -1
+        flush = orphans = _no_flush
+        self._check_alive()
+        try:
+            with self._lock:
+                if self._is_writing:
+                    raise BrokerError(
+                        f"A signal handler or finalizer interrupted this very thread while it wrote to "
+                        f"{self.path!r}; there it can send messages, and nothing else."
+                    )
+                try:
+                    self._is_writing = True
+                    log = self._open_log() if role == "send" else None
+                    result = run(self._connect(role))
+                    flush = self._note_commit(log)
+                except self._errors as error:
+                    raise self._failure(error) from error
+                finally:
+                    self._is_writing = False
+                    orphans = self._finish_write()
+        finally:
+            self._flush_orphans(orphans)
+        if self._watchers and self.changes() != before:
+            self.notify()
+        flush()
+        return result
+
+    def _commit(self, role: str, run: Callable[[sqlite3.Connection], _R]) -> _R:
+        """Call `run` with the connection for a write, in one transaction."""
+        return self._write(role, lambda connection: self._transact(connection, run))
+
+    def _check_alive(self) -> None:
+        """Raise BrokerError where a thread that writes was stopped for good, at the interpreter's end."""
+        if not sys.is_finalizing():
+            return
+        if not self._lock.acquire(blocking=False):
+            raise BrokerError(
+                "The interpreter is ending, and it has stopped a thread that was writing: nothing more can "
+                "be stored. Send before that, from atexit at the latest."
+            )
+        self._lock.release()
+
+    def locks(self) -> list[Any]:
+        """All that a thread may hold while it is at work here."""
+        shared = [] if self._slots is None else [self._slots.lock]
+        log = [] if self._log is None else [self._log.lock]
+        return [self._lock, self._checkpoint_lock, *log, *shared]
+
+    def changes(self) -> int:
+        """A number that changes when this process has changed the database."""
+        with self._lock:
+            return sum(connection.total_changes for connection in self._connections.values())
+
+    def _finish_write(self) -> Callable[[], None]:
+        """Called after each write, with the lock held; gives what to call once it is not."""
+        return _no_flush
+
+    def _flush_orphans(self, flush: Callable[[], None]) -> None:
+        """Flush what is sent for those that could not wait; what they are not told is logged."""
+        try:
+            flush()
+        except BrokerError as error:
+            _report_orphans(error)
+
+    def notify(self) -> None:
+        """Called after each write, while somebody watches."""
+
+    @_uninterrupted
+    def _read(self, sql: str, values: Any = (), role: str = "read") -> list[Any]:
+        """Run a query, on the connection that reads if no other is asked for."""
+        self._check_alive()
+        with self._lock:
+            try:
+                connection = self._connect(role)
+                return self._patiently(lambda: connection.execute(sql, values).fetchall())
+            except self._errors as error:
+                raise self._failure(error) from error
 
 
 # ------------------------------------------------------------------------------------------
@@ -4188,11 +4281,11 @@ class _ValueDatabase(_WatchedDatabase):
 class _Ticket:
     """Rows that a sender wants stored; whoever holds the lock stores them for all."""
 
-    __slots__ = ("commit", "done", "error", "is_orphan", "rows")
+    __slots__ = ("done", "error", "flush", "is_orphan", "rows")
 
     def __init__(self, rows: list[tuple[Any, ...]]) -> None:
         self.rows = rows
-        self.commit = 0
+        self.flush = _no_flush
         self.done = False
         self.is_orphan = False  # Its sender could not wait: see insert().
         self.error: Exception | None = None
@@ -4243,7 +4336,7 @@ class _SenderDatabase(_ValueDatabase):
                 self._has_orphans = ticket.is_orphan = True
                 return
             if not ticket.done:
-                ticket.commit = self._store_all()
+                ticket.flush = self._store_all()
         if not ticket.done:  # Taken by a thread that an exception from outside ended just then.
             raise BrokerError(_INTERRUPTED_SEND)
         if ticket.error is not None:
@@ -4252,22 +4345,23 @@ class _SenderDatabase(_ValueDatabase):
             self._wake(row[5] or 0, self.bit(row[2], row[3]))
         if self._watchers:
             self.notify()
-        self._flush(ticket.commit)
+        ticket.flush()
         if self._logged > (_LONG_LOG // 8 if self._durability == "full" else _LONG_LOG * 4):
             self._logged = 0
             self.checkpoint(0)
 
-    def _store_waiting(self) -> int:
-        """Store the rows of all senders that wait, in one commit, to be flushed.  Call with _lock held."""
+    def _store_waiting(self) -> Callable[[], None]:
+        """Store the rows of all senders that wait, in one commit.  Call with _lock held, flush without."""
         tickets: list[_Ticket] = []
         rows: list[tuple[Any, ...]] = []
         is_stored = False
         error: Exception | None = None
-        commit = 0
+        flush = _no_flush
         try:
             while self._waiting:  # Nothing waits where a signal handler's send, just now, took all.
                 tickets.append(self._waiting.popleft())
                 rows = rows + tickets[-1].rows if rows else tickets[-1].rows
+            log = self._open_log()
             connection = self._connect("send")
             if len(rows) == 1:
                 # One statement, hence atomic by itself, also for a signal handler between two.
@@ -4275,7 +4369,7 @@ class _SenderDatabase(_ValueDatabase):
                 self._patiently(connection.execute, _INSERT, rows[0])
             elif rows:
                 self._transact(connection, lambda connection: connection.executemany(_INSERT, rows))
-            commit = self._note_commit()
+            flush = self._note_commit(log)
             is_stored = True
         except self._errors as cause:
             error = self._failure(cause)
@@ -4286,38 +4380,33 @@ class _SenderDatabase(_ValueDatabase):
             if not is_stored and error is None:
                 error = BrokerError(_INTERRUPTED_SEND)
             for ticket in tickets:
-                ticket.commit = commit
+                ticket.flush = flush
                 ticket.error = error
                 ticket.done = True
                 if ticket.is_orphan and error is not None:
                     _report_orphans(error)
         self._logged += sum([len(row[-1]) for row in rows]) + 2 * self._page_size * len(rows)
-        return commit
+        return flush
 
-    def _store_all(self) -> int:
-        """Store what waits, and what is left behind meanwhile, to be flushed.  Call with _lock held."""
+    def _store_all(self) -> Callable[[], None]:
+        """Store what waits, and what is left behind meanwhile.  Call with _lock held, flush without."""
+        flush = _no_flush
         while True:
             self._is_writing = True
             try:
-                commit = self._store_waiting()
+                last = self._store_waiting()
             finally:
                 self._is_writing = False
+            flush = flush if last is _no_flush else last
             if not self._has_orphans:
-                return commit
+                return flush
             self._has_orphans = False
 
-    def _finish_write(self) -> None:
-        if self._has_orphans:
-            self._has_orphans = False
-            try:
-                self._flush(self._store_all())
-            except BrokerError as error:
-                _report_orphans(error)
-
-
-def _report_orphans(error: Exception) -> None:
-    """Log what those that could not wait for their sends are not told."""
-    get_logger("dramalite.broker").critical("A send in a signal handler or finalizer failed: %s", error)
+    def _finish_write(self) -> Callable[[], None]:
+        if not self._has_orphans:
+            return _no_flush
+        self._has_orphans = False
+        return self._store_all()
 
 
 def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
@@ -7253,10 +7342,10 @@ class _Gathering:
         self._has_paused = False
         self._claims_without = 0  # So many more without a pause, for the last one was in vain.
 
-    def pause(self) -> None:
+    def pause(self, *, is_wanted: bool) -> None:
         """Before a claim: let messages gather, where that has been of use."""
         pause_s = self._claimed_at + _GATHER_S - _SYSTEM_CLOCK.monotonic()
-        self._has_paused = pause_s > 0 and not self._claims_without
+        self._has_paused = is_wanted and pause_s > 0 and not self._claims_without
         if self._has_paused:
             _SYSTEM_CLOCK.sleep(pause_s)
         self._claims_without = max(0, self._claims_without - 1)
@@ -7526,11 +7615,12 @@ class _Dispatcher(_Exchanger):
                 may_claim = self._has_recovered and not (self._is_paused or self.is_stopping)
                 limit = self._limit() if may_claim else 0
                 suspects = self._suspects == 0
+                brings_work = any(outcome.wakes for outcome in self._finished)
             if not limit:
                 self._trade()
                 return False
             self._targets.refresh(self._slot)
-            self._gathering.pause()
+            self._gathering.pause(is_wanted=not brings_work)
             self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
             rows = self._trade(limit, suspects, self._targets.json(bool(self._free_keys)))
             self._gathering.note(len(rows), limit)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))  # Finds dramalite.py in a bare clone; needless on
 import dramalite
 
 SKIP = re.compile(r"\..*|__pycache__|node_modules|venv|build|dist|.*\.egg-info")  # Folders.
+OWN = ("queue.db", "index.db", "worker.log")  # Opened by hand, databases would lose SQLite's locks.
 WORD = re.compile(r"[^\W\d_]{3,}")  # Three letters or more, of any alphabet.
 
 
@@ -48,12 +49,13 @@ class LeaveWithStarter(dramalite.Middleware):
 dramalite.get_broker().add_middleware(LeaveWithStarter())  # The worker's broker: DRAMALITE_DB below.
 
 
-def text_files(paths):
+def text_files(paths, state):
     """Find the files that look like text, in a steady order, leaving out caches and the like."""
     for top in paths:
         for folder, folders, names in os.walk(top) if top.is_dir() else [(top.parent, [], [top.name])]:
             folders[:] = sorted(name for name in folders if not SKIP.fullmatch(name))
-            for path in filter(os.path.isfile, (os.path.join(folder, name) for name in sorted(names))):
+            names = [name for name in sorted(names) if not (name.startswith(OWN) and Path(folder) == state)]
+            for path in filter(os.path.isfile, (os.path.join(folder, name) for name in names)):
                 with suppress(OSError, UnicodeEncodeError), open(path, "rb") as file:
                     if path.encode() and b"\0" not in file.read(8192):  # The name must be text, too.
                         yield path
@@ -77,7 +79,7 @@ def open_index(paths, folder):
 def send_unsent(paths, db, index):
     """Send a message for each file that has none yet."""
     sent = {path for path, in db.execute("SELECT path FROM files")}
-    unsent = [path for path in text_files(paths) if path not in sent]
+    unsent = [path for path in text_files(paths, Path(index).parent) if path not in sent]
     for start in range(0, len(unsent), 100):
         some = unsent[start : start + 100]
         dramalite.get_broker().enqueue_many([count_words.message(path, index) for path in some])

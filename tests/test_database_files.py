@@ -79,6 +79,16 @@ def held_up(disk, work):
     threads[0].join(DEADLINE)
 
 
+@contextlib.contextmanager
+def unmovable_log(broker):
+    """Somebody reads meanwhile, so that what the log holds can't all be moved into the database."""
+    with contextlib.closing(sqlite3.connect(broker.path, isolation_level=None)) as connection:
+        connection.execute("BEGIN")
+        connection.execute("SELECT count(*) FROM dramalite_messages").fetchone()
+        yield
+        connection.execute("COMMIT")
+
+
 def waiting(broker):
     """How many messages wait."""
     with contextlib.closing(sqlite3.connect(broker.path)) as connection:
@@ -150,24 +160,59 @@ def test_a_worker_runs_a_message_whose_sender_still_waits_for_the_disk(disk, wor
     assert raised == []
 
 
-def test_a_failed_flush_fails_the_send_and_says_that_the_message_may_be_there(disk, work):
-    disk.errors = [OSError(errno.EIO, "the disk is broken")]
-    with pytest.raises(BrokerError, match=r"queue\.db.*may not be on its disk.*the disk is broken"):
-        work.send(1)
+def broken(count=1):
+    """Errors of a broken disk."""
+    return [OSError(errno.EIO, "the disk is broken") for _ in range(count)]
+
+
+def test_what_cannot_be_flushed_is_moved_into_the_database_instead(disk, work):
+    work.send(0)
+    disk.errors = broken()
+    work.send(1)
+    log_size = os.stat(f"{work.broker.path}-wal").st_size
     work.send(2)
 
+    assert log_size == 0
+    assert waiting(work.broker) == 3
+    assert len(disk.flushed) == 3
+
+
+def test_what_can_neither_be_flushed_nor_moved_fails_the_send_and_says_that_it_may_be_there(disk, work):
+    work.send(0)
+    disk.errors = broken()
+    with unmovable_log(work.broker), pytest.raises(BrokerError) as raised:
+        work.send(1)
+
+    assert "queue.db" in str(raised.value)
+    assert "may not be on its disk" in str(raised.value)
+    assert "the disk is broken" in str(raised.value)
     assert waiting(work.broker) == 2
 
 
-def test_a_failed_flush_fails_all_that_were_sent_before_it(disk, work):
-    # The second one is for three senders; a third would succeed, for a system tells only once.
-    disk.errors = [OSError(errno.EIO, "the disk is broken") for _ in range(2)]
-    with held_up(disk, work) as first_raised:
-        threads, raised = in_threads(3, lambda: work.send(1))
-        wait_until(lambda: waiting(work.broker) == 4)
-    for thread in threads:
-        thread.join(DEADLINE)
-    work.send(2)
+def test_after_a_failed_flush_nothing_counts_as_flushed_until_the_log_was_moved(disk, work):
+    # A system tells of such an error once: the next flush would succeed, behind a hole in the log.
+    work.send(0)
+    disk.errors = broken()
+    with unmovable_log(work.broker):
+        for number in range(3):
+            with pytest.raises(BrokerError, match="may not be on its disk"):
+                work.send(number)
+    work.send(3)
+    log_size = os.stat(f"{work.broker.path}-wal").st_size
+
+    assert log_size == 0
+    assert waiting(work.broker) == 5
+
+
+def test_a_failed_flush_fails_all_that_wait_for_it(disk, work):
+    work.send(0)
+    with unmovable_log(work.broker):
+        disk.errors = broken()
+        with held_up(disk, work) as first_raised:
+            threads, raised = in_threads(3, lambda: work.send(1))
+            wait_until(lambda: waiting(work.broker) == 5)
+        for thread in threads:
+            thread.join(DEADLINE)
 
     assert [len(first_raised), len(raised)] == [1, 3]
     assert all("may not be on its disk" in str(error) for error in first_raised + raised)
@@ -187,22 +232,46 @@ def test_a_flush_that_a_signal_handler_ended_counts_for_nobody(disk, work):
 
 
 def test_a_full_disk_that_shows_at_the_flush_fails_the_send(disk, work):
+    work.send(0)
     disk.errors = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))]
-    with pytest.raises(BrokerError, match="No space left"):
+    with unmovable_log(work.broker), pytest.raises(BrokerError, match="No space left"):
         work.send(1)
 
 
-def test_closing_a_broker_flushes_what_was_sent(disk, work):
+def test_a_broker_can_be_closed_while_others_wait_for_the_disk(disk, work):
     with held_up(disk, work) as first_raised:
         threads, raised = in_threads(1, lambda: work.send(1))
         wait_until(lambda: waiting(work.broker) == 2)
-        closing = threading.Thread(target=work.broker.close)
-        closing.start()
-    for thread in (*threads, closing):
+        work.broker.close()
+    for thread in threads:
         thread.join(DEADLINE)
 
     assert (first_raised, raised) == ([], [])
     assert len(disk.flushed) == 2
+    assert [name for name in os.listdir("/proc/self/fd") if leads_to_log(name)] == []
+
+
+def leads_to_log(name):
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(f"/proc/self/fd/{name}").endswith("queue.db-wal")
+
+
+def test_a_signal_handler_may_send_while_another_thread_closes_and_this_one_flushes(disk, work):
+    work.send(0)
+    closing = threading.Thread(target=work.broker.close)
+
+    def close_and_send():
+        if not closing.ident:
+            closing.start()
+            closing.join(0.1)  # Long enough to be inside; to come too early proves nothing.
+            work.send("within")
+
+    disk.on_flush = close_and_send
+    work.send(1)
+    closing.join(DEADLINE)
+
+    assert not closing.is_alive()
+    assert waiting(work.broker) == 3
 
 
 def test_a_send_within_a_flush_of_the_same_thread_is_flushed_too(disk, work):
@@ -281,8 +350,9 @@ def test_a_signal_handlers_send_that_fails_later_is_logged(disk, work, caplog, t
             refuse = "BEFORE INSERT ON dramalite_messages BEGIN SELECT RAISE(ABORT, 'refused'); END"
             connection.execute(f"CREATE TRIGGER refuse {refuse}")
     else:
-        disk.errors = [OSError(errno.EIO, "the disk is broken")]
-    is_written = send_within_a_write(work)
+        disk.errors = broken()
+    with unmovable_log(work.broker):
+        is_written = send_within_a_write(work)
 
     assert is_written
     assert ["A send in a signal handler or finalizer failed" in text for text in caplog.messages] == [True]

@@ -175,6 +175,18 @@ def test_the_quickstart_counts_each_text_file_once(tmp_path, environment):
     assert "[########################################] 23 of 23 files" in output
 
 
+def test_the_quickstart_leaves_its_own_files_out_where_they_lie_among_the_texts(tmp_path, environment):
+    # To open a database by hand would drop SQLite's locks on it.
+    words = write_files(tmp_path / "texts", count=20, words=10)
+    output = run(
+        EXAMPLES / "quickstart.py", "texts", "--state", "texts/state", cwd=tmp_path, environment=environment
+    )
+    assert report(output) == expected_report(20, words)
+
+    output = run(EXAMPLES / "quickstart.py", "texts", "--state", "texts", cwd=tmp_path, environment=environment)
+    assert report(output)[0][0] == 21  # The log of the first run's worker is text like any other.
+
+
 def test_the_quickstart_counts_the_repository_by_default(tmp_path, environment):
     clone = tmp_path / "clone"
     (clone / "examples").mkdir(parents=True)

@@ -27,6 +27,11 @@ JOBS = """
         note("ran", number)
 
     @dramalite.actor(max_retries=0)
+    def reader():
+        Path(broker.path).read_bytes()
+        note("read")
+
+    @dramalite.actor(max_retries=0)
     def held(number):
         note("start", number)
         until(lambda: (HERE / "release").exists(), 60)
@@ -373,7 +378,7 @@ def send_twice(place, broker):
 
 
 def numbers_in_the_file(place):
-    return {number for number in (101, 102) if any(f"[{number}]" in text for text in stored_texts(place))}
+    return {number for number in (101, 102, 103) if any(f"[{number}]" in text for text in stored_texts(place))}
 
 
 def stored_texts(place):
@@ -682,6 +687,61 @@ def test_a_broker_whose_side_log_was_deleted_never_loses_in_silence(place):
     broker.close()
 
     assert set(stored) <= numbers_in_the_file(place)
+
+
+def test_a_worker_whose_job_reads_the_database_as_a_file_is_not_deaf_afterwards(place):
+    # To close such a file drops SQLite's locks: the next sender that leaves deletes the log.
+    place.script("import jobs; jobs.reader.send(); jobs.broker.close()").output()
+    tree = place.worker()
+    place.wait_until(lambda: place.notes("read"), "the job has read the file")
+    for number in range(5):
+        assert place.script(SENDER, str(number)).output() == "stored\n"
+        place.wait_until(lambda number=number: place.notes("ran", str(number)), "the worker hears of it", 15)
+
+    assert "was deleted while it was in use" in tree.output()
+    assert "as a plain file" in tree.output()
+    assert place.sound()
+
+
+def test_what_a_program_sends_is_kept_though_it_reads_the_database_as_a_file(place):
+    broker = place.broker()
+    place.send("job", 101)
+    Path(place.db).read_bytes()
+    assert place.script(SENDER, "from elsewhere").output() == "stored\n"
+    place.send("job", 102)
+    broker.close()
+
+    assert numbers_in_the_file(place) == {101, 102}
+    assert place.sound()
+
+
+def test_a_log_that_another_connection_of_the_process_still_uses_is_not_mixed_with_the_new_one(place):
+    broker = place.broker()
+    place.send("job", 101)
+    own = sqlite3.connect(place.db)
+    own.execute("SELECT count(*) FROM dramalite_messages").fetchone()
+    Path(place.db).read_bytes()
+    assert place.script(SENDER, "from elsewhere").output() == "stored\n"
+    errors, stored = send_twice(place, broker)
+    own.close()
+    place.send("job", 103)
+    broker.close()
+
+    assert stored == []
+    assert all("another connection of this process" in error for error in errors)
+    assert numbers_in_the_file(place) == {101, 103}
+    assert place.sound()
+
+
+def test_what_waits_in_a_log_that_is_deleted_is_not_lost_where_nobody_has_made_another(place):
+    broker = place.broker()
+    place.send("job", 101)
+    os.remove(f"{place.db}-wal")
+    place.send("job", 102)
+    broker.close()
+
+    assert numbers_in_the_file(place) == {101, 102}
+    assert place.sound()
 
 
 def descriptors(folder):
