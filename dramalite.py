@@ -2566,17 +2566,18 @@ class _Bell:
     port = 0
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        # Free from a ring until somebody has heard it.  No Event: a signal handler that rings while it
+        # interrupts a ring would wait for itself.
+        self._silence = threading.Lock()
+        self._silence.acquire()
 
     def ring(self) -> None:
-        self._event.set()
+        with contextlib.suppress(RuntimeError):  # It rings already.
+            self._silence.release()
 
     def wait(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds for a ring; tell whether there was one."""
-        if not self._event.wait(timeout):
-            return False  # Not to clear a ring that came since.
-        self._event.clear()
-        return True
+        return self._silence.acquire(timeout=max(timeout, 0.0))
 
     def close(self) -> None:
         """Let go of what the bell holds."""
@@ -7303,21 +7304,22 @@ class _Batch:
         self._begun_at = _SYSTEM_CLOCK.monotonic()
         self._cpu_begun_at = _SYSTEM_CLOCK.process_time()
 
-    def end(self) -> list[_Row]:
-        """Note at which pace the rows were taken up; give those that are left."""
-        taken_up = self._size - len(self.rows)
-        if taken_up:
+    def end(self) -> None:
+        """Note, with no rows left, at which pace they were taken up."""
+        if self._size:
             now = _SYSTEM_CLOCK.monotonic()
             taken_s = now - self._begun_at
             busy_s = _SYSTEM_CLOCK.process_time() - self._cpu_begun_at
-            self.pace_s = (self.pace_s + taken_s / taken_up) / 2
+            self.pace_s = (self.pace_s + taken_s / self._size) / 2
             is_fit = self.pace_s < _SHORT_S and busy_s > _BUSY_SHARES[self.is_for_one] * taken_s
             if self.is_for_one and not is_fit:
                 self._is_for_several_until = now + _SEVERAL_S
             self.is_for_one = is_fit and now >= self._is_for_several_until
         self._size = 0
-        left, self.rows = self.rows, []
-        return left
+
+    def skip_rest(self) -> None:
+        """Note nothing of rows that are not taken up after all."""
+        self._size = 0
 
     def wants_help(self) -> bool:
         """Tell whether another thread should come."""
@@ -7387,7 +7389,7 @@ class _Exchanger:
         if not self._finished:
             self._finished_at = now
         self._finished.append(outcome)
-        if outcome.row.crashes:
+        if outcome.row.crashes > 0:
             self._suspects -= 1
 
     def _trade(self, limit: int = 0, suspects: bool = False, targets: str = "{}") -> list[_Row]:
@@ -7435,20 +7437,6 @@ class _Exchanger:
             self._trouble_at = now
             is_clear = isinstance(error, (BrokerError, OSError))
             self.logger.error("%s The worker goes on trying.", error, exc_info=not is_clear)
-
-    def _release(self, rows: list[_Row]) -> None:
-        """Give claimed rows back that were not started."""
-        with self._lock:
-            self._suspects -= sum(row.crashes > 0 for row in rows)
-        try:
-            if rows:
-                self._engine.hand_back(self._slot, rows)
-        except BaseException as error:
-            with self._lock:
-                self._finished += [_Outcome(row, is_handed_back=True) for row in rows]
-            if not isinstance(error, BrokerError):  # A signal handler's, say.
-                raise
-            self.complain(error)
 
     def is_in_trouble(self) -> bool:
         """Tell whether the last try to write or claim has failed."""
@@ -7641,16 +7629,28 @@ class _Dispatcher(_Exchanger):
         with self._lock:
             self._suspects += sum(row.crashes > 0 for row in rows)
             self._slot.sleep_until(self._wait_ends_ms if self._is_waited_for else 0)
-            if is_wanted := not (self._is_paused or self.is_stopping):
-                self._batch.begin(rows, limit)
-        if not is_wanted:
-            self._release(rows)
+            self._batch.begin(rows, limit)
+            if is_unwanted := self._is_paused or self.is_stopping:
+                self._give_back()
+        if is_unwanted:
+            self._trade()
             return False
         if len(rows) > 1:
             self._on_litter()
         if len(rows) == limit:  # There may be more than this worker takes: pass the ring on.
             self._engine.wake(0, rows[-1].queue, rows[-1].actor)
         return True
+
+    def _give_back(self) -> None:
+        """Have the next write give back what was not started.  Call with _lock held."""
+        returned = [_Outcome(row, is_handed_back=True) for row in self._batch.rows]
+        for outcome in returned:
+            outcome.wakes.append((0, self._engine.bit(outcome.row.queue, outcome.row.actor)))
+        suspects = self._suspects - sum(outcome.row.crashes > 0 for outcome in returned)
+        finished = self._finished + returned
+        self._batch.skip_rest()
+        # At once, for a signal handler's exception to come before or after, and nothing to be lost.
+        self._finished, self._batch.rows, self._suspects = finished, [], suspects
 
     # Waiting.
 
@@ -7710,10 +7710,10 @@ class _Dispatcher(_Exchanger):
         """Start no more messages; what was claimed and not started goes back to its queue."""
         with self._lock:
             self._is_paused = True
-            unstarted = self._batch.end()
+            self._give_back()
             if not self.running:
                 self._settled.notify_all()
-        self._release(unstarted)
+        self.write()
 
     def resume(self) -> None:
         with self._lock:
@@ -7800,7 +7800,6 @@ class _Dispatcher(_Exchanger):
     def look_after(self) -> None:
         """Write late outcomes, call help, and hand back what nobody comes to run."""
         now = _SYSTEM_CLOCK.monotonic()
-        stale: list[_Row] = []
         with self._lock:
             is_late = bool(self._finished) and now > self._finished_at + _LATE_S
             if self._batch.rows and self._idle:
@@ -7809,10 +7808,10 @@ class _Dispatcher(_Exchanger):
             elif is_late and self._idle and not self._is_waited_for:
                 self._cond.notify()
             elif self._batch.rows and self._batch.is_stale(now):
-                stale = self._batch.end()
+                self._give_back()
+                is_late = True
                 if not self.running:
                     self._settled.notify_all()
-        self._release(stale)
         if is_late:
             self.write()
 
@@ -7820,8 +7819,9 @@ class _Dispatcher(_Exchanger):
         """Take back what dead workers held, mend the slot, find strangers, tidy the file."""
         self._check_slot()
         crashed, is_news = self._engine.recover(self._slot)
+        deaths = {pid: describe_death(pid) for pid in {pid for _row, pid in crashed}}
         for row, pid in crashed:
-            outcome = processor.crash(row, describe_death(pid))
+            outcome = processor.crash(row, deaths[pid])
             with self._lock:
                 self._suspects += 1  # It was not among this worker's claims.
                 self._keep(outcome, _SYSTEM_CLOCK.monotonic())
@@ -7870,7 +7870,26 @@ _TICK_S = 0.005
 _LOG_TICK_S = 0.2
 _IDLE_TICK_S = 1.0
 _STUCK_GRACE_S = 5.0  # After a time limit's interrupt, before the thread is given up.
+_DEADLINE_LOOK_S = 0.1  # Between looks whether the deadline of a stop was brought forward.
 _EXIT_GRACE_MS = 1000  # For running messages, when the interpreter exits under a worker.
+
+
+class _Stop:
+    """A stop of a worker under way."""
+
+    def __init__(self, deadline: float) -> None:
+        self.thread = threading.get_ident()
+        self.deadline = deadline  # Which another call of stop() may bring forward.
+        self._under_way = threading.Lock()  # No Event: see _Bell.
+        self._under_way.acquire()
+
+    def end(self) -> None:
+        with contextlib.suppress(RuntimeError):  # A signal handler's exception kept it from being locked.
+            self._under_way.release()
+
+    def wait(self, timeout: float) -> None:
+        if self._under_way.acquire(timeout=max(timeout, 0.0)):
+            self._under_way.release()  # For the next that waits.
 
 
 class Worker:
@@ -7921,12 +7940,11 @@ class Worker:
         self._dispatcher: _Dispatcher | None = None  # None while the worker is not running.
         self._threads: dict[int, threading.Thread] = {}  # By index, those that count.
         self._maintainer = threading.Thread()
-        self._tick = threading.Event()
+        self._tick = _Bell()
         self._pid = os.getpid()
         self._state_lock = threading.RLock()  # A signal handler may come in between.
         self._is_starting = False
-        self._stopper: int | None = None  # The thread that stops the worker.
-        self._stopped = threading.Event()
+        self._stopping: _Stop | None = None
 
     def start(self) -> None:
         """Start the threads; returns at once.
@@ -7948,11 +7966,12 @@ class Worker:
     def _start(self) -> None:
         self.broker.emit_before("worker_boot", self)
         self._pid = os.getpid()
-        dispatcher = _Dispatcher(
-            self.broker, self._queues, self.worker_threads, self.async_concurrency,
-            self.worker_timeout / 1000, self._tick.set,
-        )  # fmt: skip
+        dispatcher: _Dispatcher | None = None
         try:
+            dispatcher = _Dispatcher(
+                self.broker, self._queues, self.worker_threads, self.async_concurrency,
+                self.worker_timeout / 1000, self._tick.ring,
+            )  # fmt: skip
             for index in range(self.worker_threads):
                 self._start_thread(index, dispatcher)
             self._maintainer = threading.Thread(
@@ -7963,10 +7982,11 @@ class Worker:
             _register_exit_hook()
             self._dispatcher = dispatcher
         except BaseException:  # The system has no threads left, say.
-            dispatcher.stop()
-            for thread in self._threads.values():
-                thread.join()
-            dispatcher.close()
+            if dispatcher is not None:
+                dispatcher.stop()
+                for thread in self._threads.values():
+                    thread.join()
+                dispatcher.close()
             self._threads.clear()
             self._dispatcher = None
             raise
@@ -7977,63 +7997,74 @@ class Worker:
         What is handed back runs again later; its outcome here, if it still comes, is dropped.
         Where it can't wait, in one of its own jobs or in a signal handler that interrupts work with
         the database, the worker is stopped by a thread of its own, for which the interpreter waits.
-        While another program keeps the database locked, up to 30 s more may pass.
+        While another program keeps the database locked, up to 30 s more may pass, and 1 s where a
+        coroutine ignores that it is cancelled.  Another call with an earlier deadline brings it forward.
         """
         timeout = min(timeout, _LONGEST_WAIT_S * 1000)
-        me = threading.current_thread()
-        if self._is_ours(me):
-            self._stop_elsewhere(timeout)
+        if self._is_ours(threading.current_thread()):
+            self._elsewhere(self.stop, timeout)
             return
-        is_first = False
+        deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
+        own: _Stop | None = None
         try:
             with self._state_lock:
-                dispatcher = self._running()
-                if dispatcher is None or dispatcher.is_busy_here():
-                    if self._stopper is None and (dispatcher is not None or self._is_starting):
-                        self._stop_elsewhere(timeout)
+                dispatcher, stopping = self._running(), self._stopping
+                if stopping is not None:
+                    stopping.deadline = min(stopping.deadline, deadline)
+                elif dispatcher is None or dispatcher.is_busy_here():
+                    if dispatcher is not None or self._is_starting:
+                        self._elsewhere(self.stop, timeout)
                     return
-                if self._stopper is None:
-                    is_first = True
-                    self._stopper = me.ident
-                    self._stopped.clear()
-            if is_first:
-                self._stop(dispatcher, timeout)
-            elif me.ident != self._stopper:
-                self._stopped.wait(timeout / 1000)
+                else:
+                    own = self._stopping = _Stop(deadline)
+            if own is not None:
+                self._stop(cast(_Dispatcher, dispatcher), own)
+            elif stopping is not None and not self._is_in_the_way(stopping):
+                stopping.wait(timeout / 1000 + _CANCEL_GRACE_S)
         finally:
-            if is_first:
-                self._stopper = None
-                self._stopped.set()
+            if own is not None:
+                if self._stopping is own:
+                    self._stopping = None
+                own.end()
 
-    def _stop_elsewhere(self, timeout: int) -> None:
-        threading.Thread(target=self.stop, args=(timeout,), name="dramalite-stop").start()
+    def _is_in_the_way(self, stopping: _Stop) -> bool:
+        """Tell whether a stop can't go on before this call returns: it is in a handler or hook of it."""
+        dispatcher = self._dispatcher
+        return stopping.thread == threading.get_ident() or (
+            dispatcher is not None and dispatcher.is_busy_here()
+        )
 
-    def _stop(self, dispatcher: _Dispatcher, timeout: int) -> None:
-        deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
+    def _elsewhere(self, method: Callable[..., None], *args: Any) -> None:
+        """Call a method that would wait in vain here, in a thread of its own."""
+        name = f"dramalite-{method.__name__}"
+        threading.Thread(target=method, args=args, name=name).start()
+
+    def _stop(self, dispatcher: _Dispatcher, stopping: _Stop) -> None:
         self.logger.debug("Stopping.")
         dispatcher.claim_no_more()  # Before the hooks: what began after them would hear of nothing.
         try:
             self.broker.emit_before("worker_shutdown", self)
         finally:
-            self._end(dispatcher, deadline)
+            self._end(dispatcher, stopping)
             self.broker.emit_after("worker_shutdown", self)
             self.logger.debug("Stopped.")
 
-    def _end(self, dispatcher: _Dispatcher, deadline: float) -> None:
+    def _end(self, dispatcher: _Dispatcher, stopping: _Stop) -> None:
         """Wait for the threads until the deadline, and leave."""
         dispatcher.stop()
         for thread in list(self._threads.values()):
-            thread.join(max(0.0, deadline - _SYSTEM_CLOCK.monotonic()))
+            while thread.is_alive() and (left := stopping.deadline - _SYSTEM_CLOCK.monotonic()) > 0:
+                thread.join(min(left, _DEADLINE_LOOK_S))
         fail = self._processor.fail
         cancelled = [job for job in dispatcher.give_up_running(fail) if job.context is not None]
         for job in cancelled:
             _interrupt(job.runner, Shutdown)
         dispatcher.await_ends(cancelled, _CANCEL_GRACE_S)
-        self._tick.set()
+        self._tick.ring()
         self._maintainer.join()
         dispatcher.close()
         self._threads.clear()
-        self._dispatcher = None
+        self._dispatcher = self._stopping = None
         _live_workers.discard(self)
 
     def _is_ours(self, thread: threading.Thread) -> bool:
@@ -8043,28 +8074,40 @@ class Worker:
         return (self._is_starting or self._dispatcher is not None) and thread in threads
 
     def pause(self) -> None:
-        """Start no more messages; returns when those that run have ended."""
-        if (dispatcher := self._running()) is not None:
+        """Start no more messages; returns when those that run have ended.
+
+        Where it can't wait, as stop() can't, it returns at once.
+        """
+        if (dispatcher := self._running()) is None:
+            return
+        if dispatcher.is_busy_here():
+            self._elsewhere(self.pause)
+        elif self._is_ours(threading.current_thread()):
+            dispatcher.claim_no_more()
+        else:
             dispatcher.pause()
 
     def resume(self) -> None:
         """Go on after pause(); a stop is not undone."""
-        if (dispatcher := self._running()) is not None and self._stopper is None:
+        if (dispatcher := self._running()) is not None and self._stopping is None:
             dispatcher.resume()
 
     def join(self) -> None:
         """Wait until nothing that this worker has claimed is waiting, running or unwritten.
 
-        It does not look at what waits in the database: see Broker.join().
+        It does not look at what waits in the database: see Broker.join().  Raises RuntimeError where
+        it would wait for its own caller, as in a job.
         """
-        if (dispatcher := self._running()) is not None:
-            dispatcher.join()
+        if (dispatcher := self._running()) is None:
+            return
+        if dispatcher.is_busy_here() or self._is_ours(threading.current_thread()):
+            raise RuntimeError("The worker waits for what calls join() here, a job or a signal handler's work.")
+        dispatcher.join()
 
     def _running(self) -> _Dispatcher | None:
         """The dispatcher, if the worker runs; in a forked child it does not."""
         if self._pid != os.getpid():
-            self._dispatcher = self._stopper = None
-            self._stopped = threading.Event()
+            self._dispatcher = self._stopping = None
         return self._dispatcher
 
     def __enter__(self) -> Worker:
@@ -8077,6 +8120,10 @@ class Worker:
     def has_lost_descriptors(self) -> bool:
         """Tell whether a job has closed files of dramalite's; such a process must be ended."""
         return self._dispatcher is not None and self._dispatcher.has_lost_descriptors()
+
+    def has_stopped(self) -> bool:
+        """Tell whether it does not run: it was stopped, or not started yet."""
+        return self._dispatcher is None
 
     @property
     def runners(self) -> set[int]:
@@ -8091,8 +8138,12 @@ class Worker:
         thread = threading.Thread(
             target=self._work, args=(index, dispatcher), name=f"dramalite-worker-{index}", daemon=True
         )
-        thread.start()
-        self._threads[index] = thread
+        self._threads[index] = thread  # First, for a hook that stops the worker at the thread's boot.
+        try:
+            thread.start()
+        except BaseException:
+            del self._threads[index]
+            raise
 
     def _tell_of_boot(self, signal: str, thread: threading.Thread) -> None:
         try:
@@ -8182,15 +8233,15 @@ class Worker:
                 dispatcher.complain(error)
             is_urgent = dispatcher.has_litter() and not dispatcher.is_in_trouble()
             self._tick.wait(_TICK_S if is_urgent else _IDLE_TICK_S)
-            self._tick.clear()
         self.broker.emit_before("consumer_thread_shutdown", thread)
 
     def _replace_stuck_threads(self, dispatcher: _Dispatcher) -> None:
         """Fail messages whose time limit can't end them, and start threads in place of theirs."""
+        jobs = list(dispatcher.running.values())  # First: a thread may take another message meanwhile.
         limits = [item for item in self.broker.middleware if isinstance(item, TimeLimit)]
         stuck = {r for item in limits for r in item.stuck_runners(self.broker.clock, _STUCK_GRACE_S)}
         has_replaced = False
-        for job in list(dispatcher.running.values()) if stuck else ():
+        for job in jobs if stuck else ():
             runner = job.runner or self._threads[job.key].ident
             if runner not in stuck or not dispatcher.give_up(job):
                 continue
@@ -9371,7 +9422,7 @@ class _ChildProcess(abc.ABC):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, lambda *_: self._events.put("terminate"))
         if not _WINDOWS:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
             _give_forks_default_signals()
         for name in ("SIGHUP", "SIGBREAK"):
             if hasattr(signal, name):
@@ -9438,11 +9489,12 @@ class _WorkerProcess(_ChildProcess):
             self._tell_what_for(broker)
         self._logger.info("Worker process is ready for action.")
         timeout = namespace.worker_shutdown_timeout
-        if self._next_event() == "orphaned":
+        event = self._next_event()
+        if event == "orphaned":
             self._logger.warning("The supervisor is gone; leaving.")
             timeout = min(timeout, _ORPHAN_GRACE_MS)
         self._logger.info("Stopping worker process...")
-        threading.Thread(target=self._await_kill, daemon=True).start()
+        threading.Thread(target=self._await_kill, args=(event,), daemon=True).start()
         worker.stop(timeout)
         return _EXIT_OK
 
@@ -9489,19 +9541,21 @@ class _WorkerProcess(_ChildProcess):
         while True:
             with contextlib.suppress(queue.Empty):
                 return self._events.get(timeout=_WATCH_S)
+            if self._has_started and self._worker is not None and self._worker.has_stopped():
+                return "retire"  # By a job or a hook.
             # Looked at from here, since SQLite may sleep for seconds over closed descriptors.
             if self._worker is not None and self._worker.has_lost_descriptors():
                 os._exit(_EXIT_KILLED)
 
-    def _await_kill(self) -> None:
+    def _await_kill(self, event: str) -> None:
         """While stopping: end the process on an order to do so at once, or soon without a supervisor.
 
         A service manager may signal us beside the supervisor: that is not a second order.
         """
-        while (event := self._next_event()) not in ("kill", "orphaned"):
-            pass
-        if event == "orphaned":
-            _SYSTEM_CLOCK.sleep(_ORPHAN_GRACE_MS / 1000)
+        while event not in ("kill", "orphaned"):
+            event = self._next_event()
+        if event == "orphaned":  # A stop has just so much time then, and needs a moment more.
+            _SYSTEM_CLOCK.sleep(3 * _ORPHAN_GRACE_MS / 1000)
         os._exit(_EXIT_KILLED)
 
     def _import(self) -> _EngineBroker:
@@ -9767,6 +9821,7 @@ _SAME_STOP_S = 0.1
 
 #: Seconds from the request to stop at once to SIGKILL.
 _KILL_GRACE_S = 1.0
+_STOP_GRACE_S = _BUSY_TIMEOUT_S + 5.0  # After the timeout of a stop, for the last word to the database.
 
 #: Seconds for the last lines to get to several log files, which a job's process may hold open.
 _LAST_LOG_S = 1.0
@@ -9948,7 +10003,7 @@ class _Supervisor:
             os.makedirs(self._notes, 0o700, exist_ok=True)  # A cleaner of old files may have been there.
             waiter = threading.Thread(target=await_exit, daemon=True)
             waiter.start()
-            with _without_ctrl_c():  # Until the child is ready to leave it to us.
+            with _without_stop_signals():  # Until the child is ready for them.
                 child.process = subprocess.Popen(
                     self._command, stdin=subprocess.PIPE, bufsize=0, env=environment, cwd=self._folder
                 )
@@ -10044,7 +10099,7 @@ class _Supervisor:
         for child in self._children.values():
             if child.process is not None:
                 child.after_stop = "stay away" if child.is_fork else "restart"
-                child.tell("stop")
+                self._end(child)
             else:
                 child.restart_at = None if child.is_fork else _SYSTEM_CLOCK.monotonic()
         self._await_forks()
@@ -10058,18 +10113,28 @@ class _Supervisor:
         self._stopped_at = now
         if cause:
             self._logger.info("Stopping on %s; once more to stop at once.", cause)
-        for child in self._children.values():
-            child.tell("stop" if self._stops == 1 else "kill")
         if self._stops > 1:
             self._exit_code = _EXIT_KILLED
-            timer = threading.Timer(_KILL_GRACE_S, self._events.put, [self._kill])
-            timer.daemon = True
-            timer.start()
-
-    def _kill(self) -> None:
         for child in self._children.values():
-            if child.process is not None:
-                child.process.kill()
+            child.restart_at = None
+            self._end(child)
+
+    def _end(self, child: _Child) -> None:
+        """Have a child stop, or end at once, if it runs; kill it where it does not."""
+        if child.process is None:
+            return
+        is_first = self._stops <= 1
+        child.tell("stop" if is_first else "kill")
+        timeout_s = self._namespace.worker_shutdown_timeout / 1000 + _STOP_GRACE_S
+        wait_s = min(timeout_s, _LONGEST_WAIT_S) if is_first else _KILL_GRACE_S
+        kill = functools.partial(self._kill, child, child.process)
+        timer = threading.Timer(wait_s, self._events.put, [kill])
+        timer.daemon = True
+        timer.start()
+
+    def _kill(self, child: _Child, process: subprocess.Popen[bytes]) -> None:
+        if child.process is process:
+            process.kill()
 
 
 def _open_standard_descriptors() -> None:
@@ -10115,14 +10180,14 @@ def _is_left_behind(folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Hold SIGINT back meanwhile, in this thread and in processes that it starts."""
+def _without_stop_signals() -> Iterator[None]:
+    """Hold SIGINT and SIGTERM back meanwhile, in this thread and in processes that it starts."""
     import signal
 
     if _WINDOWS:
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

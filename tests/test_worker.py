@@ -775,22 +775,35 @@ def test_what_is_sent_while_one_worker_is_being_stopped_is_run_by_another(broker
 def test_in_memory_a_message_that_is_sent_just_as_a_worker_stops_waiting_is_not_overlooked(
     clean_state, worker, monkeypatch
 ):
-    threads, sent, done, wait = [], [], [], threading.Event.wait
+    threads, sent, done, make_lock = [], [], [], threading.Lock
 
     class Threads(dramalite.Middleware):
         def after_worker_thread_boot(self, broker, thread):
             threads.append(thread)
 
-    def wait_and_send(event, timeout=None):
-        was_set = wait(event, timeout)
-        if not was_set and not sent and threading.current_thread() in threads:
-            sent.append(work.send(1))
-        return was_set
+    class Lock:
+        """A lock; the first wait for it in a worker's thread that times out ends with a message sent."""
 
+        def __init__(self):
+            self.real = make_lock()
+            self.release, self.locked = self.real.release, self.real.locked
+
+        def acquire(self, blocking=True, timeout=-1):
+            is_acquired = self.real.acquire(blocking, timeout)
+            if not is_acquired and timeout > 0 and not sent and threading.current_thread() in threads:
+                sent.append(work.send(1))
+            return is_acquired
+
+        def __enter__(self):
+            return self.real.acquire()
+
+        def __exit__(self, *error):
+            self.real.release()
+
+    monkeypatch.setattr("threading.Lock", Lock)
     broker = dramalite.MemoryBroker(middleware=[Threads()])
     clean_state.callback(broker.close)
     work = dramalite.actor(done.append, actor_name="work", broker=broker)
-    monkeypatch.setattr("threading.Event.wait", wait_and_send)
     worker(broker, worker_timeout=20)
     wait_until(lambda: sent)
     wait_until(lambda: done, timeout=2)
@@ -887,24 +900,24 @@ def test_what_a_worker_held_is_run_though_ctrl_c_kept_pause_from_handing_it_back
 def test_joining_a_worker_ends_when_what_it_held_went_back_to_the_queue(broker, worker, takes_many, monkeypatch):
     done, held = [], threading.Event()
 
-    def take_in_and_wait(rows, limit):
-        result = take_in(rows, limit)
-        if len(rows) > 1 and not held.is_set():
+    def exchange_and_wait():
+        result = exchange()
+        if first._dispatcher.has_litter() and not held.is_set():
             held.set()
             wait_until(lambda: len(done) == 20)  # As a thread does that gets no processor.
         return result
 
     work = dramalite.actor(done.append, actor_name="work")
     first = worker(broker)
-    take_in = first._dispatcher._take_in
-    monkeypatch.setattr(first._dispatcher, "_take_in", take_in_and_wait)
+    exchange = first._dispatcher.exchange
+    monkeypatch.setattr(first._dispatcher, "exchange", exchange_and_wait)
     broker.enqueue_many([work.message(number) for number in range(20)])
     held.wait(DEADLINE)
     joining = in_thread(first.join)
     worker(broker)
+    wait_until(lambda: len(done) == 20)
     joining.join(4)
 
-    assert len(done) == 20
     assert joining.is_alive() is False
 
 
