@@ -1,11 +1,15 @@
-"""Runs pytest in two processes at once: half of the time, tests wait for processes that they started.
+"""Runs pytest in three processes at once: half of the time, tests wait for processes that they started.
 
-Arguments are passed on to both: `python tests/run.py --durations=10`.  The second one's output comes
-when it has ended.
+Arguments are passed on to each: `python tests/run.py --durations=10`.  What the second and the third one
+say comes when they have ended.  Their files are in memory where there is room for them, so that none of
+their tests waits for the disk; what can go wrong with files and disks is met by the first one, on the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,25 +17,50 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 
-#: What starts most of the processes, and takes as long as all the rest.
-STARTERS = ("faults", "test_command_line.py", "test_supervisor.py")
+#: What breaks files and kills who writes them.
+ON_DISK = ("faults",)
+
+#: What else starts most of the processes.  Either of these takes about as long as all the rest.
+STARTERS = ("test_command_line.py", "test_supervisor.py", "test_examples.py", "test_layout.py", "wire")
+
+#: A folder in memory, where the system has one, and how much there must be free.
+MEMORY = Path("/dev/shm")
+ROOM = 1 << 30
 
 NO_TESTS = 5  # pytest's exit code where the arguments leave none in a share.
 
 
+def folder_in_memory() -> str | None:
+    """MEMORY if tests can write files and run programs there; None where they can't."""
+    if not (MEMORY.is_dir() and os.access(MEMORY, os.W_OK)):
+        return None
+    forbids_programs = os.statvfs(MEMORY).f_flag & os.ST_NOEXEC
+    return None if forbids_programs or shutil.disk_usage(MEMORY).free < ROOM else str(MEMORY)
+
+
 def main(arguments: list[str]) -> int:
-    starters = [str(TESTS / name) for name in STARTERS]
-    rest = [str(TESTS), *(f"--ignore={path}" for path in starters)]
+    on_disk, starters = ([str(TESTS / name) for name in names] for names in (ON_DISK, STARTERS))
+    rest = [str(TESTS), *(f"--ignore={path}" for path in (*on_disk, *starters))]
     pytest = [sys.executable, "-m", "pytest", *arguments]
-    with tempfile.TemporaryFile() as output:
-        second = subprocess.Popen([*pytest, *rest], stdout=output, stderr=subprocess.STDOUT)
-        try:
-            first = subprocess.run([*pytest, *starters])
-        finally:
-            second.wait()
-        output.seek(0)
-        print(output.read().decode(errors="replace"), end="", flush=True)
-    codes = {first.returncode, second.returncode}
+    with contextlib.ExitStack() as closing:
+        others = []
+        for share in (starters, rest):
+            output = closing.enter_context(tempfile.TemporaryFile())
+            folder = closing.enter_context(
+                tempfile.TemporaryDirectory(
+                    prefix="dramalite-tests-", dir=folder_in_memory(), ignore_cleanup_errors=True
+                )
+            )
+            environment = {**os.environ, "TMPDIR": folder}
+            command = [*pytest, *share]
+            process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+            closing.callback(process.wait)
+            others.append((process, output))
+        codes = {subprocess.run([*pytest, *on_disk]).returncode}
+        for process, output in others:
+            codes.add(process.wait())
+            output.seek(0)
+            print(output.read().decode(errors="replace"), end="", flush=True)
     return max(codes - {NO_TESTS}, default=NO_TESTS, key=abs)
 
 
