@@ -17,8 +17,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
-from helpers import wait_until
+sys.path.insert(0, str(Path(__file__).resolve().parent / "faults"))
+
+import harness  # noqa: E402
+from helpers import wait_until  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -190,7 +194,7 @@ def test_the_quickstart_leaves_its_own_files_out_where_they_lie_among_the_texts(
 def test_the_quickstart_counts_the_repository_by_default(tmp_path, environment):
     clone = tmp_path / "clone"
     (clone / "examples").mkdir(parents=True)
-    shutil.copy(ROOT / "dramalite.py", clone)
+    harness.copy_module(clone)
     shutil.copy(EXAMPLES / "quickstart.py", clone / "examples")
     texts = [path.read_text(encoding="utf-8").lower() for path in clone.rglob("*.py")]
     words = collections.Counter(word for text in texts for word in re.findall(r"[^\W\d_]{3,}", text))
@@ -345,6 +349,11 @@ def test_pipeline(tmp_path, environment):
 
 def test_my_retries(tmp_path, environment):
     shutil.copy(EXAMPLES / "test_my_retries.py", tmp_path)
+    (tmp_path / "conftest.py").write_text(  # As many examples as the properties here have.
+        "import hypothesis\n"
+        f"hypothesis.settings.register_profile('of these tests', max_examples={settings().max_examples})\n"
+        "hypothesis.settings.load_profile('of these tests')\n"
+    )
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_retries.py"],
         cwd=tmp_path,

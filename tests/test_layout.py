@@ -456,9 +456,8 @@ def vendored(place):
     (package / "vendor").mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "vendor" / "__init__.py").touch()
-    (package / "vendor" / "dramalite.py").write_text(SOURCE, "utf-8")
     (package / "tasks.py").write_text(textwrap.dedent(TASKS.format(imports="from app.vendor import dramalite")), "utf-8")
-    return package / "vendor" / "dramalite.py"
+    return harness.copy_module(package / "vendor")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
@@ -471,7 +470,7 @@ class TestACopy:
         assert run_one_job_and_stop(place, tree) == [["ping", "1", "app.vendor.dramalite", "True", "0"]]
 
     def test_a_copy_run_by_its_path_shares_one_module_with_the_users_code(self, place):
-        (place.folder / "dramalite.py").write_text(SOURCE, "utf-8")
+        harness.copy_module(place.folder)
         (place.folder / "tasks.py").write_text(textwrap.dedent(TASKS.format(imports="import dramalite")), "utf-8")
         command = [sys.executable, "dramalite.py", "worker", "tasks", "--processes", "1", "--threads", "2"]
         tree = place.start(command, PYTHONPATH="")
@@ -497,34 +496,46 @@ class TestACopy:
 # The tests themselves
 
 
-def sleeping_calls(path):
+@functools.cache
+def modules_of_tests():
+    """Each test module's path, and all that is in its tree."""
+    return [(path, list(ast.walk(ast.parse(path.read_text("utf-8"))))) for path in sorted(TESTS.rglob("test_*.py"))]
+
+
+def last_name(node):
+    """The name that an expression ends with, if it does; to write it out takes far longer."""
+    return getattr(node, "attr", None) or getattr(node, "id", "")
+
+
+def sleeping_calls(path, nodes):
     """Calls of time.sleep() in a test module, but for those in actors, where they stand for work."""
-    tree = ast.parse(path.read_text("utf-8"))
     work = [
         node
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         and any("actor" in ast.unparse(decorator) for decorator in node.decorator_list)
     ]
     allowed = {call for function in work for call in ast.walk(function)}
     return [
         f"{path.relative_to(TESTS)}:{node.lineno}"
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "sleep") and node not in allowed
+        for node in nodes
+        if isinstance(node, ast.Call) and last_name(node.func) == "sleep"
+        if ast.unparse(node.func) in ("time.sleep", "sleep") and node not in allowed
     ]
 
 
 def test_no_test_waits_by_sleeping():
-    assert [call for path in sorted(TESTS.rglob("test_*.py")) for call in sleeping_calls(path)] == []
+    assert [call for path, nodes in modules_of_tests() for call in sleeping_calls(path, nodes)] == []
 
 
 def test_no_test_leans_on_a_private_name_of_the_module():
     private = [
         f"{path.relative_to(TESTS)}:{node.lineno}: {ast.unparse(node)}"
-        for path in sorted(TESTS.rglob("test_*.py"))
+        for path, nodes in modules_of_tests()
         if path != Path(__file__).resolve()
-        for node in ast.walk(ast.parse(path.read_text("utf-8")))
-        if isinstance(node, ast.Attribute) or (isinstance(node, ast.Call) and node.args)
+        for node in nodes
+        if (isinstance(node, ast.Attribute) and node.attr.startswith("_"))
+        or (isinstance(node, ast.Call) and node.args and last_name(node.func) == "setattr")
         if re.match(r"(dramalite|dramatiq)\._[^_]|monkeypatch\.setattr\((dramalite|dramatiq), '_", ast.unparse(node))
     ]
 

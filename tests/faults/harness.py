@@ -11,8 +11,10 @@ wait_until() is the only place that polls; each wait has a deadline.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import py_compile
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -34,7 +36,17 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 # Compiled once, where that can be written, and not again by each of some hundred processes.
-py_compile.compile(str(MODULE), quiet=2)
+COMPILED = py_compile.compile(str(MODULE), quiet=2)
+
+
+def copy_module(folder: Path) -> Path:
+    """Put a copy of dramalite.py into a folder, compiled already: each process would take a second for that."""
+    copy = Path(shutil.copy2(MODULE, folder))
+    if COMPILED is not None:
+        (folder / "__pycache__").mkdir(exist_ok=True)
+        shutil.copy(COMPILED, folder / "__pycache__")
+    return copy
+
 
 #: What every jobs.py begins with: a broker on the place's file, and note().
 PRELUDE = '''\
@@ -81,6 +93,24 @@ def ping(number):
     note("ping", number, os.getpid(), time.monotonic())
 
 '''
+
+
+#: Runs the command line with each list of arguments, and prints the exit codes and what was said.
+COMMANDS = """
+    import json, os, sys, tempfile
+    import dramalite
+
+    for arguments in json.loads(sys.argv[1]):
+        with tempfile.TemporaryFile() as output:
+            child = os.fork()
+            if child == 0:
+                os.dup2(output.fileno(), 1)
+                os.dup2(output.fileno(), 2)
+                sys.exit(dramalite.main(arguments))
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            output.seek(0)
+            print(json.dumps([code, output.read().decode()]))
+"""
 
 
 def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
@@ -251,6 +281,11 @@ class Place:
         code = tree.wait(seconds)
         assert code == 0, f"The script ended with {code}.\n{tree.tail()}"
         return tree
+
+    def endings(self, commands: list[list[str]]) -> list[tuple[int, str]]:
+        """How each of these command lines ends and what it says, all in forks of one process that has imported us."""
+        tree = self.script(COMMANDS, json.dumps(commands))
+        return [tuple(json.loads(line)) for line in tree.output().splitlines()]
 
     def wait_until(self, condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
         """wait_until(), with the logs and the journal in the failure."""
