@@ -112,10 +112,18 @@ def test_help_names_every_option(place):
     assert [option for option in options.split() if option not in result.stdout] == []
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        [],
+@pytest.mark.parametrize("arguments", [[], ["worker", "jobs.py"]], ids=lambda arguments: " ".join(arguments) or "nothing")
+def test_bad_arguments_end_with_2_and_the_usage(place, arguments):
+    tree = place.start([sys.executable, "-m", "dramalite", *arguments])
+
+    assert tree.wait(10) == 2, tree.tail()
+    assert "usage:" in tree.output().lower()
+    assert "Traceback" not in tree.output()
+
+
+BAD_ARGUMENTS = {
+    " ".join(arguments): arguments
+    for arguments in [
         ["wrok"],
         ["worker"],
         ["worker", "jobs", "--no-such-option"],
@@ -124,20 +132,28 @@ def test_help_names_every_option(place):
         ["worker", "jobs", "--threads", "0"],
         ["worker", "jobs", "--threads", "-4"],
         ["worker", "jobs", "--threads", "1000"],
-        ["worker", "jobs.py"],
         ["worker", "./jobs"],
         ["worker", "__main__"],
         ["worker", "jobs", "--worker-shutdown-timeout", "soon"],
         ["worker", "jobs", "--worker-shutdown-timeout", "-5"],
-    ],
-    ids=lambda arguments: " ".join(arguments) or "nothing",
-)
-def test_bad_arguments_end_with_2_and_the_usage(place, arguments):
-    tree = place.start([sys.executable, "-m", "dramalite", *arguments])
+    ]
+}
 
-    assert tree.wait(10) == 2, tree.tail()
-    assert "usage:" in tree.output().lower()
-    assert "Traceback" not in tree.output()
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """What comes of BAD_ARGUMENTS, by their names."""
+    with harness.new_place(tmp_path_factory.mktemp("refusals")) as place:
+        return dict(zip(BAD_ARGUMENTS, place.endings(list(BAD_ARGUMENTS.values())), strict=True))
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_all_bad_arguments_end_with_2_and_the_usage(refusals, name):
+    code, output = refusals[name]
+
+    assert code == 2, output
+    assert "usage:" in output.lower()
+    assert "Traceback" not in output
 
 
 def test_the_worker_ends_with_0_when_stopped_while_idle(place):

@@ -504,27 +504,35 @@ def test_a_queue_filter_and_options_that_are_always_so_are_accepted(place):
     assert worked_by(place, 1) in tree.children()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--watch", "no-such-folder"], "no-such-folder"),
-        (["--watch", "jobs.py"], "jobs.py"),
-        (["--worker-fork-timeout", "9"], "10 ms"),
-        (["--worker-fork-timeout", "1800001"], "30 minutes"),
-        (["--worker-fork-timeout", "soon"], "soon"),
-        (["--fork-function", "jobs"], "MODULE:FUNCTION"),
-        (["--async-concurrency", "0"], "async-concurrency"),
-        (["-t", "0"], "'0' is not a whole number from 1 on"),
-        (["-p", "x"], "'x' is not a whole number from 0 on"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_values_end_with_2_and_are_named(place, arguments, named):
-    tree = place.worker(*arguments)
+#: Arguments, and what the refusal names.
+BAD_VALUES = {
+    "--watch no-such-folder": "no-such-folder",
+    "--watch jobs.py": "jobs.py",
+    "--worker-fork-timeout 9": "10 ms",
+    "--worker-fork-timeout 1800001": "30 minutes",
+    "--worker-fork-timeout soon": "soon",
+    "--fork-function jobs": "MODULE:FUNCTION",
+    "--async-concurrency 0": "async-concurrency",
+    "-t 0": "'0' is not a whole number from 1 on",
+    "-p x": "'x' is not a whole number from 0 on",
+}
 
-    assert tree.wait(10) == 2
-    assert named in tree.output()
-    assert "Traceback" not in tree.output()
+
+@pytest.fixture(scope="module")
+def refusals(tmp_path_factory):
+    """What comes of BAD_VALUES."""
+    with harness.new_place(tmp_path_factory.mktemp("refusals")) as place:
+        commands = [["worker", "jobs", "-p", "1", "-t", "2", *arguments.split()] for arguments in BAD_VALUES]
+        return dict(zip(BAD_VALUES, place.endings(commands), strict=True))
+
+
+@pytest.mark.parametrize("arguments", BAD_VALUES)
+def test_bad_values_end_with_2_and_are_named(refusals, arguments):
+    code, output = refusals[arguments]
+
+    assert code == 2
+    assert BAD_VALUES[arguments] in output
+    assert "Traceback" not in output
 
 
 def test_no_processes_end_with_0_at_once(place):
