@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import re
 import sqlite3
 import stat
+import subprocess
+import sys
 import tempfile
+import textwrap
 import threading
 from pathlib import Path
 
 import dramalite
 import pytest
-from harness import wait_until
+from harness import MODULE, wait_until
 
 JOBS = """
     from pathlib import Path
@@ -42,31 +46,66 @@ JOBS = """
         note("end", number)
 """
 
-#: Sends and tells what came of it, in a process of its own, so that a hang is an error and no hang.
+#: Sends and tells what came of it, each time in a fork of its own, so that a hang is an error and no hang.
 SENDER = """
-    import sys
+    import json, os, select, signal, sys
     import dramalite
-    import jobs
 
-    try:
-        jobs.job.send(sys.argv[1])
-    except dramalite.BrokerError as error:
-        print("refused:", " ".join(str(error).split()))
-    else:
-        print("stored")
-    jobs.broker.close()
+    def send(path, number):
+        broker = dramalite.SQLiteBroker(path, durability="normal")
+        job = dramalite.actor(lambda number, load="": None, actor_name="job", broker=broker, max_retries=0)
+        try:
+            job.send(number)
+        except dramalite.BrokerError as error:
+            print("refused:", " ".join(str(error).split()))
+        else:
+            print("stored")
+        broker.close()
+
+    for line in sys.stdin:
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.dup2(writing, 1)
+            os.dup2(writing, 2)
+            os.closerange(3, 100)
+            send(*json.loads(line))
+            sys.exit()
+        os.close(writing)
+        said, is_over = b"", False
+        while not is_over and select.select([reading], [], [], 10)[0]:
+            more = os.read(reading, 65536)
+            said, is_over = said + more, not more
+        if not is_over:
+            os.kill(child, signal.SIGKILL)
+        os.close(reading)
+        print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.decode().strip()]))
 """
 
 
+@pytest.fixture(scope="module")
+def sender():
+    """The process that forks for each send: to import everything anew takes far longer than to send."""
+    environment = {**os.environ, "PYTHONPATH": str(MODULE.parent), "PYTHONUNBUFFERED": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", textwrap.dedent(SENDER)], env=environment, text=True, **pipes) as sender:
+        yield sender
+        sender.stdin.close()
+
+
 @pytest.fixture
-def place(place):
+def place(place, sender):
     place.jobs(JOBS)
+    place.sender = sender
     return place
 
 
-def outcome_of_a_send(place, number=1, **extra):
+def outcome_of_a_send(place, number=1):
     """What a send in a process of its own says; a hang or any other exception fails the test."""
-    return place.script(SENDER, str(number), seconds=10, **extra).output().strip()
+    print(json.dumps([str(place.db), str(number)]), file=place.sender.stdin, flush=True)
+    code, said = json.loads(place.sender.stdout.readline())
+    assert code == 0, f"The send ended with {code}.\n{said}"
+    return said
 
 
 def digest(path):
@@ -79,7 +118,9 @@ def side_files(path):
 
 def make_queue(place, messages):
     """A closed database that holds messages; all of it is in the one file."""
-    place.script(f"import jobs\nfor number in range({messages}): jobs.job.send(number, 'x' * 1000)\njobs.broker.close()")
+    with contextlib.closing(dramalite.SQLiteBroker(place.db, durability=place.durability)) as broker:
+        job = dramalite.actor(lambda number, load: None, actor_name="job", broker=broker, max_retries=0)
+        broker.enqueue_many([job.message(number, "x" * 1000) for number in range(messages)])
     with contextlib.closing(place.connect()) as connection:
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
