@@ -84,23 +84,41 @@ def dead_letter_texts(place):
     return ["\n".join(str(value) for value in row) for row in place.query("SELECT * FROM dramalite_dead")]
 
 
-def restart_until_drained(place, most):
-    """Run lone workers one after the other until nothing is left; how many it took."""
-    for times in range(1, most + 1):
-        worker = place.start_script(LONE_WORKER)
-        place.wait_until(lambda: not worker.alive() or place.waiting() == 0, "the worker dies or is done")
-        if worker.alive():
-            worker.kill_all()
-            return times
-    raise AssertionError(f"Still {place.waiting()} messages after {most} workers.\n{place.story()}")
+#: Sends, and has one such worker after the other, each in a fork, as if a supervisor started them again.
+RESTARTED = """
+    import os, sys, textwrap
+    import dramalite
+    import jobs
+
+    most, sending = int(sys.argv[1]), textwrap.dedent(sys.argv[2])
+    for number in range(1 + most):
+        child = os.fork()
+        if child == 0 and number == 0:
+            exec(sending)
+            sys.exit()
+        if child == 0:
+            with dramalite.Worker(jobs.broker, worker_threads=2):
+                jobs.until(lambda: False, 60)  # Works until it is killed.
+        status = os.waitpid(child, 0)[1]
+        assert number or status == 0, f"Nothing was sent: {status}."
+        jobs.note("sent")
+"""
+
+
+def restart_until_drained(place, most, sending):
+    """Send, then run lone workers one after the other until nothing is left."""
+    tree = place.start_script(RESTARTED, str(most), sending)
+    place.wait_until(lambda: place.notes("sent") or not tree.alive(), "the messages are sent")
+    place.wait_until(lambda: not tree.alive() or place.waiting() == 0, "the workers die or are done", 5.0 * most)
+    assert tree.alive(), f"Still {place.waiting()} messages after {most} workers.\n{place.story()}"
+    tree.kill_all()
 
 
 @pytest.mark.parametrize(
     "kind", ["segfault", *(pytest.param(kind, marks=pytest.mark.torture) for kind in ("leave", "kill", "abort"))]
 )
 def test_a_message_that_kills_its_process_three_times_is_parked(place, kind):
-    place.script(f"import jobs; jobs.poison.send({kind!r}); [jobs.innocent.send(n) for n in range(5)]")
-    restart_until_drained(place, 6)
+    restart_until_drained(place, 6, f"jobs.poison.send({kind!r}); [jobs.innocent.send(n) for n in range(5)]")
 
     assert place.runs("poison") == {kind: 3}
     assert place.dead() == 1
@@ -142,8 +160,7 @@ def test_the_reason_names_the_signal_or_exit_code(place):
 
 
 def test_an_actor_that_must_never_run_twice_is_parked_at_its_first_crash(place):
-    place.script("import jobs; jobs.never_twice.send('kill'); jobs.innocent.send(1)")
-    restart_until_drained(place, 3)
+    restart_until_drained(place, 3, "jobs.never_twice.send('kill'); jobs.innocent.send(1)")
 
     assert place.runs("never_twice") == {"kill": 1}
     assert [letter.actor_name for letter in place.dead_letters()] == ["never_twice"]
@@ -211,16 +228,16 @@ def test_a_worker_of_many_coroutines_that_died_is_blamed_for_nothing_that_it_had
 
 
 def test_innocents_claimed_together_with_poison_are_not_blamed(place):
-    place.script(
+    restart_until_drained(
+        place,
+        15,
         """
-        import jobs
         for number in range(100):
             jobs.innocent.send(number)
             if number in (35, 36):
                 jobs.poison.send("kill")
-        """
+        """,
     )
-    restart_until_drained(place, 15)
 
     assert Counter(letter.actor_name for letter in place.dead_letters()) == {"poison": 2}
     assert place.runs("end").keys() == {str(number) for number in range(100)}
@@ -228,16 +245,14 @@ def test_innocents_claimed_together_with_poison_are_not_blamed(place):
 
 def test_a_job_that_was_running_beside_poison_is_not_blamed(place):
     # The neighbour takes long enough to be there whenever the poison strikes.
-    place.script("import jobs; jobs.poison.send('kill'); jobs.innocent.send('neighbour', 0.6)")
-    restart_until_drained(place, 8)
+    restart_until_drained(place, 8, "jobs.poison.send('kill'); jobs.innocent.send('neighbour', 0.6)")
 
     assert [letter.actor_name for letter in place.dead_letters()] == ["poison"]
     assert place.runs("end").keys() == {"neighbour"}
 
 
 def test_a_message_that_survives_its_last_chance_is_done(place):
-    place.script("import jobs; jobs.dies_twice.send(1)")
-    restart_until_drained(place, 4)
+    restart_until_drained(place, 4, "jobs.dies_twice.send(1)")
 
     assert place.runs("survived") == {"1": 1}
     assert place.dead() == 0
@@ -247,8 +262,7 @@ def test_the_limit_can_be_set_for_the_whole_broker(place):
     place.jobs(JOBS)
     source = (place.folder / "jobs.py").read_text()
     (place.folder / "jobs.py").write_text(source.replace("SQLiteBroker(", "SQLiteBroker(max_crashes=2, path=", 1))
-    place.script("import jobs; jobs.poison.send('leave')")
-    restart_until_drained(place, 4)
+    restart_until_drained(place, 4, "jobs.poison.send('leave')")
 
     assert place.runs("poison") == {"leave": 2}
     assert place.dead() == 1
