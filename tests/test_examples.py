@@ -349,10 +349,11 @@ def test_pipeline(tmp_path, environment):
 
 def test_my_retries(tmp_path, environment):
     shutil.copy(EXAMPLES / "test_my_retries.py", tmp_path)
-    (tmp_path / "conftest.py").write_text(  # As many examples as the properties here have.
-        "import hypothesis\n"
-        f"hypothesis.settings.register_profile('of these tests', max_examples={settings().max_examples})\n"
-        "hypothesis.settings.load_profile('of these tests')\n"
+    (tmp_path / "conftest.py").write_text(  # As many examples as the properties here have, in any time.
+        "from hypothesis import HealthCheck, settings\n"
+        f"settings.register_profile('here', max_examples={settings().max_examples}, deadline=None,"
+        " suppress_health_check=[HealthCheck.too_slow])\n"
+        "settings.load_profile('here')\n"
     )
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_my_retries.py"],
