@@ -22,7 +22,7 @@ import dramalite  # noqa: E402
 from helpers import FakeClock  # noqa: E402
 
 settings.register_profile(
-    "quick", max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    "quick", max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.register_profile(
     "ci", max_examples=75, deadline=None, suppress_health_check=[HealthCheck.too_slow]
