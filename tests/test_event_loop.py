@@ -606,12 +606,12 @@ def test_the_loop_survives_coroutines_that_want_to_end_the_program(run_python):
         leaving.send("exit")
         leaving.send("interrupt")
         pause = threading.Event()
-        for _ in range(60):
+        for _ in range(1000):
             pause.wait(0.005)
             if len(broker.dead_letters) == 2:
                 break
         leave.set()
-        print(len(broker.dead_letters), ended.wait(0.3))
+        print(len(broker.dead_letters), ended.wait(5))
         worker.stop(timeout=20)
         """
     )
