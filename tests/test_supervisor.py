@@ -61,6 +61,12 @@ JOBS = """
         note("failing", os.getpid())
         return 7
 
+    def failing_thrice():
+        note("forked", os.getpid())
+        if noted("forked") > 3:
+            threading.Event().wait()
+        return 7
+
     class Forks(dramalite.Middleware):
         @property
         def forks(self):
@@ -571,3 +577,80 @@ def test_what_a_killed_supervisor_left_behind_is_removed_by_the_next_and_what_th
 
     assert left != living
     assert living in os.listdir(notes)
+
+
+# Stops at odd moments
+
+
+def test_a_stop_does_not_wait_for_what_is_to_be_started_again(place):
+    tree = place.ready_worker("--fork-function", "jobs:failing_thrice")
+    place.send("held", 1)
+    place.wait_until(lambda: place.notes("held"), "a job runs that holds the worker process")
+    place.wait_until(lambda: "starting another in 1.0 s" in tree.output(), "it is to be started a fourth time")
+    tree.signal(signal.SIGTERM)
+    harness.let_pass(1.5)  # After which it would be started once more.
+    (place.folder / "release").touch()
+
+    assert tree.wait(10) == 0
+    assert len(place.notes("forked")) == 3
+
+
+def test_sigterm_for_all_while_they_start_is_a_stop(place):
+    for moment in (0.0, 0.03, 0.08, 0.15):
+        tree = place.worker(processes=2)
+        place.wait_until(lambda tree=tree: "booting up" in tree.output(), "it starts")
+        harness.let_pass(moment)
+        os.killpg(tree.pid, signal.SIGTERM)
+        assert tree.wait(20) == 0, tree.tail()
+
+
+def test_a_worker_process_whose_worker_a_job_has_stopped_is_replaced(place):
+    place.jobs("""
+    class Keeps(dramalite.Middleware):
+        def after_worker_boot(self, broker, worker):
+            self.worker = worker
+
+    keeps = Keeps()
+    broker.add_middleware(keeps)
+
+    @dramalite.actor(max_retries=0)
+    def stop():
+        note("stop")
+        keeps.worker.stop()
+    """)
+    tree = place.ready_worker()
+    place.send("stop")
+    place.wait_until(lambda: place.notes("stop"), "the job has stopped the worker")
+    place.send("ping", "after")
+    place.wait_until(lambda: place.notes("ping", "after"), "another process works on")
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(10) == 0
+
+
+HANGS = """
+    class Hangs(dramalite.Middleware):
+        def before_worker_shutdown(self, broker, worker):
+            note("hangs")
+            until(lambda: False, 300)
+
+    broker.add_middleware(Hangs())
+"""
+
+
+def test_an_orphan_whose_hook_hangs_ends(place):
+    place.jobs(HANGS)
+    tree = place.ready_worker()
+    kill(tree.pid)
+    place.wait_until(lambda: place.notes("hangs"), "its worker process leaves")
+    place.wait_until(lambda: not tree.pids(), "it ends all the same", 15)
+
+
+@pytest.mark.torture
+def test_a_worker_process_whose_hook_hangs_is_killed_after_its_timeout(place):
+    place.jobs(HANGS)
+    tree = place.ready_worker("--worker-shutdown-timeout", "100")
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(60) == 1
+    assert tree.pids() == []

@@ -1426,3 +1426,135 @@ def test_a_late_result_of_a_given_back_message_is_not_stored(broker, worker, job
 
     assert fresh == "fresh"
     assert sent.get_result() == "fresh"
+
+
+# Calls from where a worker can't be waited for
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="The signals come from an interval timer.")
+@pytest.mark.parametrize("act", ["work.send()", "started.resume()", "started.pause(); started.resume()"])
+def test_a_signal_handler_may_ring_while_it_interrupts_a_ring_in_memory(run_python, act):
+    code = f"""if True:
+        import signal, time
+        import dramalite
+
+        broker = dramalite.MemoryBroker()
+        ran = []
+        work = dramalite.actor(lambda: ran.append(1), actor_name="work", broker=broker)
+        handled = []
+
+        def handle(*_):
+            {act}
+            handled.append(1)
+
+        with dramalite.Worker(broker, worker_threads=2) as started:
+            signal.signal(signal.SIGALRM, handle)
+            signal.setitimer(signal.ITIMER_REAL, 0.0005, 0.0005)
+            sent = 0
+            while len(handled) < 500:
+                work.send()
+                sent += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            broker.join("default", timeout=20_000)
+        print(len(ran) >= sent)
+        """
+    assert run_python(code).stdout == "True\n"
+
+
+def test_pause_in_a_job_returns_and_starts_no_more(broker, worker):
+    done = []
+
+    def pause_and_go_on(number):
+        started.pause()
+        done.append(number)
+
+    work = dramalite.actor(pause_and_go_on, actor_name="work")
+    broker.enqueue_many([work.message(number) for number in range(3)])
+    started = worker(broker)
+    wait_until(lambda: done)
+    started.pause()  # Returns when what ran has ended.
+    paused_with = list(done)
+    started.resume()
+    wait_until(lambda: len(done) == 2)
+
+    assert paused_with == [0]
+
+
+def test_join_in_a_job_is_refused(broker, worker):
+    raised = []
+
+    def join():
+        try:
+            started.join()
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    dramalite.actor(join, actor_name="work").send()
+    started = worker(broker)
+    wait_until(lambda: raised)
+
+    assert "waits for what calls join() here" in raised[0]
+
+
+def test_a_worker_that_a_threads_boot_hook_stops_is_stopped(broker):
+    class Stops(dramalite.Middleware):
+        def after_worker_thread_boot(self, broker, thread):
+            started.stop()
+
+    broker.add_middleware(Stops())
+    started = dramalite.Worker(broker, worker_threads=2)
+    started.start()
+    wait_until(lambda: started.has_stopped())
+    started.start()  # As after any stop.
+    wait_until(lambda: started.has_stopped())
+
+    assert started.runners == set()
+
+
+def test_a_worker_that_is_started_again_while_the_last_hooks_of_a_stop_run_can_be_stopped(broker, job):
+    in_hook, go_on = threading.Event(), threading.Event()
+
+    class IsSlow(dramalite.Middleware):
+        def after_worker_shutdown(self, broker, worker):
+            in_hook.set()
+            go_on.wait(DEADLINE)
+
+    broker.add_middleware(IsSlow())
+    started = dramalite.Worker(broker, worker_threads=1)
+    started.start()
+    first = in_thread(started.stop)
+    assert in_hook.wait(DEADLINE)
+    started.start()
+    runs_again = not started.has_stopped()
+    second = in_thread(started.stop)
+    wait_until(started.has_stopped)
+    go_on.set()
+    first.join(DEADLINE)
+    second.join(DEADLINE)
+
+    assert runs_again
+    assert started.runners == set()
+
+
+def test_a_stop_with_less_time_hastens_one_that_is_under_way(broker, worker, job):
+    is_stopping = threading.Event()
+
+    class Tells(dramalite.Middleware):
+        def before_worker_shutdown(self, broker, worker):
+            is_stopping.set()
+
+    broker.add_middleware(Tells())
+    dramalite.actor(job, actor_name="work").send(1)
+    started = worker(broker)
+    assert job.running.wait(DEADLINE)
+    patient = in_thread(started.stop)
+    assert is_stopping.wait(DEADLINE)
+    started.stop(timeout=1)
+    patient.join(DEADLINE)
+    is_over = not patient.is_alive()
+    job.go_on.set()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert is_over
+    wait_until(lambda: job.finished == [1, 1])  # It was handed back, and ran again.

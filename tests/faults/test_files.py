@@ -736,7 +736,7 @@ def test_a_worker_whose_job_reads_the_database_as_a_file_is_not_deaf_afterwards(
     tree = place.worker()
     place.wait_until(lambda: place.notes("read"), "the job has read the file")
     for number in range(5):
-        assert place.script(SENDER, str(number)).output() == "stored\n"
+        assert outcome_of_a_send(place, number) == "stored"
         place.wait_until(lambda number=number: place.notes("ran", str(number)), "the worker hears of it", 15)
 
     assert "was deleted while it was in use" in tree.output()
@@ -748,7 +748,7 @@ def test_what_a_program_sends_is_kept_though_it_reads_the_database_as_a_file(pla
     broker = place.broker()
     place.send("job", 101)
     Path(place.db).read_bytes()
-    assert place.script(SENDER, "from elsewhere").output() == "stored\n"
+    assert outcome_of_a_send(place, "from elsewhere") == "stored"
     place.send("job", 102)
     broker.close()
 
@@ -762,7 +762,7 @@ def test_a_log_that_another_connection_of_the_process_still_uses_is_not_mixed_wi
     own = sqlite3.connect(place.db)
     own.execute("SELECT count(*) FROM dramalite_messages").fetchone()
     Path(place.db).read_bytes()
-    assert place.script(SENDER, "from elsewhere").output() == "stored\n"
+    assert outcome_of_a_send(place, "from elsewhere") == "stored"
     errors, stored = send_twice(place, broker)
     own.close()
     place.send("job", 103)
