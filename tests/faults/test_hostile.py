@@ -593,6 +593,22 @@ def test_a_name_that_is_no_utf8_does_not_disturb_the_workers_maintenance(
     assert [record.getMessage() for record in caplog.records if "can't be used" in record.getMessage()] == []
 
 
+def test_a_count_of_crashes_below_zero_keeps_no_suspect_from_being_run(make_file_broker, worker, tmp_path):
+    broker = make_file_broker()
+    done = []
+    work = dramalite.actor(done.append, actor_name="work", max_retries=0)
+    broker.enqueue_many([work.message(number) for number in range(4)])
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
+        connection.execute(
+            """UPDATE dramalite_messages
+                  SET crashes = CASE WHEN id = (SELECT min(id) FROM dramalite_messages) THEN -1 ELSE 1 END"""
+        )
+    worker(broker)
+    wait_until(lambda: len(done) == 4)
+
+    assert done == [0, 1, 2, 3]
+
+
 def test_a_claim_that_names_no_worker_goes_back_to_its_queue(make_file_broker, worker, tmp_path):
     broker = make_file_broker()
     done = []
