@@ -7708,9 +7708,18 @@ class _Dispatcher(_Exchanger):
 
     def claim_no_more(self) -> None:
         """Start no more messages; what was claimed and not started goes back to its queue."""
+        self.forbid_claims()
+        self.return_unstarted()
+
+    def forbid_claims(self) -> None:
+        """Claim no more from now on; a signal handler may call this wherever it comes in between."""
+        self._is_paused = True
+
+    def return_unstarted(self) -> None:
+        """Give back what was claimed and not started, unless resume() has come meanwhile."""
         with self._lock:
-            self._is_paused = True
-            self._give_back()
+            if self._is_paused:
+                self._give_back()
             if not self.running:
                 self._settled.notify_all()
         self.write()
@@ -8081,7 +8090,8 @@ class Worker:
         if (dispatcher := self._running()) is None:
             return
         if dispatcher.is_busy_here():
-            self._elsewhere(self.pause)
+            dispatcher.forbid_claims()
+            self._elsewhere(dispatcher.return_unstarted)
         elif self._is_ours(threading.current_thread()):
             dispatcher.claim_no_more()
         else:
