@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -921,8 +923,11 @@ def test_a_child_that_stops_leaves_soon_when_its_parent_is_killed(place):
     tree.signal(signal.SIGTERM)
     place.wait_until(lambda: "Stopping worker process" in tree.output(), "the child stops")
     kill(tree.pid)
+    place.wait_until(lambda: not tree.pids(), "the orphan leaves")
 
-    place.wait_until(lambda: not tree.pids(), "the orphan leaves", 3.0)
+    with contextlib.closing(sqlite3.connect(place.db)) as connection:
+        handed_back = connection.execute("SELECT state, crashes FROM dramalite_messages").fetchall()
+    assert handed_back == [(0, 0)]
 
 
 def test_a_child_that_still_imports_leaves_soon_when_its_parent_is_killed(place):
