@@ -518,8 +518,8 @@ class Clock:
 
 _SYSTEM_CLOCK = Clock()
 
-#: Seconds that any system can wait for: three years.
-_LONGEST_WAIT_S = 10**8
+#: Seconds that any system can wait for: three years, or less where it can't.
+_LONGEST_WAIT_S = int(min(10**8, threading.TIMEOUT_MAX))
 
 #: The longest duration that is accepted, the largest integer that all JSON readers keep.
 _MAX_DURATION_MS = 1 << 53
@@ -3428,7 +3428,7 @@ class _Log:
         self.lock = threading.RLock()  # Held for a flush; a signal handler may send meanwhile.
         self._commits = 0
         self._flushed = 0
-        self._has_failed = False
+        self.has_failed = False
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if hasattr(self, "_descriptor"):
@@ -3451,13 +3451,13 @@ class _Log:
         with self.lock:
             if self._flushed >= commit:
                 return
-            if self._has_failed:
+            if self.has_failed:
                 raise OSError(errno.EIO, "a flush of its log has failed")
             commits = self._commits
             try:
                 _flush_to_disk(self._descriptor)
             except OSError:
-                self._has_failed = True
+                self.has_failed = True
                 raise
             self._flushed = max(self._flushed, commits)
 
@@ -3484,6 +3484,9 @@ _SHORTEST_NAP_S = 50e-6
 _LONGEST_NAP_S = 2e-3
 
 
+_databases: weakref.WeakSet[Any] = weakref.WeakSet()  # Of this process.
+
+
 class _Connections:
     """This process's connections to a SQLite database with dramalite's tables."""
 
@@ -3501,12 +3504,14 @@ class _Connections:
         self._identity: _Identity = None  # Of the file that is open,
         self._log_path = ""
         self._has_lost_log = False
+        self._opened = 0  # How often a connection was.
         self._log_identity: _Identity = None  # and of its write-ahead log.
         self._checkpoint_lock = threading.RLock()  # Held where SQLite works without _lock.
         self._is_writing = False  # Under _lock: this very thread is inside a write.
         self._watchers = 0
         self._is_place_checked = False
         self._page_size = _PAGE_SIZE
+        _databases.add(self)
 
     # Opening and closing.
 
@@ -3547,6 +3552,26 @@ class _Connections:
         self._disconnect()
         self._has_lost_log = True
 
+    def _await_end_of_lost_log(self) -> None:
+        """Raise BrokerError while this process still uses it: SQLite would mix it with the new one."""
+        path = cast(str, self.path)
+        for other in list(_databases):
+            if other is self or other.path is None or os.path.realpath(other.path) != os.path.realpath(path):
+                continue
+            if other._lock.acquire(blocking=False):
+                try:
+                    if not other._is_writing:
+                        other._disconnect()
+                        other._has_lost_log = True
+                finally:
+                    other._lock.release()
+        if _has_open(_beside(path, "-shm (deleted)")):
+            raise BrokerError(
+                f"The log of the database {path!r} was deleted, and another connection of this process "
+                f"still uses it: close that, or start the process anew."
+            )
+        self._has_lost_log = False
+
     def _open(self, role: str) -> sqlite3.Connection:
         import sqlite3
 
@@ -3557,13 +3582,8 @@ class _Connections:
             )
         identity = None
         if self.path is not None:
-            # Else SQLite would take the shared memory that was deleted for that of the new log.
-            if self._has_lost_log and _has_open(_beside(self.path, "-shm (deleted)")):
-                raise BrokerError(
-                    f"The log of the database {self.path!r} was deleted, and another connection of this "
-                    f"process still uses it: close that, or start the process anew."
-                )
-            self._has_lost_log = False
+            if self._has_lost_log:
+                self._await_end_of_lost_log()
             _prepare_file(self.path)
             identity = _file_identity(self.path)
         try:
@@ -3581,6 +3601,7 @@ class _Connections:
                 raise
         except self._errors as error:
             raise ConnectionFailed(self._describe(error)) from error
+        self._opened += 1
         if self.path is not None:
             if identity is None or _file_identity(self.path) != identity:
                 connection.close()
@@ -3638,7 +3659,9 @@ class _Connections:
     def _disconnect(self) -> None:
         """Close the connections; the next use opens them again.  Call with _lock held."""
         connections, self._connections = self._connections, {}  # A signal handler opens others.
-        self._identity = self._log = None
+        self._identity = None
+        if self._log is not None and not self._log.has_failed:  # Else until all of it was moved.
+            self._log = None
         self._close(connections)
 
     def _close(self, connections: dict[str, sqlite3.Connection]) -> None:
@@ -3693,13 +3716,7 @@ class _Connections:
                 raise
 
     def forget(self) -> None:
-        """In a forked child: what was inherited is the parent's; open anew what is used.
-
-        The connections are closed: else SQLite would take this process's new ones for locked, as the
-        parent's were.  Not in the middle of a write, which closing would undo for the parent.
-        """
-        if self.path is not None and not self._is_writing:
-            self._close(self._connections)
+        """In a forked child: what was inherited is the parent's; keep it, never touch it."""
         _inherited.append((self._connections, self._slots))
         self._lock = threading.RLock()
         self._checkpoint_lock = threading.RLock()
@@ -3860,10 +3877,11 @@ class _LoggedDatabase(_Connections):
                 if not slots.hold(_HEADER):
                     return False  # Another one is at it.
             try:
-                with self._checkpoint_lock, self._checkpointing() as connection:
+                with self._checkpointing() as connection:
                     for _ in range(_MOST_PASSES):
                         started = _SYSTEM_CLOCK.monotonic()
-                        moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                        with self._checkpoint_lock:
+                            moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                         if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
                             break  # Little can have been written meanwhile.
                     if shrink or moved[1] > 2 * _LONG_LOG // self._page_size:
@@ -3966,6 +3984,10 @@ class _Database(_LoggedDatabase):
         shared = [] if self._slots is None else [self._slots.lock]
         log = [] if self._log is None else [self._log.lock]
         return [self._lock, self._checkpoint_lock, *log, *shared]
+
+    def is_busy_here(self) -> bool:
+        """Tell whether this very thread is at work here: a signal handler has come in between."""
+        return any(lock._is_owned() for lock in self.locks())
 
     def changes(self) -> int:
         """A number that changes when this process has changed the database."""
@@ -4438,7 +4460,6 @@ class _Engine(_SenderDatabase):
     def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
         super().__init__(path, durability, clock)
         self._unknown_since: dict[Any, float] = {}  # Owners of rows that no slot knows.
-        _engines.add(self)
         _register_fork_hooks()
 
     # Working.
@@ -4465,8 +4486,7 @@ class _Engine(_SenderDatabase):
                 values = {"owner": slot.owner, "targets": targets, "limit": limit, "suspects": suspects}
                 rows = connection.execute(_CLAIM, values).fetchall()
             if limit and not rows:
-                (version,) = connection.execute("PRAGMA data_version").fetchone()
-                version += connection.total_changes
+                version = self._version(connection)
 
         def commit(connection: sqlite3.Connection) -> None:
             self._transact(connection, trade)
@@ -4623,8 +4643,12 @@ class _Engine(_SenderDatabase):
     def data_version(self) -> int:
         """A number that changes when the database has changed."""
         with self._lock:
-            version: int = self._read("PRAGMA data_version", role="work")[0][0]
-            return version + self._connect("work").total_changes
+            self._read("PRAGMA data_version", role="work")  # Waits where need be, and tells of trouble.
+            return self._version(self._connect("work"))
+
+    def _version(self, connection: sqlite3.Connection) -> int:
+        (version,) = connection.execute("PRAGMA data_version").fetchone()
+        return int(version) + connection.total_changes + (self._opened << 32)  # Each connection's own.
 
     def has_ready(self) -> bool:
         """Tell, without waiting for whoever writes, whether anything is ready or due."""
@@ -4740,7 +4764,6 @@ def _take_back(
 # No thread may be inside SQLite when the process forks, or its locks stay locked in the child
 # for ever.  The child forgets what it inherited and opens anew at first use.
 # ------------------------------------------------------------------------------------------
-_engines: weakref.WeakSet[_Engine] = weakref.WeakSet()
 _forgetful: weakref.WeakSet[Any] = weakref.WeakSet()  # What else has a forget() for the child.
 _inherited: list[Any] = []
 
@@ -4767,13 +4790,23 @@ def _register_fork_hooks() -> None:
 
 
 def _before_fork() -> None:
-    todo = [lock for engine in list(_engines) for lock in (engine._lock, engine._checkpoint_lock)]
+    databases = list(_databases)
+    # Closed, or SQLite would take the child's own connections for locked, as those it inherits were.
+    # Not what a signal handler that forks has interrupted: that is still in use.
+    idle = [item for item in databases if item.path is not None and not item.is_busy_here()]
+    todo = [lock for item in databases for lock in (item._checkpoint_lock, item._lock)]
     todo.append(_event_loop_lock)
     while todo:
         try:
             _locked_for_fork.locks.append(todo[-1])  # Before it is locked: none stays so for ever.
             todo[-1].acquire()
             todo.pop()
+        except BaseException:
+            continue
+    while idle:
+        try:
+            idle[-1]._disconnect()
+            idle.pop()
         except BaseException:
             continue
 
@@ -4796,7 +4829,7 @@ def _after_fork_in_child() -> None:
     _interrupt_lock, _event_loop_lock, _broker_lock = [threading.RLock() for _ in range(3)]
     _interruptible.clear()
     _stoppers.clear()
-    for item in (*_engines, *_forgetful):
+    for item in (*_databases, *_forgetful):
         item.forget()
 
 
@@ -7444,7 +7477,8 @@ class _Exchanger:
 
     def is_busy_here(self) -> bool:
         """Tell whether this very thread holds a lock: a signal handler has come in between."""
-        return any(lock._is_owned() for lock in (self._exchange_lock, self._lock, *self._engine.locks()))
+        own = (self._exchange_lock, self._lock)
+        return self._engine.is_busy_here() or any(cast(Any, lock)._is_owned() for lock in own)
 
     def has_lost_descriptors(self) -> bool:
         """Tell whether a job has closed what holds our locks; the process had better end."""
@@ -8129,7 +8163,8 @@ class Worker:
 
     def has_lost_descriptors(self) -> bool:
         """Tell whether a job has closed files of dramalite's; such a process must be ended."""
-        return self._dispatcher is not None and self._dispatcher.has_lost_descriptors()
+        dispatcher = self._dispatcher
+        return dispatcher is not None and dispatcher.has_lost_descriptors()
 
     def has_stopped(self) -> bool:
         """Tell whether it does not run: it was stopped, or not started yet."""
@@ -9850,6 +9885,7 @@ class _Child:
         self.early_deaths = 0
         self.restart_at: float | None = None  # Infinite: when something changes.
         self.after_stop = ""  # "restart" or "stay away", where it was told to stop.
+        self.kill_at = float("inf")  # Where it was told to end.
 
     @property
     def is_fork(self) -> bool:
@@ -9985,6 +10021,9 @@ class _Supervisor:
                     if child.restart_at <= now:
                         return functools.partial(self._start, child)
                     wait_s = min(wait_s, child.restart_at - now)
+                if child.kill_at <= now:
+                    return functools.partial(self._kill, child)
+                wait_s = min(wait_s, child.kill_at - now)
             if self._forks_due is not None:
                 if self._has_booted() or now >= self._forks_due:
                     return self._start_forks
@@ -9992,7 +10031,7 @@ class _Supervisor:
             if _WINDOWS:  # A wait without end there can't be interrupted by Ctrl+C.
                 wait_s = min(0.5, wait_s)
             with contextlib.suppress(queue.Empty):
-                return self._events.get(timeout=None if wait_s == float("inf") else wait_s)
+                return self._events.get(timeout=min(wait_s, _LONGEST_WAIT_S))
 
     def _start(self, child: _Child) -> None:
         import queue
@@ -10051,6 +10090,7 @@ class _Supervisor:
     def _bury(self, child: _Child, process: subprocess.Popen[bytes], code: int) -> None:
         """A child has ended: replace it, unless it was to end or can't start at all."""
         child.process = None
+        child.kill_at = float("inf")
         cast("IO[bytes]", process.stdin).close()
         self._note_child(process.pid, _describe_exit(code))
         now = _SYSTEM_CLOCK.monotonic()
@@ -10135,16 +10175,14 @@ class _Supervisor:
             return
         is_first = self._stops <= 1
         child.tell("stop" if is_first else "kill")
-        timeout_s = self._namespace.worker_shutdown_timeout / 1000 + _STOP_GRACE_S
-        wait_s = min(timeout_s, _LONGEST_WAIT_S) if is_first else _KILL_GRACE_S
-        kill = functools.partial(self._kill, child, child.process)
-        timer = threading.Timer(wait_s, self._events.put, [kill])
-        timer.daemon = True
-        timer.start()
+        stop_s = self._namespace.worker_shutdown_timeout / 1000 + _STOP_GRACE_S
+        kill_at = _SYSTEM_CLOCK.monotonic() + (stop_s if is_first else _KILL_GRACE_S)
+        child.kill_at = min(child.kill_at, kill_at)
 
-    def _kill(self, child: _Child, process: subprocess.Popen[bytes]) -> None:
-        if child.process is process:
-            process.kill()
+    def _kill(self, child: _Child) -> None:
+        child.kill_at = float("inf")
+        if child.process is not None:
+            child.process.kill()
 
 
 def _open_standard_descriptors() -> None:

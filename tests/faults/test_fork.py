@@ -516,3 +516,75 @@ def test_a_job_may_use_a_pool_of_forked_processes(place):
     place.drained()
 
     assert place.notes("pooled") == [["pooled", "1", "1", "2"]]
+
+
+def test_children_are_forked_and_end_though_other_threads_of_the_program_are_inside_sqlite(place):
+    tree = place.script(
+        """
+        import os, sqlite3, threading, time
+        import jobs
+
+        def use_sqlite():
+            while not is_over.is_set():
+                connection = sqlite3.connect(":memory:")
+                connection.execute("CREATE TABLE numbers (number)")
+                connection.executemany("INSERT INTO numbers VALUES (?)", [(number,) for number in range(50)])
+                connection.close()
+
+        jobs.job.send(0)
+        is_over = threading.Event()
+        threads = [threading.Thread(target=use_sqlite) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            child = os.fork()
+            if child == 0:
+                os._exit(0)
+            deadline = time.monotonic() + 10
+            while os.waitpid(child, os.WNOHANG) == (0, 0):
+                if time.monotonic() > deadline:
+                    print("a child hangs", flush=True)
+                    os.kill(child, 9)
+                    os._exit(1)
+                time.sleep(0.001)
+        is_over.set()
+        for thread in threads:
+            thread.join()
+        jobs.job.send(1)
+        """
+    )
+
+    assert "hangs" not in tree.output()
+    assert place.waiting() == 2
+
+
+def test_what_a_child_sends_is_kept_though_its_parent_and_others_close_the_database(place):
+    # The one that closes it last, as SQLite sees it, deletes the log.
+    place.script(
+        """
+        import os, sqlite3, sys
+        import jobs
+
+        jobs.job.send("parent")
+        child = os.fork()
+        if child == 0:
+            jobs.job.send("child")
+        else:
+            jobs.broker.close()
+            os.waitpid(child, 0)
+            sys.exit()
+        for number in range(3):
+            other = sqlite3.connect(jobs.broker.path)
+            other.close()
+            if os.fork() == 0:
+                jobs.job.send(number)
+                jobs.broker.close()
+                os._exit(0)
+            os.wait()
+            jobs.job.send(f"child {number}")
+        os._exit(0)
+        """
+    )
+
+    assert place.waiting() == 8
+    assert place.sound()
