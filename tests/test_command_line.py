@@ -546,7 +546,7 @@ def test_what_the_log_cannot_encode_is_printed_all_the_same(place):
     place.drained()
 
     assert place.notes("talked")
-    assert "\\xe9 \\u2192\n" in tree.output()
+    assert "\\xe9 \\u2192" in tree.output()  # Its line's end may come after a line of the log.
 
 
 def test_verbose_adds_detail(place):
