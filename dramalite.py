@@ -230,14 +230,12 @@ def _file_system(path: str) -> str:
 
 def _has_open(name: str) -> bool:
     """Tell whether this process has a file open that the system calls so; False where it doesn't tell."""
-    try:
-        for descriptor in os.listdir("/proc/self/fd"):  # On Linux.
-            with contextlib.suppress(FileNotFoundError):
-                if os.readlink(f"/proc/self/fd/{descriptor}") == name:
-                    return True
-    except OSError:
-        pass
-    return False
+    names = []
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # Only on Linux.
+        for descriptor in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):  # Closed meanwhile.
+                names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+    return name in names
 
 
 def _is_open_to_all(folder: str) -> bool:
@@ -4486,7 +4484,8 @@ class _Engine(_SenderDatabase):
                 values = {"owner": slot.owner, "targets": targets, "limit": limit, "suspects": suspects}
                 rows = connection.execute(_CLAIM, values).fetchall()
             if limit and not rows:
-                version = self._version(connection)
+                (version,) = connection.execute("PRAGMA data_version").fetchone()
+                version = self._version(version, connection)
 
         def commit(connection: sqlite3.Connection) -> None:
             self._transact(connection, trade)
@@ -4643,12 +4642,12 @@ class _Engine(_SenderDatabase):
     def data_version(self) -> int:
         """A number that changes when the database has changed."""
         with self._lock:
-            self._read("PRAGMA data_version", role="work")  # Waits where need be, and tells of trouble.
-            return self._version(self._connect("work"))
+            ((version,),) = self._read("PRAGMA data_version", role="work")
+            return self._version(version, self._connections["memory" if self.path is None else "work"])
 
-    def _version(self, connection: sqlite3.Connection) -> int:
-        (version,) = connection.execute("PRAGMA data_version").fetchone()
-        return int(version) + connection.total_changes + (self._opened << 32)  # Each connection's own.
+    def _version(self, version: int, connection: sqlite3.Connection) -> int:
+        """A number for what a connection says is its data's version, and for what it has written itself."""
+        return version + connection.total_changes + (self._opened << 32)  # Each connection counts anew.
 
     def has_ready(self) -> bool:
         """Tell, without waiting for whoever writes, whether anything is ready or due."""
