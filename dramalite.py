@@ -6947,8 +6947,8 @@ class _Job:
     def __init__(self, row: _Row) -> None:
         self.row = row
         self.key = 0  # Among the running ones: its thread's index, or beyond those a coroutine's.
-        self.context: contextvars.Context | None = None  # Where it runs as a coroutine,
-        self.runner = 0  # and what that is to the middleware.
+        self.runner = 0  # What it is to the middleware if it is to run as a coroutine,
+        self.context: contextvars.Context | None = None  # and where it does, once begun.
         self.is_concluding = False  # Its thread is past the actor.
         self.is_given_up = False  # Its thread's outcome no longer counts.
         self.outcome = _Outcome(row)
@@ -7233,6 +7233,10 @@ class _Targets:
         self._seen = (0, (0, 0, 0))  # The database's version and what was declared, at the last look.
         self._told: set[str] = set()  # Unknown actors that were logged,
         self._told_queues: set[str] = set()  # and queues.
+
+    def are_coroutines(self, row: _Row) -> bool:
+        """Tell whether the messages like this one run as coroutines."""
+        return self.has_async and _needs_no_thread(self._broker.actors.get(row.actor))
 
     def json(self, with_async: bool) -> str:
         """The pairs as _CLAIM wants them, with those of coroutines or without."""
@@ -7566,9 +7570,13 @@ class _Dispatcher(_Exchanger):
         """Take the best row; with more to do than this thread can soon, call another one."""
         self._popped_at = now
         row = heapq.heappop(self._batch.rows)
-        job = self.running[index] = _Job(row)
+        job = _Job(row)
         job.key = index
-        self._slot.run(index, row.id)
+        if self._free_keys and self._targets.are_coroutines(row):
+            job.key, job.runner = self._free_keys.pop(), next(_coroutine_runners)
+            self._slot.run(index, 0)
+        self.running[job.key] = job
+        self._slot.run(job.key, row.id)
         # The bell may go without a waiter where this thread is soon back.
         wants_waiter = not (self._is_waited_for or (self._batch.is_for_one and self._finished))
         if self._idle and (self._batch.wants_help() if self._batch.rows else wants_waiter):
@@ -7580,7 +7588,7 @@ class _Dispatcher(_Exchanger):
         if self.running.pop(job.key, None) is None:
             return  # A coroutine that was handed back.
         self._keep(job.outcome, now)
-        if job.context is not None:
+        if job.runner:
             self._slot.run(job.key, 0)
             self._free_keys.append(job.key)
         if not self.running and (self._is_paused or self.is_stopping or not self._batch.rows):
@@ -7589,22 +7597,15 @@ class _Dispatcher(_Exchanger):
                 self._cond.notify_all()
 
     def coroutines(self) -> int:
-        """How many jobs run as coroutines, or have ended and are not concluded."""
+        """How many jobs are about to run as coroutines, do so, or have ended and are not concluded."""
         return self._coroutines - len(self._free_keys)
 
     def detach(self, job: _Job) -> bool:
-        """Free the thread of a job that runs as a coroutine; False if too many do already."""
+        """Free the thread of a job that is to run as a coroutine; False if it was handed back."""
         with self._lock:
-            if not self._free_keys or job.is_given_up:
-                return False
-            job.context = contextvars.copy_context()
-            job.runner = next(_coroutine_runners)
-            del self.running[job.key]
-            self._slot.run(job.key, 0)
-            job.key = self._free_keys.pop()
-            self.running[job.key] = job
-            self._slot.run(job.key, job.row.id)
-            return True
+            if not job.is_given_up:
+                job.context = contextvars.copy_context()
+            return not job.is_given_up
 
     def end(self, job: _Job) -> None:
         """Have a thread conclude a job whose coroutine has ended."""
@@ -7635,6 +7636,7 @@ class _Dispatcher(_Exchanger):
                 self._batch.end()
                 may_claim = self._has_recovered and not (self._is_paused or self.is_stopping)
                 limit = self._limit() if may_claim else 0
+                with_async = bool(self._free_keys)  # As the limit has it: more may be free soon.
                 suspects = self._suspects == 0
                 brings_work = any(outcome.wakes for outcome in self._finished)
             if not limit:
@@ -7643,7 +7645,7 @@ class _Dispatcher(_Exchanger):
             self._targets.refresh(self._slot)
             self._gathering.pause(is_wanted=not brings_work)
             self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
-            rows = self._trade(limit, suspects, self._targets.json(bool(self._free_keys)))
+            rows = self._trade(limit, suspects, self._targets.json(with_async))
             self._gathering.note(len(rows), limit)
             if not rows:
                 return False  # It stays said: this thread is about to wait.
@@ -8220,8 +8222,9 @@ class Worker:
         """Run a message, or conclude it once its coroutine has ended; False if it counts no more
         or goes on as a coroutine."""
         if job.context is None:
-            if _needs_no_thread(self.broker.actors.get(job.row.actor)) and dispatcher.detach(job):
-                self._start_coroutine(job, dispatcher)
+            if job.runner:
+                if dispatcher.detach(job):
+                    self._start_coroutine(job, dispatcher)
                 return False
             self._processor.run(job)
             if os.getpid() != self._pid:

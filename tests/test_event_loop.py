@@ -187,6 +187,24 @@ def test_no_more_run_at_once_than_the_worker_is_told_after_many_short_ones(broke
     assert gate.most == 2
 
 
+def test_no_more_of_many_short_ones_run_at_once_than_the_worker_is_told(broker, worker, log):
+    inside = 0
+
+    async def work():
+        nonlocal inside
+        inside += 1
+        log.append(inside)
+        await asyncio.sleep(0)
+        inside -= 1
+
+    work = dramalite.actor(work)
+    worker(broker, worker_threads=4, async_concurrency=2)
+    broker.enqueue_many([work.message() for _ in range(1000)])
+    broker.join("default", timeout=PATIENCE)
+
+    assert set(log) == {1, 2}
+
+
 def test_a_coroutine_begins_as_soon_as_another_makes_room(broker, worker, log):
     may_end = set()
 
