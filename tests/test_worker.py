@@ -1473,8 +1473,8 @@ def test_pause_in_a_job_returns_and_starts_no_more(broker, worker):
         done.append(number)
 
     work = dramalite.actor(pause_and_go_on, actor_name="work")
-    broker.enqueue_many([work.message(number) for number in range(3)])
     started = worker(broker)
+    broker.enqueue_many([work.message(number) for number in range(3)])
     wait_until(lambda: done)
     started.pause()  # Returns when what ran has ended.
     paused_with = list(done)
@@ -1493,8 +1493,9 @@ def test_join_in_a_job_is_refused(broker, worker):
         except RuntimeError as error:
             raised.append(str(error))
 
-    dramalite.actor(join, actor_name="work").send()
+    work = dramalite.actor(join, actor_name="work")
     started = worker(broker)
+    work.send()
     wait_until(lambda: raised)
 
     assert "waits for what calls join() here" in raised[0]
