@@ -9513,6 +9513,9 @@ class _WorkerProcess(_ChildProcess):
         except BrokerConnectionError as error:
             self._logger.critical("%s", error)
             return self._fail_to_start(_EXIT_CONNECTION)
+        except _Unusable as error:
+            self._logger.critical("%s", error)
+            return self._fail_to_start(_EXIT_IMPORT)
         except BaseException:  # The user's modules are foreign code.
             names = " ".join([namespace.broker, *namespace.modules])
             self._logger.exception("%s can't be imported; fix this and start again.", names)
@@ -9614,7 +9617,7 @@ class _WorkerProcess(_ChildProcess):
         for name in self._namespace.modules:
             _import_module(name)
         if not isinstance(broker, _EngineBroker):
-            raise ImportError(f"{broker!r} is not a broker that dramalite can work on.")
+            raise _Unusable(f"{broker!r} is not a broker that dramalite can work on.")
         return broker
 
 
@@ -9627,6 +9630,9 @@ class _ForkProcess(_ChildProcess):
         module_name, _, path = self._namespace.child.partition(":")
         try:
             function = _find_attribute(_import_module(module_name), module_name, path)
+        except _Unusable as error:
+            self._logger.critical("%s", error)
+            return self._fail_to_start(_EXIT_IMPORT)
         except BaseException:  # The user's modules are foreign code.
             self._logger.exception("%s can't be imported.", self._namespace.child)
             return self._fail_to_start(_EXIT_IMPORT)
@@ -9688,10 +9694,22 @@ def _give_forks_default_signals() -> None:
     os.register_at_fork(before=block, after_in_parent=unblock, after_in_child=reset)
 
 
+class _Unusable(ImportError):
+    """What the command line names is not there, or no use; the text says all."""
+
+
 def _import_module(name: str) -> types.ModuleType:
     import importlib
 
-    module = importlib.import_module(name)
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise  # The module is there, and imports what is not.
+        raise _Unusable(
+            f"There is no module {error.name!r} in {os.getcwd()!r}, nor where Python looks for others; "
+            f"start the command in the folder that has it, or give that as --path."
+        ) from None
     ours = sys.modules[__name__]
     for other in list(sys.modules.values()):
         if not isinstance(other, types.ModuleType):  # None is in the place of one that is forbidden.
@@ -9700,7 +9718,7 @@ def _import_module(name: str) -> types.ModuleType:
         alias = attributes.get("__name__", "")
         is_main = alias in ("__main__", "__mp_main__")
         if other is not ours and not is_main and attributes.get("__file__") == ours.__file__:
-            raise ImportError(
+            raise _Unusable(
                 f"Module {name!r} imports dramalite as {alias!r}, but the command runs it as "
                 f"{__name__!r}; start it with `python -m {alias} worker ...`."
             )
@@ -9708,23 +9726,23 @@ def _import_module(name: str) -> types.ModuleType:
 
 
 def _find_attribute(module: types.ModuleType, module_name: str, path: str) -> Any:
-    """Follow an attribute path, or raise ImportError."""
+    """Follow an attribute path."""
     try:
         return functools.reduce(getattr, path.split("."), module)
     except AttributeError:
-        raise ImportError(f"Module {module_name!r} does not define a {path!r} variable.") from None
+        raise _Unusable(f"Module {module_name!r} does not define a {path!r} variable.") from None
 
 
 def _find_broker(module: types.ModuleType, module_name: str, path: str) -> Broker:
     """Follow an attribute path to a broker, or to a function that sets the default one."""
     value = _find_attribute(module, module_name, path)
     if isinstance(value, Actor) or hasattr(value, "__actor__"):
-        raise ImportError(f"'{module_name}:{path}' is an actor, not a Broker; give the module alone.")
+        raise _Unusable(f"'{module_name}:{path}' is an actor, not a Broker; give the module alone.")
     if callable(value) and not isinstance(value, Broker):
         value()
         return get_broker()
     if not isinstance(value, Broker):
-        raise ImportError(f"'{module_name}:{path}' is not a Broker.")
+        raise _Unusable(f"'{module_name}:{path}' is not a Broker.")
     return value
 
 
@@ -9732,7 +9750,7 @@ def _path_of(function: Callable[[], Any]) -> str:
     """MODULE:FUNCTION, by which another process finds the function."""
     path = f"{function.__module__}:{function.__qualname__}"
     if "<" in path:
-        raise ImportError(f"The fork function {path} can't be found by its name; define it in a module.")
+        raise _Unusable(f"The fork function {path} can't be found by its name; define it in a module.")
     return path
 
 

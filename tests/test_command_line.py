@@ -191,15 +191,17 @@ def test_several_processes_that_cannot_import_end_once_and_for_all(place):
 @pytest.mark.parametrize(
     ("target", "named"),
     [
-        ("no_such_module", "no_such_module"),
+        ("no_such_module", "There is no module 'no_such_module' in "),
         ("jobs:nothing", "Module 'jobs' does not define a 'nothing' variable."),
         ("jobs:JOURNAL", "'jobs:JOURNAL' is not a Broker."),
         ("broken", "broken"),
         ("leaves", "leaves"),
         ("cancelled", "CancelledError"),
+        ("lacks", 'lacks.py", line 2'),
     ],
 )
 def test_what_cannot_be_imported_is_named(place, target, named):
+    (place.folder / "lacks.py").write_text("import sys\nimport no_such_module\n")
     (place.folder / "broken.py").write_text("def (:\n")
     (place.folder / "leaves.py").write_text("import sys\nsys.exit('leaving')\n")
     (place.folder / "cancelled.py").write_text("import asyncio\nraise asyncio.CancelledError\n")
@@ -207,6 +209,14 @@ def test_what_cannot_be_imported_is_named(place, target, named):
 
     assert tree.wait(10) == 2, tree.tail()
     assert named in tree.output()
+
+
+@pytest.mark.parametrize("target", ["no_such_module", "jobs.no_such_module", "jobs:nothing", "jobs:JOURNAL"])
+def test_a_mistake_in_the_command_is_told_without_a_traceback(place, target):
+    tree = place.worker(module=target)
+
+    assert tree.wait(10) == 2, tree.tail()
+    assert "Traceback" not in tree.output()
 
 
 def test_a_broker_can_be_named_by_its_attribute(place):
