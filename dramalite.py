@@ -3321,6 +3321,8 @@ def _check_storable(values: tuple[Any, ...]) -> None:
         elif isinstance(value, int):
             if not -(1 << 63) <= value < 1 << 63:
                 raise ValueError(f"{value!r} can't be stored; it takes more than 64 bits.")
+        elif value != value:
+            raise ValueError(f"{value!r} can't be stored; SQLite takes it for no value.")
         elif value is not None and not isinstance(value, (bytes, bytearray, memoryview, float)):
             raise TypeError(f"{value!r} can't be stored; it is a {type(value).__name__}.")
 
@@ -5283,18 +5285,29 @@ class RateLimiter:
         """
         give_back: Callable[[], object] | None = None
 
+        @_uninterrupted  # Or a time limit could leave a place that nobody gives back.
         def take() -> None:
             nonlocal give_back
             give_back = self._take()
 
+        @_uninterrupted
+        def release() -> None:
+            nonlocal give_back
+            call, give_back = give_back, None
+            if call is not None:
+                call()
+
         try:
-            _uninterrupted(take)()  # Or a time limit could leave a place that nobody gives back.
+            take()
             if raise_on_failure and give_back is None:
                 raise RateLimitExceeded(f"rate limit exceeded for key {self.key!r}")
             yield give_back is not None
         finally:
-            if give_back is not None:
-                _uninterrupted(give_back)()
+            try:
+                release()
+            except Interrupt:  # One that came just before.
+                release()
+                raise
 
     def _take(self) -> Callable[[], object] | None:
         """Take a place; return what gives it back, None if there was none."""
@@ -6940,8 +6953,8 @@ class _Job:
     """A claimed message on its way through a worker."""
 
     __slots__ = (
-        "context", "exception", "is_concluding", "is_given_up", "key", "message", "outcome", "plan",
-        "result", "row", "runner",
+        "context", "exception", "has_begun", "has_ended", "is_concluding", "is_given_up", "key", "message",
+        "outcome", "plan", "result", "row", "runner",
     )  # fmt: skip
 
     def __init__(self, row: _Row) -> None:
@@ -6949,6 +6962,8 @@ class _Job:
         self.key = 0  # Among the running ones: its thread's index, or beyond those a coroutine's.
         self.runner = 0  # What it is to the middleware if it is to run as a coroutine,
         self.context: contextvars.Context | None = None  # and where it does, once begun.
+        self.has_begun = False  # Its actor may have been called.
+        self.has_ended = False  # Its coroutine has.
         self.is_concluding = False  # Its thread is past the actor.
         self.is_given_up = False  # Its thread's outcome no longer counts.
         self.outcome = _Outcome(row)
@@ -6960,7 +6975,7 @@ class _Job:
     def may_not_run_again(self) -> bool:
         """Tell whether it has begun and its actor, or the message itself, has on_crash="fail"."""
         message = self.message
-        if message is None:
+        if message is None or not self.has_begun:
             return False
         return "fail" in (message.options.get("on_crash"), message.actor_options.get("on_crash"))
 
@@ -7038,7 +7053,8 @@ class _Processor:
         else:
             if actor.logger.isEnabledFor(logging.DEBUG):
                 self._logger.debug("Received message %s with id %r.", message, message.message_id)
-            if not message.failed:
+            job.has_begun = True  # First: who gives it up does so before he asks.
+            if not message.failed and not job.is_given_up:
                 args = message.args
                 if args and type(args[0]) is dict and _is_message_data(args[0]):
                     args = (MessageData(args[0]), *args[1:])  # A callback's, with attributes.
@@ -7099,6 +7115,13 @@ class _Processor:
         reason = "A hook or the worker itself failed on it; see the log."
         job.outcome = _Outcome(job.row)
         self._bury_as_stored(job, reason, RuntimeError(reason))
+        broker = self._broker
+        broker._collecting.outcome = job.outcome
+        try:
+            groups = [item.after_nack for item in broker.middleware if isinstance(item, GroupCallbacks)]
+            broker._call_hooks("after_nack", groups, job.message)  # Its group ends all the same.
+        finally:
+            broker._collecting.outcome = None
 
     def _bury_undecodable(self, job: _Job, error: BaseException) -> None:
         self._logger.error(
@@ -7596,6 +7619,10 @@ class _Dispatcher(_Exchanger):
             if self.is_stopping:  # Threads may wait for coroutines.
                 self._cond.notify_all()
 
+    def has_async(self) -> bool:
+        """Tell whether there are actors that run as coroutines."""
+        return self._targets.has_async
+
     def coroutines(self) -> int:
         """How many jobs are about to run as coroutines, do so, or have ended and are not concluded."""
         return self._coroutines - len(self._free_keys)
@@ -7610,6 +7637,7 @@ class _Dispatcher(_Exchanger):
     def end(self, job: _Job) -> None:
         """Have a thread conclude a job whose coroutine has ended."""
         with self._lock:
+            job.has_ended = True
             self._ended.append(job)
             if self.is_stopping:
                 self._settled.notify_all()
@@ -7630,6 +7658,7 @@ class _Dispatcher(_Exchanger):
     def exchange(self) -> bool:
         """Write what is finished and claim a batch; tell whether there is something to run."""
         with self._exchange_lock:
+            self._targets.refresh(self._slot)
             with self._lock:
                 if self._batch.rows:
                     return not self._batch.is_for_one
@@ -7642,7 +7671,6 @@ class _Dispatcher(_Exchanger):
             if not limit:
                 self._trade()
                 return False
-            self._targets.refresh(self._slot)
             self._gathering.pause(is_wanted=not brings_work)
             self._slot.sleep_until(_FOREVER)  # Said before the look: no wake-up is lost.
             rows = self._trade(limit, suspects, self._targets.json(with_async))
@@ -7761,7 +7789,7 @@ class _Dispatcher(_Exchanger):
 
     def resume(self) -> None:
         with self._lock:
-            self._is_paused = False
+            self._is_paused = self.is_stopping
             self._cond.notify_all()
         self._slot.bell.ring()
 
@@ -7775,6 +7803,9 @@ class _Dispatcher(_Exchanger):
         """Send the threads home, after claim_no_more()."""
         with self._lock:
             self.is_stopping = True
+            self._give_back()  # What was claimed after that, for resume() came in between.
+            if not self.running:
+                self._settled.notify_all()
             self._cond.notify_all()
         self._slot.bell.ring()
 
@@ -7810,7 +7841,7 @@ class _Dispatcher(_Exchanger):
     def await_ends(self, jobs: list[_Job], timeout_s: float) -> None:
         """Wait until these coroutines have ended, or so long."""
         with self._lock:
-            self._settled.wait_for(lambda: all(job in self._ended for job in jobs), timeout_s)
+            self._settled.wait_for(lambda: all(job.has_ended for job in jobs), timeout_s)
 
     def close(self) -> None:
         """Write the last outcomes and leave; what can't be written is a dead worker's then."""
@@ -7823,7 +7854,7 @@ class _Dispatcher(_Exchanger):
     def give_up(self, job: _Job) -> bool:
         """Take a job that can't be stopped away from its thread or coroutine, if it still runs."""
         with self._lock:
-            is_over = self.running.get(job.key) is not job or job.is_concluding or job in self._ended
+            is_over = self.running.get(job.key) is not job or job.is_concluding or job.has_ended
             if may_be := not (is_over or self.is_stopping):
                 job.is_given_up = True
             return may_be
@@ -8016,6 +8047,8 @@ class Worker:
                 self.broker, self._queues, self.worker_threads, self.async_concurrency,
                 self.worker_timeout / 1000, self._tick.ring,
             )  # fmt: skip
+            if dispatcher.has_async():
+                _get_event_loop_thread()  # Later there may be no more threads.
             for index in range(self.worker_threads):
                 self._start_thread(index, dispatcher)
             self._maintainer = threading.Thread(
@@ -8104,6 +8137,8 @@ class Worker:
         for job in cancelled:
             _interrupt(job.runner, Shutdown)
         dispatcher.await_ends(cancelled, _CANCEL_GRACE_S)
+        for job in cancelled:
+            self._leave(job.runner)
         self._tick.ring()
         self._maintainer.join()
         dispatcher.close()
@@ -8212,8 +8247,10 @@ class Worker:
                         break
                     job = None
             except BaseException:  # From a hook or from here, not from a job: no thread is lost.
-                if job is not None and not job.is_given_up:
-                    self._processor.drop(job)
+                if job is not None:
+                    self._leave(job.runner)
+                    if not job.is_given_up:
+                        self._processor.drop(job)
                 with contextlib.suppress(Exception):  # The log itself may be what failed.
                     self.logger.critical("A worker thread failed; it goes on.", exc_info=True)
         self.broker.emit_before("worker_thread_shutdown", thread)
@@ -8223,17 +8260,12 @@ class Worker:
         or goes on as a coroutine."""
         if job.context is None:
             if job.runner:
-                if dispatcher.detach(job):
-                    self._start_coroutine(job, dispatcher)
-                return False
+                return dispatcher.detach(job) and self._start_coroutine(job, dispatcher)
             self._processor.run(job)
             if os.getpid() != self._pid:
                 os._exit(0)  # The job forked and its child returned here: there it ends.
         if not dispatcher.may_conclude(job):
-            runner = job.runner or threading.get_ident()
-            for item in self.broker.middleware:  # No after hook tells these.
-                if isinstance(item, (TimeLimit, ShutdownNotifications)):
-                    item.leave(runner)
+            self._leave(job.runner)
             return False
         if job.context is None:
             self._processor.conclude(job)
@@ -8243,13 +8275,29 @@ class Worker:
             dispatcher.write_at_once(job)
         return True
 
-    def _start_coroutine(self, job: _Job, dispatcher: _Dispatcher) -> None:
-        """Call the before hooks here, the actor on the event loop, the rest in any thread."""
+    def _leave(self, runner: int) -> None:
+        """Tell those that watch what runs that it does not any more, where no after hook tells them."""
+        for item in self.broker.middleware:
+            if isinstance(item, (TimeLimit, ShutdownNotifications)):
+                item.leave(runner or threading.get_ident())
+
+    def _start_coroutine(self, job: _Job, dispatcher: _Dispatcher) -> bool:
+        """Call the before hooks here, the actor on the event loop, the rest in any thread.
+
+        True if there is no such loop: the job is handed back.
+        """
+        try:
+            loop = _get_event_loop_thread()
+        except RuntimeError as error:  # No more threads, or the interpreter is about to end.
+            dispatcher.complain(error)
+            _SYSTEM_CLOCK.sleep(_POLL_S)  # Before it is claimed again.
+            job.outcome = _Outcome(job.row, is_handed_back=True)
+            return True
         context = cast(contextvars.Context, job.context)
         call = context.run(_runner.call_for, job.runner, self._processor.begin, job)
         if call is None:
             dispatcher.end(job)
-            return
+            return False
         actor, args, kwargs = call
         fn = cast("Callable[..., Any]", actor.coroutine_fn)
 
@@ -8257,7 +8305,8 @@ class Worker:
             job.result, job.exception = result, exception
             dispatcher.end(job)
 
-        _get_event_loop_thread().start(functools.partial(fn, *args, **kwargs), context, job.runner, end)
+        loop.start(functools.partial(fn, *args, **kwargs), context, job.runner, end)
+        return False
 
     def _maintain(self, dispatcher: _Dispatcher) -> None:
         """What the maintenance thread does until the worker has stopped."""

@@ -205,6 +205,20 @@ def test_no_more_of_many_short_ones_run_at_once_than_the_worker_is_told(broker, 
     assert set(log) == {1, 2}
 
 
+def test_actors_that_a_running_worker_comes_to_know_keep_to_the_number_too(make_file_broker, worker, gate):
+    broker = make_file_broker()
+    dramalite.actor(lambda: None, actor_name="other")
+    broker.enqueue_many([Message("default", "wait", (), {}, {}) for _ in range(40)])
+    worker(broker, worker_threads=8, async_concurrency=2)
+    wait_until(lambda: threading.active_count() >= 8)
+    dramalite.actor(gate.__call__, actor_name="wait")
+    wait_until(lambda: gate.inside >= 2)
+    gate.is_open = True
+    broker.join("default", timeout=PATIENCE)
+
+    assert gate.most == 2
+
+
 def test_a_coroutine_begins_as_soon_as_another_makes_room(broker, worker, log):
     may_end = set()
 
@@ -1341,3 +1355,39 @@ def test_a_forked_process_has_a_loop_of_its_own(run_python):
     )
 
     assert result.stdout == "42 4\n", result.stderr
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_first_coroutine_at_the_end_of_the_program_is_no_dead_letter(run_python, tmp_path, late):
+    code = f"""if True:
+        import threading, time
+        import dramalite
+
+        broker = dramalite.SQLiteBroker("queue.db")
+        begun = threading.Event()
+
+        @dramalite.actor(broker=broker)
+        def note():
+            begun.set()
+
+        @dramalite.actor(broker=broker, max_retries=0)
+        async def last():
+            print("ran")
+
+        def send():
+            threading.main_thread().join()
+            last.send()
+
+        worker = dramalite.Worker(broker, worker_threads=1)
+        worker.start()
+        note.send()
+        begun.wait({DEADLINE})
+        threading.Thread(target=send).start() if {late} else last.send()
+        """
+    output = run_python(code).stdout
+    broker = dramalite.SQLiteBroker(str(tmp_path / "queue.db"))
+    try:
+        assert broker.dead_letters == []
+        assert output == ("ran\n" if not broker.pending() else "")
+    finally:
+        broker.close()

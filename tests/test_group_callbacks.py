@@ -269,6 +269,22 @@ def test_a_callback_for_whatever_comes_once_all_members_have_ended(broker, membe
     assert told == ["ended"]
 
 
+def test_a_callback_for_whatever_comes_though_a_hook_after_a_member_fails_badly(broker, member, tell, told):
+    class Fails(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            if result == "fail in the hook":
+                raise SystemExit
+
+    broker.add_middleware(Fails())
+    members = group_of(member, 1, "fail in the hook", 2)
+    members.add_completion_callback(tell.message("ended"), whatever=True)
+    members.add_completion_callback(tell.message("done"))
+    members.run()
+    run(broker)
+
+    assert told == ["ended"]
+
+
 def test_a_callback_for_whatever_comes_though_a_member_failed_more_than_a_week_before_the_last_ended(
     make_file_broker, clock, worker, told
 ):

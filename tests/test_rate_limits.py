@@ -861,3 +861,20 @@ def test_jobs_meet_at_a_barrier(broker, worker, threads):
     broker.join("default", timeout=PATIENCE)
 
     assert passed == [True] * threads
+
+
+def test_a_time_limit_that_strikes_when_a_place_is_given_back_loses_no_place(broker, worker):
+    backend = SQLiteRateLimiterBackend(broker)
+    jobs = 400
+
+    @dramalite.actor(max_retries=0, time_limit=30)
+    def work(number):
+        with ConcurrentRateLimiter(backend, f"key-{number}", limit=1).acquire():
+            time.sleep(0.0285 + number / jobs * 0.003)
+
+    broker.enqueue_many([work.message(number) for number in range(jobs)])
+    worker(broker, worker_threads=16)
+    broker.join("default", timeout=PATIENCE, fail_fast=False)
+
+    lost = [number for number in range(jobs) if not acquired(ConcurrentRateLimiter(backend, f"key-{number}"))]
+    assert lost == []

@@ -525,3 +525,19 @@ def test_a_stub_broker_raises_the_interrupt_from_join(make_stub_broker, worker):
 
     with pytest.raises(TimeLimitExceeded):
         broker.join("default", timeout=PATIENCE)
+
+
+def test_nothing_is_watched_any_more_after_a_stop_that_gave_coroutines_up(broker, worker):
+    begun = []
+
+    async def wait():
+        begun.append(1)
+        await asyncio.sleep(DEADLINE)
+
+    work = dramalite.actor(wait, actor_name="wait", time_limit=500)
+    broker.enqueue_many([work.message() for _ in range(20)])
+    started = worker(broker)
+    wait_until(lambda: len(begun) == 20)
+    started.stop(timeout=0)
+
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dramalite-time-limit"])

@@ -5,6 +5,7 @@ import gc
 import logging
 import signal
 import sqlite3
+import sys
 import threading
 import time
 import weakref
@@ -1563,3 +1564,59 @@ def test_a_stop_with_less_time_hastens_one_that_is_under_way(broker, worker, job
 
     assert is_over
     wait_until(lambda: job.finished == [1, 1])  # It was handed back, and ran again.
+
+
+def test_what_a_resume_lets_a_stopping_worker_claim_goes_back(broker):
+    switch_interval = sys.getswitchinterval()
+    begun = []
+    work = dramalite.actor(begun.append, actor_name="work", on_crash="fail")
+    sys.setswitchinterval(1e-6)
+    try:
+        for turn in range(15):
+            broker.enqueue_many([work.message((turn, number)) for number in range(200)])
+            started = dramalite.Worker(broker, worker_threads=3)
+            started.start()
+            wait_until(lambda turn=turn: begun and begun[-1][0] == turn)
+            has_stopped = threading.Event()
+            resuming = in_thread(lambda: [started.resume() for _ in iter(has_stopped.is_set, True)])
+            started.stop()
+            has_stopped.set()
+            resuming.join(DEADLINE)
+            with dramalite.Worker(broker):
+                broker.join("default", timeout=PATIENCE)
+    finally:
+        sys.setswitchinterval(switch_interval)
+
+    assert broker.dead_letters == []
+    assert sorted(map(tuple, begun)) == [(turn, number) for turn in range(15) for number in range(200)]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize("on_crash", ["requeue", "fail"])
+def test_a_job_that_a_stop_gave_up_before_its_actor_began_begins_once_only(broker, is_async, on_crash):
+    before, go_on = threading.Event(), threading.Event()
+    begun = []
+
+    class Waits(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            before.set()
+            go_on.wait(DEADLINE)
+
+    async def begin():
+        begun.append(1)
+
+    broker.add_middleware(Waits())
+    dramalite.actor(begin if is_async else lambda: begun.append(1), actor_name="work", on_crash=on_crash).send()
+    threads = threading.active_count()
+    started = dramalite.Worker(broker, worker_threads=1)
+    started.start()
+    assert before.wait(DEADLINE)
+    started.stop(timeout=0)
+    go_on.set()
+    wait_until(lambda: threading.active_count() <= threads + is_async)  # The event loop's thread stays.
+    begun_then = list(begun)
+    with dramalite.Worker(broker):
+        broker.join("default", timeout=PATIENCE)
+
+    assert begun_then == []
+    assert begun == [1]

@@ -552,6 +552,23 @@ def test_a_count_of_crashes_below_zero_keeps_no_message_waiting(make_file_broker
     assert done == [1]
 
 
+def test_an_option_that_is_no_number_stops_no_other_message(make_file_broker, worker, tmp_path):
+    broker = make_file_broker()
+    work = dramalite.actor(lambda number: number, actor_name="work", store_results=True)
+    messages = [work.send(number) for number in range(3)]
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
+        body = json.loads(connection.execute("SELECT body FROM dramalite_messages").fetchone()[0])
+        body["options"]["result_ttl"] = float("nan")
+        connection.execute(
+            "UPDATE dramalite_messages SET body = ? WHERE message_id = ?", [json.dumps(body).encode(), body["message_id"]]
+        )
+    worker(broker)
+    broker.join("default", timeout=5000, fail_fast=False)
+
+    assert [message.message_id for message in broker.dead_letters] == [messages[0].message_id]
+    assert [message.get_result() for message in messages[1:]] == [1, 2]
+
+
 def spoil(path, message, column):
     """Store a text that is no UTF-8 in a column of a message."""
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
