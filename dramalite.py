@@ -66,6 +66,7 @@ Contents
     Simulated brokers
     Simulated events
     Simulation
+    Beginning a simulation
     Child processes
     Source changes
     Pid files
@@ -423,7 +424,7 @@ def _error_text(exception: BaseException) -> str:
     """str(exception), bounded, storable, and also for exceptions whose str() fails."""
     try:
         text = str(exception)
-    except Exception as error:  # Foreign code; what it raises is told in its place.
+    except BaseException as error:  # Foreign code; what it raises is told in its place.
         text = f"<str() of this {type(exception).__name__} failed with {type(error).__name__}>"
     return _storable(_cut(text, _MAX_ERROR_CHARS))
 
@@ -446,7 +447,7 @@ def _traceback_text(exception: BaseException) -> str:
             text = "".join(traceback.format_exception(exception, limit=_MAX_FRAMES))
         else:
             text = "".join(_traceback_parts(exception))
-    except Exception:  # A hostile __str__, __repr__ or frame: fall back on the type and text.
+    except BaseException:  # A hostile __str__, __repr__ or frame: fall back on the type and text.
         text = f"{type(exception).__name__}: {_error_text(exception)}"
     return _storable(_cut(text, _MAX_TRACEBACK_CHARS))
 
@@ -1689,13 +1690,7 @@ class _EventLoopThread:
                 raise RuntimeError("Timed out waiting for the cancelled coroutine to end.") from None
             coroutine.close()  # Where it never began.
             raise
-        result, exception = outcome.pop()
-        try:
-            if exception is not None:
-                raise exception
-            return result
-        finally:
-            del exception  # Its traceback has this frame: it would hold itself.
+        return _settle(*outcome.pop())
 
     @_uninterrupted
     def start(
@@ -1724,8 +1719,7 @@ class _EventLoopThread:
             with _interrupt_lock:
                 _stoppers.pop(runner, None)
             if not task.cancelled():
-                error = task.exception()
-                on_end(*(task.result() if error is None else (None, error)))
+                on_end(*_outcome_of(task))
             elif interrupts:
                 on_end(None, interrupts[0]())
             else:
@@ -1746,6 +1740,22 @@ async def _contain(call: Callable[[], Coroutine[Any, Any, Any]]) -> tuple[Any, B
     finally:
         if os.getpid() != pid:
             os._exit(0)  # It forked and its child returned here: there it ends.
+
+
+def _outcome_of(task: asyncio.Task[tuple[Any, BaseException | None]]) -> tuple[Any, BaseException | None]:
+    """The result or the exception of a coroutine that _contain() ran and nobody cancelled."""
+    error = task.exception()
+    return task.result() if error is None else (None, error)
+
+
+def _settle(result: Any, exception: BaseException | None) -> Any:
+    """Return a result, or raise the exception that came in its place."""
+    try:
+        if exception is not None:
+            raise exception
+        return result
+    finally:
+        del exception  # Its traceback has this frame: it would hold itself.
 
 
 #: Seconds between looks for an interrupt while a thread waits for its coroutine.
@@ -3507,7 +3517,7 @@ class _Connections:
         self._has_lost_log = False
         self._opened = 0  # How often a connection was.
         self._checkpoint_lock = threading.RLock()  # Held where SQLite works without _lock.
-        self._is_writing = False  # Under _lock: this very thread is inside a write.
+        self._is_writing = False  # A thread that holds _lock is inside a write.
         self._watchers = 0
         self._is_place_checked = False
         self._page_size = _PAGE_SIZE
@@ -3939,9 +3949,10 @@ class _Database(_LoggedDatabase):
         before = self.changes() if self._watchers else -1
         flush = orphans = _no_flush
         self._check_alive()
+        interrupts_write = self._interrupts_write()
         try:
             with self._lock:
-                if self._is_writing:
+                if interrupts_write:
                     raise BrokerError(
                         f"A signal handler or finalizer interrupted this very thread while it wrote to "
                         f"{self.path!r}; there it can send messages, and nothing else."
@@ -3963,6 +3974,10 @@ class _Database(_LoggedDatabase):
             self.notify()
         flush()
         return result
+
+    def _interrupts_write(self) -> bool:
+        """Tell whether this very thread is inside a write: a signal handler has come in between."""
+        return self._is_writing and cast(Any, self._lock)._is_owned()
 
     def _commit(self, role: str, run: Callable[[sqlite3.Connection], _R]) -> _R:
         """Call `run` with the connection for a write, in one transaction."""
@@ -4354,8 +4369,9 @@ class _SenderDatabase(_ValueDatabase):
         self._check_alive()
         ticket = _Ticket(rows)
         self._waiting.append(ticket)
+        interrupts_write = self._interrupts_write()
         with self._lock:
-            if self._is_writing:
+            if interrupts_write:
                 self._has_orphans = ticket.is_orphan = True
                 return
             if not ticket.done:
@@ -7101,10 +7117,15 @@ class _Processor:
         job.exception = None
         return outcome
 
-    def conclude_safely(self, job: _Job) -> _Outcome:
-        """conclude(), but a hook that raises no Exception costs the message, not the caller."""
+    def conclude_safely(self, job: _Job, foreign: tuple[type[BaseException], ...] = ()) -> _Outcome:
+        """conclude(), but a hook that raises no Exception costs the message, not the caller.
+
+        What is `foreign` is none of the hook's own: it comes through.
+        """
         try:
             self.conclude(job)
+        except foreign:
+            raise
         except BaseException:
             self.drop(job)
             self._logger.critical("A hook failed on message %s.", job.row.message_id, exc_info=True)
@@ -8394,44 +8415,73 @@ class _JobThread:
     """A thread that runs only while somebody waits for it, in resume()."""
 
     def __init__(self) -> None:
-        self._go = threading.Semaphore(0)
-        self._gone = threading.Semaphore(0)
-        self._task: Callable[[], None] | None = None
+        self.is_busy = False  # It has a task, under way or paused.
+        self._has_turn = False  # Else whoever waits for it goes on.
+        self._go, self._gone = _Bell(), _Bell()  # Both may ring in vain: _has_turn decides.
+        self._task: Callable[[], None] | None = None  # To be begun.
+        self._error: BaseException | None = None
+        self._is_over = False
         run = functools.partial(contextvars.copy_context().run, self._run)
         self._thread = threading.Thread(target=run, name="dramalite-virtual", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        self._go.acquire()
-        while self._task is not None:
-            self._task()
+        self._await_turn()
+        while not self._is_over:
+            task, self._task = self._task, None
+            if task is not None:
+                try:
+                    task()
+                except BaseException as error:  # It is raised where somebody waits.
+                    self._error = error
+                self.is_busy = False
             self.pause()
-        self._gone.release()
+        self._end_turn()
 
     def start(self, task: Callable[[], None]) -> None:
         """Run a task until it ends or pauses."""
-        self._task = task
+        self._task, self.is_busy = task, True
         self.resume()
 
     def resume(self) -> None:
-        """Let the task go on until it ends or pauses."""
-        self._go.release()
-        try:
-            self._gone.acquire()
-        except BaseException:  # Ctrl+C, say: not before the task is where it can be resumed or left.
-            self._gone.acquire()
-            raise
+        """Let the task go on until it ends or pauses; raises what comes out of it."""
+        self._await_end_of_turn()  # For a call that an interrupt kept from it.
+        self._has_turn = True
+        self._await_end_of_turn()
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
 
     def pause(self) -> None:
         """In the thread: let whoever waits go on, until resume()."""
-        self._gone.release()
-        self._go.acquire()
+        self._end_turn()
+        self._await_turn()
 
     def end(self) -> None:
         """End the thread, between two tasks."""
-        self._task = None
+        self._is_over = True
         self.resume()
         self._thread.join()
+
+    def _await_end_of_turn(self) -> None:
+        try:
+            self._watch_turn()
+        except BaseException:  # Ctrl+C, say: not before the task is where it can be resumed or left.
+            self._watch_turn()
+            raise
+
+    def _watch_turn(self) -> None:
+        while self._has_turn:
+            self._go.ring()
+            self._gone.wait(_POLL_S)
+
+    def _end_turn(self) -> None:
+        self._has_turn = False
+        self._gone.ring()
+
+    def _await_turn(self) -> None:
+        while not self._has_turn:
+            self._go.wait(_LONGEST_WAIT_S)
 
 
 class _VirtualThread:
@@ -8440,7 +8490,8 @@ class _VirtualThread:
     def __init__(self, worker: _VirtualWorker, index: int, can_pause: bool) -> None:
         self.worker = worker
         self.index = index
-        self.real = _JobThread() if can_pause else None  # None: jobs run in the calling thread.
+        self.real = _JobThread() if can_pause else None  # None: jobs run in the calling thread,
+        self._context = contextvars.copy_context()  # with what context variables they set.
         self.job: _Job | None = None
         self.runner = 0  # What the job is to the middleware.
         self.retries = 0  # Of the job's message, before this attempt.
@@ -8460,10 +8511,11 @@ class _VirtualThread:
         self.job = _Job(row)
         self.started_ms = now_ms
         self.is_running = True
-        self.gives_up_at, self.is_given_up, self.is_cut_off, self.deaths = None, False, False, 0
+        self.gives_up_at, self.deaths = None, 0
+        self.is_given_up = self.is_cut_off = self.is_dead = False
         self.worker.slot.run(self.index, row.id)
         if self.real is None:
-            run(self)
+            self._context.run(run, self)
         else:
             self.real.start(functools.partial(run, self))
 
@@ -8471,29 +8523,37 @@ class _VirtualThread:
         """What start() is to run: the processing, as in a worker's thread."""
         job, processor = cast(_Job, self.job), self.worker.processor
         self.runner = _runner.id()
+        foreign = (_Crash, KeyboardInterrupt) if self.real is None else (_Crash,)  # None of the job's own.
         processor.run(job)
+        if self.is_given_up and not self.is_dead:
+            job.exception = TimeLimitExceeded()
+        interrupt = job.exception if isinstance(job.exception, foreign) else None
+        if not (self.is_dead or self.is_cut_off or interrupt):
+            self._describe(job)
+            try:
+                processor.conclude_safely(job, foreign)
+            except foreign as error:
+                interrupt = error
         if self.is_dead:
             job.exception = None
             self.forget()
-            return
-        is_interrupted = isinstance(job.exception, KeyboardInterrupt) and self.real is None
-        if self.is_cut_off or is_interrupted:  # That is not the job's own.
-            self.worker.hand_back(job.row)
+        elif self.is_cut_off or interrupt is not None:
+            self.worker.give_back(job)
             self.worker.slot.run(self.index, 0)
             self.forget()
-            if is_interrupted:
-                raise cast(BaseException, job.exception)
-            return
-        if self.is_given_up:
-            job.exception = TimeLimitExceeded()
+            if isinstance(interrupt, KeyboardInterrupt):
+                raise interrupt
+        else:
+            self.is_running = False
+            if job.row.crash_limit != 1:  # Else it runs, to the others, until its outcome is written.
+                self.worker.slot.run(self.index, 0)
+
+    def _describe(self, job: _Job) -> None:
+        """Note what only the job's end tells, before the hooks."""
         exception = job.exception
         self.is_skipped = isinstance(exception, SkipMessage)
         self.error = "" if exception is None else f"{type(exception).__name__}: {_error_text(exception)}"
         self.retries = _retries(job.message)
-        processor.conclude_safely(job)
-        self.is_running = False
-        if job.row.crash_limit != 1:  # Else it runs, to the others, until its outcome is written.
-            self.worker.slot.run(self.index, 0)
 
     def sleep(self, wakes_at: int) -> None:
         """In a job of a thread that can pause: let the others go on until it is resumed."""
@@ -8509,7 +8569,7 @@ class _VirtualThread:
         Raises RuntimeError if the job catches every one of them and goes on.
         """
         self.is_dead, self.deaths = True, 0
-        while self.is_running and self.real is not None:
+        while self.is_running and self.real is not None and self.real.is_busy:
             if self.deaths > _MOST_DEATHS:
                 raise RuntimeError(
                     f"A job of {cast(_Job, self.job).row.actor} can't be ended: it catches every "
@@ -8518,11 +8578,22 @@ class _VirtualThread:
             self.real.resume()
         self.forget()
 
+    def end(self) -> None:
+        """Unwind the job, and end the thread behind."""
+        self.unwind()
+        if self.real is not None:
+            self.real.end()
+
     def die(self) -> None:
         """In a job whose worker has died, or given it up: end it, or leave it where it is for ever."""
         self.deaths += 1
         if self.deaths > _MOST_DEATHS and self.real is not None:
             self.real.pause()
+        if self.deaths == _MOST_DEATHS:
+            get_logger("dramalite.simulation").critical(
+                "A job of %s catches every exception, also those that are none of its own, and goes on; "
+                "with one virtual thread nothing else can end it.", cast(_Job, self.job).row.actor,
+            )  # fmt: skip
         raise _Crash
 
     def forget(self) -> None:
@@ -8552,6 +8623,7 @@ class _VirtualWorker:
         self.is_paused = False
         self.must_recover = True
         self.seen: int | None = None  # The engine's changes() at the last look for work, in vain.
+        self.may_hold_rows = False  # That no thread has, where an exception came in between.
 
     def recover(self) -> list[_Outcome]:
         """Take back what dead workers held; return what became dead letters by that."""
@@ -8570,16 +8642,23 @@ class _VirtualWorker:
     ) -> _Row | None:
         """Write outcomes and claim the next message, if there is one."""
         self._targets.refresh(self.slot)
-        has_suspect = any(thread.job and thread.job.row.crashes for thread in self.threads)
+        running = [thread.job for thread in self.threads if thread.job and thread.is_running]
         limit = 0 if self.is_paused else 1
         rows, _version = self._broker._engine.exchange(
-            self.slot, outcomes, limit, self._targets.json(True), not has_suspect, skip_to
-        )
+            self.slot, outcomes, limit, self._targets.json(True), not any(job.row.crashes for job in running),
+            skip_to,
+        )  # fmt: skip
         return rows[0] if rows else None
 
-    def hand_back(self, row: _Row) -> None:
-        """Give a row back that was begun, as if it had not been."""
-        self._broker._engine.hand_back(self.slot, [row])
+    def cut_off(self, job: _Job) -> _Outcome:
+        """The outcome of a job that is not waited for: its message goes back, if it may run again."""
+        if not job.may_not_run_again():
+            return _Outcome(job.row, is_handed_back=True)
+        return self.processor.fail(job.row, "Its run was cut off; it is not run again.")
+
+    def give_back(self, job: _Job) -> None:
+        """Cut a job off, now."""
+        self._broker._engine.exchange(self.slot, [self.cut_off(job)])
         self.seen = None
 
 
@@ -8611,10 +8690,13 @@ def drain(broker: Broker, *, max_messages: int = 10_000) -> int:
             worker.processor.run(job)
             failures.pop(row.message_id, None)
             failure = job.exception
-            if isinstance(failure, KeyboardInterrupt):  # Not the job's own.
-                worker.hand_back(row)
-                raise failure
-            worker.processor.conclude_safely(job)
+            try:
+                if isinstance(failure, KeyboardInterrupt):
+                    raise failure
+                worker.processor.conclude_safely(job, (KeyboardInterrupt,))
+            except KeyboardInterrupt:  # None of the job's own.
+                worker.give_back(job)
+                raise
             if job.message is not None and job.message.failed:
                 failures[row.message_id] = job.message._exception or RuntimeError(job.message.reason)
             elif failure is not None and not isinstance(failure, (Retry, SkipMessage)):
@@ -8669,6 +8751,10 @@ class _VirtualClock(Clock):
     def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
         return self._world.wait_for(is_done, timeout_s)
 
+    def wait_for_others(self) -> None:
+        """Let time pass for a job that waits for what only others can bring."""
+        self._world.wait_for_others()
+
     async def wait_for_async(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
         import asyncio
 
@@ -8698,7 +8784,7 @@ _virtual = _Virtual()
 
 
 def simulated_work(duration: int | timedelta) -> None:
-    """Let milliseconds of virtual time pass in an actor that is simulated; elsewhere, do nothing."""
+    """Let milliseconds of virtual time pass in a simulation; elsewhere, do nothing."""
     if _virtual.world is not None:
         _virtual.world.pass_time(_milliseconds(duration, "duration"))
 
@@ -8706,25 +8792,30 @@ def simulated_work(duration: int | timedelta) -> None:
 #: What a loop's time is ahead after each wait: it takes a timer for due only when it is past.
 _LOOP_NAP_S = 1e-7
 
-#: Real seconds for which a call in a thread keeps virtual time from passing.
-_REAL_WAIT_S = 0.1
+#: Real seconds for which a call in a thread, or a connection, keeps virtual time from passing.
+_REAL_WAIT_S = 1.0
 
 
-def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> Any:
+def _run_on_virtual_loop(clock: _VirtualClock, coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine on an event loop of its own, whose time is the clock's."""
     import asyncio
     import selectors
 
     class Selector(selectors.DefaultSelector):
-        """Where a loop would wait for its next timer, virtual time passes."""
+        """Where a loop would wait for its next timer, or for others, virtual time passes."""
 
         def select(self, timeout: float | None = None) -> Any:
-            is_timed = timeout is not None and timeout > 0
+            if timeout is not None and timeout <= 0:
+                return super().select(timeout)
             # Calls in real threads take no time, unless they wait for it to pass.
-            wait = _REAL_WAIT_S if loop.calls else 0
-            ready = super().select(wait if is_timed else timeout)
-            if not ready and is_timed:
-                clock.sleep(cast(float, timeout))
+            is_real = loop.calls > 0 or (timeout is None and len(self.get_map()) > 1)
+            ready = super().select(_REAL_WAIT_S if is_real else 0)
+            if ready:
+                return ready
+            if timeout is None:
+                clock.wait_for_others()
+            else:
+                clock.sleep(timeout)
                 loop.ahead_s += _LOOP_NAP_S
             return ready
 
@@ -8745,35 +8836,64 @@ def _run_on_virtual_loop(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> A
             self.calls -= 1
 
     loop = Loop(Selector())
-    task = loop.create_task(coroutine)
+    tasks: dict[asyncio.Task[Any], None] = {}  # Those that have not ended, in their order.
+
+    def make_task(_loop: Any, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
+        task = asyncio.Task(coroutine, loop=loop, **options)
+        tasks[task] = None
+        task.add_done_callback(tasks.pop)
+        return task
+
+    def run(task: asyncio.Task[Any]) -> None:
+        """Run the loop until a task has ended, whatever other ones do to the loop."""
+        task.add_done_callback(lambda _task: loop.stop())
+        while not task.done():
+            with contextlib.suppress(SystemExit):
+                loop.run_forever()
+
+    loop.set_task_factory(make_task)
+    task = loop.create_task(_contain(lambda: coroutine))
     try:
-        return loop.run_until_complete(task)
-    except (Interrupt, _Crash):
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError, _Crash):
-            loop.run_until_complete(task)
-        raise
-    except asyncio.CancelledError as error:
-        raise RuntimeError("The coroutine was cancelled.") from error
+        try:
+            run(task)
+        except (Interrupt, _Crash) as interrupt:
+            task.cancel()
+            with contextlib.suppress(_Crash):
+                run(task)
+            if isinstance(interrupt, _Crash) or not task.done() or task.cancelled():
+                raise
+        if task.cancelled():
+            raise RuntimeError("The coroutine was cancelled.")
+        return _settle(*_outcome_of(task))
     finally:
         with contextlib.suppress(_Crash, Interrupt):  # What came of the coroutine stands.
-            left = asyncio.all_tasks(loop)
+            left = list(tasks)
             for task in left:
                 task.cancel()
             if left:
-                loop.run_until_complete(asyncio.wait(left, timeout=_CANCEL_GRACE_S))
-            loop.run_until_complete(loop.shutdown_asyncgens())
+                run(loop.create_task(_wait_for_tasks(left)))
+            run(loop.create_task(loop.shutdown_asyncgens()))
         loop.close()
 
 
-def _run_virtually(clock: Clock, coroutine: Coroutine[Any, Any, Any]) -> Any:
+async def _wait_for_tasks(tasks: list[asyncio.Task[Any]]) -> None:
+    """Wait until cancelled tasks have ended, for as long as they may take."""
+    import asyncio
+
+    await asyncio.wait(tasks, timeout=_CANCEL_GRACE_S)
+
+
+def _run_virtually(clock: _VirtualClock, coroutine: Coroutine[Any, Any, Any]) -> Any:
     """Run a coroutine in virtual time; in another thread where this one runs a loop already."""
     import asyncio
     from concurrent.futures import ThreadPoolExecutor
 
     try:
         asyncio.get_running_loop()
+        is_free = False
     except RuntimeError:
+        is_free = True
+    if is_free:
         return _run_on_virtual_loop(clock, coroutine)
     world, thread = _virtual.world, _virtual.thread
 
@@ -8947,11 +9067,15 @@ def _time_ms(when: object, what: str) -> int:
     return math.ceil(when.timestamp() * 1000)
 
 
+#: The last one that a datetime can hold.
+_LAST_MS = 253_402_300_799_999
+
+
 def _datetime(time_ms: int) -> datetime:
     """A time in UTC, from milliseconds since 1970."""
     from datetime import datetime, timedelta, timezone
 
-    return datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(milliseconds=time_ms)
+    return datetime(1970, 1, 1, tzinfo=timezone.utc) + timedelta(milliseconds=min(time_ms, _LAST_MS))
 
 
 # ------------------------------------------------------------------------------------------
@@ -8965,12 +9089,6 @@ _SIMULATION_LOGGER = "dramalite.simulation"
 #: Steps and milliseconds after which run_until_idle() takes a simulation for endless.
 _MOST_STEPS = 100_000
 _MOST_MS = 366 * 86_400_000
-
-#: Where a simulation begins, if it is not told: 2026-01-01 in UTC.
-_SIMULATION_START_MS = 1_767_225_600_000
-
-#: Workers, and threads of each, that a simulation may have.
-_MOST_VIRTUAL = 64
 
 
 class Simulation:
@@ -8998,7 +9116,7 @@ class Simulation:
         self._workers: list[_VirtualWorker] = []
         self._attempts: collections.Counter[str] = collections.Counter()  # By message id.
         self._undo: contextlib.ExitStack = contextlib.ExitStack()
-        self._outer: Simulation | None = None  # The simulation that this one is inside of.
+        self._outer: tuple[Any, ...] = (None, None, None)  # What this thread is outside of this simulation.
         self._naps = 0  # How often jobs have let time pass, in this step.
         self._latest_ms = math.inf  # A job that lets it pass beyond this is ended.
 
@@ -9108,8 +9226,9 @@ class Simulation:
         if any(worker.broker is self.broker for worker in _live_workers):
             raise RuntimeError("This broker is worked on already, by a worker.")
         self._takeover.begin()
-        self._outer, _virtual.world = _virtual.world, self
+        self._outer = _virtual.world, _virtual.thread, _runner.run_coroutine
         try:
+            _virtual.world = self
             self._start_workers()
         except BaseException:  # The database can't be opened, say.
             self._restore()
@@ -9134,27 +9253,46 @@ class Simulation:
             self._restore()
 
     def _end_workers(self) -> None:
-        engine = self.broker._engine
-        for worker in self._workers:
-            busy = [(thread, thread.job) for thread in worker.threads if thread.job is not None]
-            done = [(thread, job) for thread, job in busy if not thread.is_running]
-            outcomes = [job.outcome for _thread, job in done]
-            outcomes += [_Outcome(job.row, is_handed_back=True) for thread, job in busy if thread.is_running]
-            with self._takeover.set_aside_engine():
-                for thread in worker.threads:
-                    thread.unwind()
-                    if thread.real is not None:
-                        thread.real.end()
-            engine.exchange(worker.slot, outcomes)
-            for thread, job in done:
+        with contextlib.ExitStack() as ends:  # All of them, whatever one of them raises.
+            for worker in reversed(self._workers):
+                ends.callback(self._end_worker, worker)
+
+    def _end_worker(self, worker: _VirtualWorker) -> None:
+        busy = [(thread, thread.job) for thread in worker.threads if thread.job is not None]
+        running = [thread for thread, _job in busy if thread.is_running]
+        outcomes = [worker.cut_off(job) if thread in running else job.outcome for thread, job in busy]
+        with contextlib.ExitStack() as ends:
+            ends.callback(self._write_last, worker, busy, running, outcomes)
+            for thread in worker.threads:
+                ends.callback(self._end_thread, thread)
+
+    def _end_thread(self, thread: _VirtualThread) -> None:
+        with self._takeover.set_aside_engine():
+            thread.end()
+
+    def _write_last(
+        self, worker: _VirtualWorker, busy: list[tuple[_VirtualThread, _Job]],
+        running: list[_VirtualThread], outcomes: list[_Outcome],
+    ) -> None:  # fmt: skip
+        held_rows, worker.may_hold_rows = worker.may_hold_rows, True
+        self.broker._engine.exchange(worker.slot, outcomes)
+        worker.may_hold_rows = held_rows
+        for (thread, job), outcome in zip(busy, outcomes):
+            if thread not in running:
                 self._note_end(thread, job)
+            elif not outcome.is_handed_back:
+                thread.error, job.result = "WorkerCrashed: its run was cut off", None
+                self._note(thread, job, "dead", None)
 
     def _restore(self) -> None:
         """Give the broker back as it was."""
+        _virtual.world, _virtual.thread, _runner.run_coroutine = self._outer
         for worker in self._workers:
-            worker.slot.release()
+            if worker.may_hold_rows:
+                worker.slot.abandon()  # What it may still hold is a dead worker's.
+            else:
+                worker.slot.release()
         self._takeover.end()
-        _virtual.world = self._outer
 
     # Steps.
 
@@ -9185,7 +9323,7 @@ class Simulation:
         if self._choose is None or step in self._steps():  # choose() may have had a worker crash.
             self._take(step, skip_to)
         if self._naps > _MOST_NAPS:
-            self._fail("has a job that lets time pass without end")
+            self._fail("has a job that waits or lets time pass without end")
         return True
 
     def _check_begun(self) -> None:
@@ -9251,8 +9389,10 @@ class Simulation:
         elif step.action == "resume":
             cast(_JobThread, thread.real).resume()
         else:
-            done, thread.job = thread.job, None
+            done = thread.job
+            worker.may_hold_rows = True
             row = worker.exchange([] if done is None else [done.outcome], skip_to)
+            thread.job = None
             if done is not None:
                 worker.slot.run(thread.index, 0)
                 self._note_end(thread, done)
@@ -9260,16 +9400,17 @@ class Simulation:
                 worker.seen = self.broker._engine.changes()
             else:
                 thread.start(row, self._clock.now_ms, self._run)
+            worker.may_hold_rows = False
 
     def _run(self, thread: _VirtualThread) -> None:
         """Run a job up to its outcome."""
-        _virtual.world, _virtual.thread = self, thread
-        _runner.run_coroutine = functools.partial(_run_virtually, self._clock)
         try:
+            _virtual.world, _virtual.thread = self, thread
+            _runner.run_coroutine = functools.partial(_run_virtually, self._clock)
             thread.process()
         finally:
-            self._undo.close()
             _virtual.thread = _runner.run_coroutine = None
+            self._undo.close()
             thread.ended_ms = self._clock.now_ms
 
     # Time that passes in jobs.
@@ -9286,6 +9427,9 @@ class Simulation:
         if thread.real is None and (self._naps > _MOST_NAPS or now_ms > self._latest_ms):
             thread.is_cut_off = True
             raise _Crash
+        if thread.runner not in _interruptible:  # In a hook, which nothing interrupts.
+            self._sleep(thread, wakes_at)
+            return
         if thread.gives_up_at is not None and wakes_at >= thread.gives_up_at:
             if not thread.is_given_up:
                 self._sleep(thread, thread.gives_up_at)
@@ -9314,17 +9458,32 @@ class Simulation:
     def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
         """Let time pass until something is true; tell whether it came true in time."""
         end_ms = None if timeout_s is None else self._clock.now_ms + _whole_ms(timeout_s)
+        steps = 0
         while not is_done():
-            if end_ms is not None and self._clock.now_ms >= end_ms:
-                return False
             if _virtual.thread is not None:
+                if end_ms is not None and self._clock.now_ms >= end_ms:
+                    return False
                 self.pass_time(_VIRTUAL_POLL_MS)
-                self._naps -= 1  # That is no job without an end: its wait has one, or the run.
+                # That is no job without an end where its wait has one; else it is soon to be ended.
+                self._naps += 9 if end_ms is None else -1
             elif not self._step(end_ms):
-                if end_ms is None:
-                    return is_done()
-                self._jump(end_ms)
+                if end_ms is not None:
+                    self._jump(max(end_ms, self._clock.now_ms))
+                return is_done()
+            elif (steps := steps + 1) > _MOST_STEPS:
+                self._fail(f"has not come to what is waited for after {_MOST_STEPS} steps")
         return True
+
+    def wait_for_others(self) -> None:
+        """Let time pass for a job that waits for what only others can bring."""
+        thread = cast(_VirtualThread, _virtual.thread)
+        if thread.real is not None:
+            self.pass_time(_VIRTUAL_POLL_MS)
+            return
+        self.pass_time(_MOST_MS)  # No other one can run before its deadline.
+        self._naps = _MOST_NAPS + 1
+        thread.is_cut_off = True
+        raise _Crash
 
     # Events.
 
@@ -9358,6 +9517,18 @@ class Simulation:
         )
 
 
+# ------------------------------------------------------------------------------------------
+# Beginning a simulation
+#
+# What simulate() takes, checked where it is given.
+# ------------------------------------------------------------------------------------------
+#: Where a simulation begins, if it is not told: 2026-01-01 in UTC.
+_SIMULATION_START_MS = 1_767_225_600_000
+
+#: Workers, and threads of each, that a simulation may have.
+_MOST_VIRTUAL = 64
+
+
 def simulate(
     broker: Broker | None = None,
     *,
@@ -9385,8 +9556,10 @@ def simulate(
     more than one virtual thread others run meanwhile.  Time starts at `start` (2026-01-01 UTC); a
     datetime without a time zone counts as UTC.
 
-    No hooks of a worker's start and stop are called, tasks that a coroutine leaves behind are
-    cancelled, and rate limits of an earlier simulation of the same broker hold on.
+    No hooks of a worker's start and stop are called, rate limits of an earlier simulation of the
+    same broker hold on, and backends of another broker (StubResultBackend, say) keep real time.
+    Each job's coroutine has an event loop of its own: asyncio's locks and queues can't be shared
+    between jobs, and tasks that it leaves behind are cancelled.
     """
     world = get_broker() if broker is None else broker
     if not isinstance(world, _EngineBroker):

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
+import gc
 import logging
+import sys
 import threading
+import time
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -968,7 +973,353 @@ def test_ctrl_c_ends_the_simulation_and_the_message_waits(broker):
     assert [message.actor_name for message in broker.pending()] == ["interrupted"]
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("first", [1, 2])
+def test_ctrl_c_at_any_moment_of_a_step_loses_nothing_and_leaves_the_next_simulation_alone(threads, first):
+    module = dramalite.simulate.__code__.co_filename
+
+    def interrupt_at(call):
+        """What sys.settrace() is to be given: Ctrl+C where the so manieth call of the module begins."""
+        left = [call]
+
+        def trace(frame, _event, _arg):
+            in_module = frame.f_code.co_filename == module
+            left[0] -= in_module and frame.f_code.co_name != "<genexpr>"  # Which may be closed then, and raise nothing.
+            if left[0] < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+
+        return trace
+
+    def run(call):
+        """Whether a run came to its end before Ctrl+C did."""
+        broker = dramalite.MemoryBroker()
+        ran = []
+
+        @dramalite.actor(broker=broker, max_retries=1, min_backoff=1, max_backoff=1)
+        def work(number):
+            ran.append(number)
+            dramalite.simulated_work(number)
+            if ran.count(number) == 1 and number == 2:
+                raise ValueError("no")
+
+        for number in range(3):
+            work.send(number)
+        is_over = False
+        try:
+            with dramalite.simulate(broker, threads=threads) as sim:
+                try:
+                    sys.settrace(interrupt_at(call))
+                    sim.run_until_idle()
+                    is_over = True
+                finally:
+                    sys.settrace(None)
+        except KeyboardInterrupt:
+            pass
+        with dramalite.simulate(broker, threads=threads, start=sim.now + timedelta(minutes=1)) as sim:
+            sim.run_until_idle()
+        assert (broker.pending(), broker.dead_letters, set(ran)) == ([], [], {0, 1, 2}), call
+        broker.close()
+        return is_over
+
+    before = sys.gettrace()
+    gc.disable()  # What a finalizer raises goes nowhere.
+    try:
+        call = first
+        while not run(call):
+            call += 11
+    finally:
+        gc.enable()
+        sys.settrace(before)
+
+    assert call > 100
+
+
+def test_ctrl_c_in_a_hook_ends_the_simulation_and_the_message_waits(broker):
+    class Interrupted(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            raise KeyboardInterrupt
+
+    broker.add_middleware(Interrupted())
+    work = dramalite.actor(lambda: None, actor_name="work")
+    with pytest.raises(KeyboardInterrupt), dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert [message.actor_name for message in broker.pending()] == ["work"]
+    assert broker.dead_letters == []
+
+
+def test_a_crash_in_a_hook_after_the_job_is_a_crash(broker):
+    crashes = []
+
+    class Crashes(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            if not crashes:
+                crashes.append(1)
+                sim.crash()
+
+    broker.add_middleware(Crashes())
+    work = dramalite.actor(lambda: None, actor_name="work")
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["crashed", "done"]
+    assert broker.pending() == broker.dead_letters == []
+
+
+def test_a_crash_while_a_hook_after_the_job_takes_time_is_counted(broker):
+    class TakesTime(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            dramalite.simulated_work(100)
+
+    broker.add_middleware(TakesTime())
+    work = dramalite.actor(lambda: None, actor_name="work", max_crashes=2)
+    with dramalite.simulate(broker, threads=2) as sim:
+        work.send()
+        for _ in range(3):
+            sim.advance(50)
+            sim.crash()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["crashed", "crashed", "dead"]
+
+
+def test_time_limits_do_not_strike_in_hooks(broker):
+    class TakesTime(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            broker.clock.sleep(10)
+
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            broker.clock.sleep(10)
+
+    broker.add_middleware(TakesTime())
+    work = dramalite.actor(lambda: None, actor_name="work", time_limit=300)
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["done"]
+    assert sim.now == START + timedelta(seconds=20)
+
+
+def test_what_may_not_run_twice_is_a_dead_letter_where_the_simulation_leaves_it(broker):
+    begun = []
+
+    @dramalite.actor(on_crash="fail")
+    def work():
+        begun.append(1)
+        dramalite.simulated_work(1000)
+
+    with dramalite.simulate(broker, threads=2) as sim:
+        work.send()
+        sim.advance(500)
+    with dramalite.simulate(broker) as later:
+        later.run_until_idle()
+
+    assert begun == [1]
+    assert [(event.outcome, event.error) for event in sim.events] == [("dead", "WorkerCrashed: its run was cut off")]
+    assert [message.actor_name for message in broker.dead_letters] == ["work"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_an_error_that_cannot_be_told_is_one_like_others(broker, threads):
+    class Hostile(Exception):
+        def __str__(self):
+            raise SystemExit
+
+    @dramalite.actor(max_retries=0)
+    def work():
+        raise Hostile
+
+    with dramalite.simulate(broker, threads=threads) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["dead"]
+
+
+def test_all_jobs_are_ended_though_one_can_not(broker):
+    ended = []
+
+    @dramalite.actor
+    def immortal():
+        while True:
+            with contextlib.suppress(BaseException):
+                dramalite.simulated_work(1000)
+
+    @dramalite.actor
+    def mortal(number):
+        try:
+            dramalite.simulated_work(1000)
+        finally:
+            ended.append(number)
+
+    with pytest.raises(RuntimeError, match="immortal can't be ended"):
+        with dramalite.simulate(broker, workers=2, threads=2) as sim:
+            immortal.send()
+            for number in range(3):
+                mortal.send(number)
+            sim.advance(500)
+
+    assert sorted(ended) == [0, 1, 2]
+    assert sorted(message.actor_name for message in broker.pending()) == ["immortal"] + ["mortal"] * 3
+
+
+def test_context_variables_of_jobs_stay_with_them(broker):
+    variable = contextvars.ContextVar("variable", default="outside")
+    work = dramalite.actor(lambda: variable.set("inside") and None, actor_name="work")
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert variable.get() == "outside"
+
+
+def test_a_result_that_comes_at_the_last_moment_is_waited_for(broker):
+    work = dramalite.actor(lambda: 1, actor_name="work", store_results=True)
+    with dramalite.simulate(broker):
+        message = work.send_with_options(delay=2000)
+
+        assert message.get_result(block=True, timeout=2000) == 1
+
+
+def test_a_time_that_no_datetime_can_hold_is_told_as_the_last_one(broker):
+    @dramalite.actor(max_retries=1, backoff=[1 << 53])
+    def fail():
+        raise ValueError("no")
+
+    with dramalite.simulate(broker) as sim:
+        fail.send()
+        with pytest.raises(dramalite.SimulationError, match="9999-12-31"):
+            sim.run_until_idle()
+
+
 # Coroutines and what they leave behind
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_coroutine_that_waits_for_what_never_comes_ends_at_its_time_limit(broker, threads):
+    @dramalite.actor(max_retries=0, time_limit=1000)
+    async def wait():
+        await asyncio.Event().wait()
+
+    with dramalite.simulate(broker, threads=threads) as sim:
+        wait.send()
+        sim.run_until_idle()
+
+    assert [(event.outcome, event.error.partition(":")[0]) for event in sim.events] == [("dead", "TimeLimitExceeded")]
+    assert sim.now == START + timedelta(seconds=1)
+
+
+def test_a_coroutine_that_waits_without_end_fails_the_run():
+    broker = dramalite.MemoryBroker(middleware=[])
+
+    @dramalite.actor(broker=broker)
+    async def wait():
+        await asyncio.Event().wait()
+
+    with dramalite.simulate(broker) as sim:
+        wait.send()
+        with pytest.raises(dramalite.SimulationError, match="waits or lets time pass without end"):
+            sim.run_until_idle()
+
+    assert [message.actor_name for message in broker.pending()] == ["wait"]
+
+
+def test_coroutines_that_share_a_lock_get_it_one_after_the_other(broker):
+    lock = asyncio.Lock()
+
+    @dramalite.actor(max_retries=0)
+    async def work():
+        async with lock:
+            await asyncio.sleep(1)
+
+    with dramalite.simulate(broker, threads=2) as sim:
+        work.send()
+        work.send()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["done", "done"]
+
+
+def test_a_coroutine_that_ends_well_though_its_time_limit_cancelled_it_is_done(broker):
+    @dramalite.actor(time_limit=200, max_retries=0, store_results=True)
+    async def work():
+        try:
+            await asyncio.sleep(5)
+        except asyncio.CancelledError:
+            return "a part"
+
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert [(event.outcome, event.result) for event in sim.events] == [("done", "a part")]
+
+
+def test_tasks_that_a_coroutine_leaves_behind_end_in_the_order_they_were_made_in(broker):
+    ended = []
+
+    @dramalite.actor
+    async def work():
+        async def wait(number):
+            try:
+                await asyncio.sleep(100)
+            finally:
+                ended.append(number)
+
+        kept = [asyncio.create_task(wait(number)) for number in range(10)]
+        await asyncio.sleep(1)
+        return kept and None
+
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert ended == list(range(10))
+
+
+def test_the_traceback_of_a_coroutine_tells_of_it_alone(broker):
+    @dramalite.actor(max_retries=1)
+    async def fail():
+        raise ValueError("no")
+
+    with dramalite.simulate(broker) as sim:
+        fail.send()
+        sim.run_until_idle()
+
+    (text,) = [event.message.options["traceback"] for event in sim.events if event.attempt == 2]
+    assert "in fail" in text
+    assert "no running event loop" not in text
+    assert "asyncio" not in text
+
+
+def test_a_loop_that_a_coroutine_stops_goes_on(broker):
+    @dramalite.actor(max_retries=0, store_results=True)
+    async def work():
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(1)
+        return "done"
+
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert [event.result for event in sim.events] == ["done"]
+
+
+def test_a_real_thread_may_take_real_time(broker):
+    @dramalite.actor(max_retries=0)
+    async def work():
+        await asyncio.wait_for(asyncio.to_thread(time.sleep, 0.2), 60)
+
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert (outcomes(sim), sim.now) == (["done"], START)
 
 
 def test_no_time_passes_while_a_real_thread_works(broker):

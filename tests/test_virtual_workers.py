@@ -201,6 +201,37 @@ def test_drain_has_an_end_and_puts_the_next_message_back(broker):
     assert len(broker.pending()) == 1
 
 
+@pytest.mark.parametrize("hook", ["before_process_message", "after_process_message"])
+def test_ctrl_c_in_a_hook_comes_out_of_drain_and_the_message_waits(broker, note, ran, hook):
+    class Interrupted(dramalite.Middleware):
+        pass
+
+    def interrupt(*_arguments, **_named):
+        raise KeyboardInterrupt
+
+    setattr(Interrupted, hook, interrupt)
+    broker.add_middleware(Interrupted())
+    note.send(1)
+    with pytest.raises(KeyboardInterrupt):
+        broker.drain()
+
+    assert [message.args for message in broker.pending()] == [(1,)]
+    assert broker.dead_letters == []
+
+
+def test_a_job_that_ctrl_c_cuts_off_and_that_may_not_run_twice_is_a_dead_letter(broker):
+    @dramalite.actor(on_crash="fail")
+    def work():
+        raise KeyboardInterrupt
+
+    work.send()
+    with pytest.raises(KeyboardInterrupt):
+        broker.drain()
+
+    assert broker.pending() == []
+    assert [message.actor_name for message in broker.dead_letters] == ["work"]
+
+
 def test_a_simulated_broker_is_not_drained(broker):
     with dramalite.simulate(broker), pytest.raises(RuntimeError, match="simulat"):
         broker.drain()
