@@ -2638,7 +2638,8 @@ class _SocketBell(_Bell):
 # Lost-wake-up rule: a worker says that it sleeps before its last look at the queue.
 # ------------------------------------------------------------------------------------------
 _SLOTS = 128
-_HEADER = 0  # No worker's slot: its word 0 is the highest slot ever used, its lock for checkpoints.
+_HEADER = 0  # No worker's slot: its lock is for checkpoints, its words are
+_HIGHEST, _FAILED_FLUSHES, _MENDED_FLUSHES = range(3)  # the highest slot ever used, and of the log.
 _SLOT_WORDS = 1024
 _OWNER, _PORT, _WAKE_AT, _SERVES, _PID, _RUNNING = range(6)  # Words of a slot; the rest: running.
 _MAX_TRACKED = _SLOT_WORDS - _RUNNING
@@ -2659,11 +2660,12 @@ _WATCHING = 1 << 62
 class _Slots:
     """The workers of a database in memory."""
 
-    def __init__(self) -> None:
+    def __init__(self, guard: threading.RLock) -> None:
         self.words: Any = memoryview(bytearray(_SIDE_FILE_SIZE)).cast("q")
-        self.held: set[int] = set()  # Slots of this process.  Guarded by lock.
+        self.held: set[int] = set()  # Slots of this process.  Guarded by both locks.
         self.bells: dict[int, _Bell] = {}  # Their bells.
         self.abandoned: set[int] = set()  # Owners in this process that died without their process.
+        self.guard = guard  # The database's: taken first, for a signal handler may send where lock is held.
         self.lock: Any = threading.RLock()
 
     def make_bell(self) -> _Bell:
@@ -2677,7 +2679,7 @@ class _Slots:
             base = index * _SLOT_WORDS
             return self.words[base + _OWNER] != 0, self.words[base + _RUNNING] >= 0
 
-        with self.lock:
+        with self.guard, self.lock:
             for index in sorted(range(1, _SLOTS), key=worth):
                 if self.hold(index):
                     break
@@ -2685,12 +2687,12 @@ class _Slots:
                 raise BrokerError(f"All {_SLOTS - 1} worker slots of this database are taken.")
             self.bells[index] = bell
             slot = _Slot(self, index, bell, serves, tracked)
-            self.words[0] = max(self.words[0], index)
+            self.words[_HIGHEST] = max(self.words[_HIGHEST], index)
             return slot
 
     def hold(self, index: int) -> bool:
         """Lock a slot for this process; False if it is locked, here or elsewhere."""
-        with self.lock:
+        with self.guard, self.lock:
             if index in self.held or not self._take(index):
                 return False
             self.held.add(index)
@@ -2698,13 +2700,13 @@ class _Slots:
 
     def let_go(self, index: int) -> None:
         """Undo hold()."""
-        with self.lock:
+        with self.guard, self.lock:
             self.held.discard(index)
             self._give_back(index)
 
     def abandon(self, index: int) -> None:
         """Leave a slot of this process as if the process had died."""
-        with self.lock:
+        with self.guard, self.lock:
             self.words[index * _SLOT_WORDS + _WAKE_AT] = 0
             self.abandoned.add(self.words[index * _SLOT_WORDS + _OWNER])
             self.bells.pop(index, None)
@@ -2712,7 +2714,7 @@ class _Slots:
 
     def free(self, index: int) -> None:
         """Give a slot of this process back."""
-        with self.lock:
+        with self.guard, self.lock:
             base = index * _SLOT_WORDS
             self.words[base + _OWNER] = 0  # First, since it makes the rest valid.
             self.words[base : base + _SLOT_WORDS] = _BLANK_SLOT
@@ -2722,7 +2724,7 @@ class _Slots:
         """Take what a worker left behind if it is dead; None while it lives."""
         index = owner & 0xFF if isinstance(owner, int) else 0  # Another program may have written it.
         base = index * _SLOT_WORDS
-        with self.lock:
+        with self.guard, self.lock:
             if not 0 < index < _SLOTS or self.words[base + _OWNER] != owner:
                 return _Remains(self)
             if not self.hold(index):
@@ -2755,12 +2757,28 @@ class _Slots:
 
     def _used(self) -> range:
         """Where the slots begin that were ever used."""
-        highest = min(self.words[0], _SLOTS - 1)  # More, if the file holds something else.
+        highest = min(self.words[_HIGHEST], _SLOTS - 1)  # More, if the file holds something else.
         return range(_SLOT_WORDS, (highest + 1) * _SLOT_WORDS, _SLOT_WORDS)
+
+    def note_failed_flush(self) -> None:
+        """Tell the others that the log may not be on disk, until all of it was moved."""
+        self.words[_FAILED_FLUSHES] += 1
+
+    def failed_flushes(self) -> int:
+        """How many flushes of the log have failed, in any process."""
+        return cast(int, self.words[_FAILED_FLUSHES])
+
+    def mend_flushes(self, failed: int) -> None:
+        """Note that all was moved which was in the log when so many had failed."""
+        self.words[_MENDED_FLUSHES] = failed
+
+    def is_log_whole(self) -> bool:
+        """Tell whether no flush has failed since the log was moved."""
+        return bool(self.words[_FAILED_FLUSHES] == self.words[_MENDED_FLUSHES])
 
     def has_worker(self) -> bool:
         """Tell whether a worker lives, in any process."""
-        with self.lock:
+        with self.guard, self.lock:
             return any(
                 self.words[base + _SERVES] not in (0, _WATCHING) and not self._is_dead(base)
                 for base in self._used()
@@ -2769,12 +2787,12 @@ class _Slots:
 
     def dead(self) -> list[int]:
         """The owners that have died and whose slots nobody has freed."""
-        with self.lock:
+        with self.guard, self.lock:
             owners = [(base, self.words[base + _OWNER]) for base in self._used()]
             return [owner for base, owner in owners if owner and self._is_dead(base)]
 
     def _is_dead(self, base: int) -> bool:
-        """Tell whether the owner of a slot has died.  Call with lock held."""
+        """Tell whether the owner of a slot has died.  Call with both locks held."""
         index = base // _SLOT_WORDS
         if not self.hold(index):
             return False
@@ -2801,7 +2819,7 @@ class _Slots:
         return True
 
     def renew(self, index: int) -> None:
-        with self.lock, contextlib.suppress(OSError):
+        with self.guard, self.lock, contextlib.suppress(OSError):
             if index in self.held and self.is_held():  # A closed descriptor's number may be another file's.
                 self._take(index)
 
@@ -2893,18 +2911,20 @@ class _Remains(NamedTuple):
 class _SideFile(_Slots):
     """The workers of a database file, by its side file `<path>-lock`."""
 
-    def __init__(self, path: str, *, create: bool) -> None:
+    def __init__(self, database: str, guard: threading.RLock, *, create: bool) -> None:
         import socket
 
-        self.path = os.path.realpath(path)
+        self._database = database
+        self.path = _beside(database, "-lock")
         self.bells = {}
+        self.guard = guard
         shared = sys.modules.setdefault(
             "_dramalite_side_files", types.ModuleType("_dramalite_side_files")
         ).__dict__
-        self.lock = shared.setdefault("lock", threading.RLock())
+        self.lock = shared.setdefault("locks", {}).setdefault(self.path, threading.RLock())
         self._files: dict[Any, types.SimpleNamespace] = shared.setdefault("files", {})  # By identity.
         self._is_closed = False
-        with self.lock:
+        with self.guard, self.lock:
             file = self._files.get(_file_identity(self.path))
             self._file: types.SimpleNamespace = self._open(create) if file is None else file
             self._file.users += 1
@@ -2949,7 +2969,8 @@ class _SideFile(_Slots):
             return _Bell()
 
     def is_current(self) -> bool:
-        return bool(_file_identity(self.path) == self._identity)
+        # Looked up anew: a link in the path may lead elsewhere by now.
+        return bool(_file_identity(_beside(self._database, "-lock")) == self._identity)
 
     def is_held(self) -> bool:
         return bool(_file_identity(self._descriptor) == self._identity)  # If not, a job has closed it.
@@ -2977,7 +2998,7 @@ class _SideFile(_Slots):
     def close(self) -> None:
         if self._sender is not None:
             self._sender.close()
-        with self.lock:
+        with self.guard, self.lock:
             self._file.users -= not self._is_closed
             self._is_closed = True
             self._close_if_unused()
@@ -3412,6 +3433,11 @@ def _warn_of_place(path: str) -> None:
             "The database %r is on a file system of type %s, where SQLite's locks and shared memory "
             "may not hold: move it to a disk of this machine.", path, file_system,
         )  # fmt: skip
+    if os.stat(path).st_nlink > 1:
+        logger.warning(
+            "The database %r has another name, a hard link: SQLite loses what is written by one name while "
+            "another one is used. Remove that, or make it a symbolic link.", path,
+        )  # fmt: skip
     if _is_open_to_all(os.path.dirname(path)):
         logger.warning(
             "The database %r is in a folder where every user of this machine may write, and so "
@@ -3436,9 +3462,9 @@ class _Log:
     def __init__(self, path: str) -> None:
         self._descriptor = os.open(path, os.O_RDWR)
         self.lock = threading.RLock()  # Held for a flush; a signal handler may send meanwhile.
-        self._commits = 0
+        self.commits = 0
         self._flushed = 0
-        self.has_failed = False
+        self.failure: OSError | None = None  # Of a flush: what is committed later is not safe either.
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if hasattr(self, "_descriptor"):
@@ -3446,8 +3472,12 @@ class _Log:
 
     def note_commit(self) -> int:
         """Count a commit of this process; gives what to flush up to."""
-        self._commits += 1
-        return self._commits
+        self.commits += 1
+        return self.commits
+
+    def note_moved(self, commits: int) -> None:
+        """Note that what was committed up to then is in the database, and on disk."""
+        self._flushed = max(self._flushed, commits)
 
     def flush(self, commit: int) -> None:
         """Return when a commit is on disk; OSError if it may not be there.
@@ -3461,13 +3491,13 @@ class _Log:
         with self.lock:
             if self._flushed >= commit:
                 return
-            if self.has_failed:
-                raise OSError(errno.EIO, "a flush of its log has failed")
-            commits = self._commits
+            if self.failure is not None:
+                raise OSError(errno.EIO, f"a flush of its log has failed: {self.failure}")
+            commits = self.commits
             try:
                 _flush_to_disk(self._descriptor)
-            except OSError:
-                self.has_failed = True
+            except OSError as error:
+                self.failure = error
                 raise
             self._flushed = max(self._flushed, commits)
 
@@ -3516,8 +3546,9 @@ class _Connections:
         self._log_path = self._index_path = ""
         self._has_lost_log = False
         self._opened = 0  # How often a connection was.
-        self._checkpoint_lock = threading.RLock()  # Held where SQLite works without _lock.
+        self._checkpoint_lock = threading.RLock()  # Held where SQLite works without _lock; taken before it.
         self._is_writing = False  # A thread that holds _lock is inside a write.
+        self._is_cut_off = False  # A fork came in between, whose child would wait for that write in vain.
         self._watchers = 0
         self._is_place_checked = False
         self._page_size = _PAGE_SIZE
@@ -3590,6 +3621,11 @@ class _Connections:
             raise ConnectionFailed(
                 f"SQLite is {sqlite3.sqlite_version}; dramalite needs 3.35 or newer: "
                 f"use a newer Python build."
+            )
+        if self._is_cut_off:
+            raise BrokerError(
+                f"This process was forked by a signal handler in the middle of a write to {self.path!r}, which "
+                f"is locked for it since then: use the database in a process that was started otherwise."
             )
         identity = None
         if self.path is not None:
@@ -3672,7 +3708,7 @@ class _Connections:
         """Close the connections; the next use opens them again.  Call with _lock held."""
         connections, self._connections = self._connections, {}  # A signal handler opens others.
         self._identity = None
-        if self._log is not None and not self._log.has_failed:  # Else until all of it was moved.
+        if self._log is not None and self._log.failure is None:  # Else until all of it was moved.
             self._log = None
         self._close(connections)
 
@@ -3701,14 +3737,14 @@ class _Connections:
         with self._lock:
             if self._slots is None or not self._slots.is_current():
                 if self.path is None:
-                    self._slots = _Slots()
+                    self._slots = _Slots(self._lock)
                 else:
                     self._connect("work")
                     if self._slots is not None:
                         self._slots.close()
                         self._slots = None
                     try:
-                        self._slots = _SideFile(_beside(self.path, "-lock"), create=True)
+                        self._slots = _SideFile(self.path, self._lock, create=True)
                     except OSError as error:
                         raise ConnectionFailed(
                             f"The side file {self.path + '-lock'!r} can't be used: {error}."
@@ -3736,6 +3772,9 @@ class _Connections:
             self._connections = {}
             self._slots = None
             self._identity = self._log = None
+            self._is_cut_off = self._is_writing
+        elif self._slots is not None:
+            self._slots.guard = self._lock
         self._is_writing = False
         self._watchers = 0
 
@@ -3828,6 +3867,12 @@ _MOST_PASSES = 4
 _SHORT_PASS_S = 0.01
 
 
+#: Tries to move a log that could not be flushed, and the pause between them: another thread, or a
+#: process, may be at it.
+_MEND_TRIES = 20
+_MEND_NAP_S = 0.01
+
+
 def _no_flush() -> None:
     """In place of a flush where there is nothing to flush."""
 
@@ -3851,18 +3896,49 @@ class _LoggedDatabase(_Connections):
         return _no_flush if log is None else functools.partial(self._flush, log, log.note_commit())
 
     def _flush(self, log: _Log, commit: int) -> None:
+        """Return when a commit is on disk, if need be by moving the log, for which others may wait."""
+        for left in reversed(range(_MEND_TRIES)):
+            commits, failure = log.commits, log.failure
+            try:
+                log.flush(commit)
+                if self._is_log_whole():
+                    return
+                raise OSError(errno.EIO, "a flush of its log by another process has failed")
+            except OSError as error:
+                # All that was written can still be read, so that it can be moved into the database.
+                if self._mend(log, commits, is_news=log.failure is not failure):
+                    return
+                if not left:
+                    raise BrokerError(
+                        f"The database {self.path!r} was written to, but it may not be on its disk: {error}. "
+                        f"What was written holds until a power cut, or longer."
+                    ) from error
+            _SYSTEM_CLOCK.sleep(_MEND_NAP_S)
+
+    def _is_log_whole(self) -> bool:
+        """Tell whether nobody, as far as can be seen, has failed to flush what is in the log."""
         try:
-            log.flush(commit)
-        except OSError as error:
-            # All that was written can still be read, so that it can be moved into the database.
-            if not self.checkpoint(-1, shrink=True):
-                raise BrokerError(
-                    f"The database {self.path!r} was written to, but it may not be on its disk: {error}. "
-                    f"What was written holds until a power cut, or longer."
-                ) from error
-            with self._lock:
-                if self._log is log:
-                    self._log = None  # Another one begins where that one failed.
+            return self._slots is None or self._slots.is_log_whole()
+        except ValueError:  # Closed by another thread just now.
+            return True
+
+    def _mend(self, log: _Log, commits: int, *, is_news: bool) -> bool:
+        """Move a log that may not be on disk; tell whether that was done."""
+        slots: _Slots | None = None
+        with contextlib.suppress(BrokerError, ValueError):  # Without it others are not told, no more.
+            slots = self.slots()
+            if is_news:
+                slots.note_failed_flush()
+        failed = 0 if slots is None else slots.failed_flushes()
+        if not self.checkpoint(-1, shrink=True):
+            return False
+        log.note_moved(commits)
+        with self._lock:
+            if self._log is log:
+                self._log = None  # Another one begins where that one failed.
+        if slots is not None:
+            slots.mend_flushes(failed)
+        return True
 
     # Moving.
 
@@ -3877,8 +3953,8 @@ class _LoggedDatabase(_Connections):
         that is left.  Never automatic, and by one process at a time: that keeps clear of the
         WAL-reset bug of SQLite 3.7.0 to 3.51.2 (sqlite.org/wal.html#walresetbug).
         """
-        if self._wal_size() <= limit:
-            return False
+        if self._wal_size() <= limit or cast(Any, self._lock)._is_owned():
+            return False  # Or a signal handler has come in between: it must not wait for what waits for it.
         is_moved = False
         with contextlib.suppress(self._errors, BrokerError, OSError):  # Not now then; the next will.
             slots = self.slots()
@@ -3886,11 +3962,10 @@ class _LoggedDatabase(_Connections):
                 if not slots.hold(_HEADER):
                     return False  # Another one is at it.
             try:
-                with self._checkpointing() as connection:
+                with self._checkpoint_lock, self._checkpointing() as connection:
                     for _ in range(_MOST_PASSES):
                         started = _SYSTEM_CLOCK.monotonic()
-                        with self._checkpoint_lock:
-                            moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                        moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                         if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
                             break  # Little can have been written meanwhile.
                     if shrink or moved[1] > 2 * _LONG_LOG // self._page_size:
@@ -4097,7 +4172,7 @@ class _WatchedDatabase(_Database):
                 return
             self._slots_looked_for_at = now
             try:
-                slots = self._slots = _SideFile(_beside(self.path, "-lock"), create=False)
+                slots = self._slots = _SideFile(self.path, self._lock, create=False)
             except OSError:  # None runs, or it can't be seen from here: it polls.
                 return
         try:
@@ -4811,7 +4886,7 @@ def _before_fork() -> None:
     # Closed, or SQLite would take the child's own connections for locked, as those it inherits were.
     # Not what a signal handler that forks has interrupted: that is still in use.
     idle = [item for item in databases if item.path is not None and not item.is_busy_here()]
-    todo = [lock for item in databases for lock in (item._checkpoint_lock, item._lock)]
+    todo = [lock for item in databases for lock in (item._lock, item._checkpoint_lock)]  # From the end.
     todo.append(_event_loop_lock)
     while todo:
         try:
@@ -9586,8 +9661,9 @@ def simulate(
 # ------------------------------------------------------------------------------------------
 _EXIT_OK, _EXIT_KILLED, _EXIT_IMPORT, _EXIT_CONNECTION, _EXIT_PID_FILE = range(5)
 
-#: Milliseconds that running messages get in a worker process whose supervisor is gone.
+#: Milliseconds that running messages get in a worker process whose supervisor is gone,
 _ORPHAN_GRACE_MS = 1000
+_IMPORT_GRACE_MS = 5000  # and the imports of one that is told to stop.
 
 #: Seconds between two looks whether this process is still fit for work.
 _WATCH_S = 1.0
@@ -9704,7 +9780,7 @@ class _ChildProcess(abc.ABC):
                 for word in order.decode("ascii").split():
                     self._events.put(word)
                     if word == "stop":
-                        timeout = self._namespace.worker_shutdown_timeout
+                        timeout = min(self._namespace.worker_shutdown_timeout, _IMPORT_GRACE_MS)
                         threading.Thread(target=self._end_start, args=(timeout,), daemon=True).start()
         if len(self._namespace.log_file) > 1:  # What copied to them was in the supervisor.
             _redirect(os.open(os.devnull, os.O_WRONLY), 1, 2)
@@ -10045,6 +10121,7 @@ def _pid_file(path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
+    path = os.path.realpath(path)  # A link stays one.
     descriptor = _open_pid_file(path)
     own = str(os.getpid()).encode("ascii")
     try:
@@ -10081,6 +10158,8 @@ def _open_pid_file(path: str) -> int:
 
 def _check_pid_file(path: str) -> None:
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # Nothing to be written over, or removed.
+            raise _PidFileError(f"The pid file {path!r} is not a regular file; give another path.")
         with open(path, encoding="ascii") as file:
             pid = int(file.read().strip() or 0)  # Empty where a starter died: its lock tells.
     except FileNotFoundError:
@@ -10238,9 +10317,14 @@ class _Supervisor:
             for name, handler in handlers.items()
             if hasattr(signal, name)
         }
+        blocked: Any = ()
+        if hasattr(signal, "pthread_sigmask"):  # Inherited as blocked, they could not end it.
+            blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
         try:
             yield
         finally:
+            if blocked:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
             for number, former in before.items():
                 signal.signal(number, signal.SIG_DFL if former is None else former)
 

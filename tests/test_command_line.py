@@ -588,6 +588,29 @@ def test_the_pid_file_names_the_process_to_signal_and_goes_with_it(place):
     assert not pid_file.exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="There are no FIFOs here.")
+def test_a_pid_file_that_is_no_regular_file_ends_with_4_and_stays(place):
+    fifo = place.folder / "worker.pid"
+    os.mkfifo(fifo)
+    tree = place.worker("--pid-file", str(fifo))
+
+    assert tree.wait(10) == 4, tree.tail()
+    assert "not a regular file" in tree.output()
+    assert fifo.is_fifo()
+
+
+def test_a_pid_file_that_a_link_leads_to_goes_and_the_link_stays(place):
+    link, target = place.folder / "worker.pid", place.folder / "target.pid"
+    link.symlink_to(target)
+    tree = place.ready_worker("--pid-file", str(link))
+    pid = int(target.read_text())
+    tree.signal(signal.SIGTERM)
+
+    assert (pid, tree.wait(10)) == (tree.pid, 0), tree.tail()
+    assert not target.exists()
+    assert link.is_symlink()
+
+
 def test_a_pid_file_of_a_dead_process_is_taken_over(place):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()

@@ -204,6 +204,38 @@ def test_after_a_failed_flush_nothing_counts_as_flushed_until_the_log_was_moved(
     assert waiting(work.broker) == 5
 
 
+def test_a_failed_flush_fails_the_sends_of_others_too_until_the_log_was_moved(disk, work, make_file_broker):
+    work.send(0)
+    other = make_file_broker(durability="full")
+    message = dramalite.actor(print, actor_name="other", broker=other).message()
+    with dramalite.Worker(other):  # They hear of each other where there was a worker.
+        pass
+    disk.errors = broken()
+    with unmovable_log(work.broker):
+        with pytest.raises(BrokerError, match="may not be on its disk"):
+            work.send(1)
+        with pytest.raises(BrokerError, match="by another process has failed"):
+            other.enqueue(message)
+    other.enqueue(message)
+    flushes = len(disk.flushed)
+    other.enqueue(message)
+
+    assert len(disk.flushed) == flushes + 1
+    assert os.stat(f"{work.broker.path}-wal").st_size > 0  # The last one was flushed, and no more.
+
+
+def test_threads_that_send_while_one_moves_the_log_after_a_failed_flush_wait_for_it(disk, work):
+    work.send(0)
+    disk.errors = broken()
+    with held_up(disk, work) as first_raised:
+        threads, raised = in_threads(6, lambda: work.send(1))
+        wait_until(lambda: waiting(work.broker) == 8)
+    for thread in threads:
+        thread.join(DEADLINE)
+
+    assert first_raised == raised == []
+
+
 def test_a_failed_flush_fails_all_that_wait_for_it(disk, work):
     work.send(0)
     with unmovable_log(work.broker):
@@ -331,6 +363,44 @@ def send_within_a_write(work):
 
     limits = dramalite.SQLiteRateLimiterBackend(broker=work.broker)
     return limits.incr_and_sum("limit", keys, 1, 1, 60_000)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="There is no fork here.")
+def test_a_child_that_was_forked_in_the_middle_of_a_write_is_told_so_at_once(work):
+    work.send(0)
+
+    def fork():
+        if os.fork() == 0:
+            forked.append(1)
+        return []
+
+    forked = []
+    limits = dramalite.SQLiteRateLimiterBackend(broker=work.broker)
+    try:
+        limits.incr_and_sum("limit", fork, 1, 1, 60_000)
+        if forked:
+            try:
+                work.send(1)
+            except BrokerError as error:
+                os._exit(0 if "forked by a signal handler" in str(error) else 1)
+    finally:
+        if forked:
+            os._exit(2)
+    _pid, status = os.wait()
+    work.send(2)
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert waiting(work.broker) == 2
+
+
+def test_a_database_of_two_names_is_warned_of(work, caplog, make_file_broker):
+    work.send(0)
+    work.broker.close()
+    os.link(work.broker.path, f"{work.broker.path}-2")
+    make_file_broker("queue.db-2")
+    dramalite.actor(print, actor_name="other").send(1)
+
+    assert "another name, a hard link" in caplog.text
 
 
 def test_what_a_signal_handler_sent_is_flushed_by_the_write_it_interrupted(disk, work):

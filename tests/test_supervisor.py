@@ -150,6 +150,33 @@ def test_a_reload_opens_log_files_that_were_moved_away_anew(place, tmp_path):
     assert "Bye" not in moved.read_text()
 
 
+def test_a_process_that_still_imports_is_not_given_the_time_of_running_messages(place):
+    place.jobs("note('importing')\nimport time\ntime.sleep(600)")
+    tree = place.worker(processes=1)
+    place.wait_until(lambda: place.notes("importing"), "the process imports its module")
+    tree.signal(signal.SIGTERM)
+
+    tree.wait(20)
+    assert tree.pids() == []
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Signals can't be blocked here.")
+def test_a_supervisor_that_was_started_with_its_signals_blocked_can_be_stopped(place):
+    tree = place.start_script(
+        """
+        import os, signal, sys
+
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        os.execv(sys.executable, [sys.executable, "-m", "dramalite", "worker", "jobs", "-p", "1", "-t", "1"])
+        """
+    )
+    place.send("ping", 1)
+    place.wait_until(lambda: place.notes("ping", 1), "the worker runs a message")
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait(10) == 0, tree.tail()
+
+
 def test_broken_code_at_a_reload_ends_the_worker_with_2(place):
     tree = place.ready_worker()
     (place.folder / "jobs.py").write_text("raise ValueError('broken')\n")

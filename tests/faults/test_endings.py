@@ -173,6 +173,50 @@ def test_a_send_in_a_signal_handler_that_interrupts_a_send_is_stored(place):
     assert_noted_is_stored(place, 151)
 
 
+@pytest.mark.torture
+def test_a_send_in_a_signal_handler_waits_for_nobody_who_waits_for_what_it_interrupted(place):
+    place.script(
+        """
+        import random, signal, threading
+        import dramalite
+        import jobs
+
+        draw = random.Random(1)
+        handled = []
+
+        def handler(*_):
+            jobs.job.send("handler")
+            handled.append(1)
+            ring_again()
+
+        def ring_again():
+            signal.setitimer(signal.ITIMER_REAL, draw.uniform(0.00005, 0.002))
+
+        def start_and_stop(queue):
+            with dramalite.Worker(jobs.broker, queues=[queue], worker_threads=1):
+                pass
+
+        def go_on_in_a_thread():
+            while not is_over.is_set():
+                start_and_stop("third")
+
+        is_over = threading.Event()
+        thread = threading.Thread(target=go_on_in_a_thread)
+        thread.start()
+        signal.signal(signal.SIGALRM, handler)
+        ring_again()
+        while len(handled) < 8000:
+            start_and_stop("other")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        is_over.set()
+        thread.join()
+        """,
+        seconds=40,
+    )
+
+    assert place.waiting() >= 8000
+
+
 #: The first checkpoint of the script that begins like this is interrupted by a signal.
 SIGNAL_IN_A_CHECKPOINT = """
         import os, signal, sqlite3

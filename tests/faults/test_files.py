@@ -21,6 +21,8 @@ import dramalite
 import pytest
 from harness import MODULE, wait_until
 
+from helpers import DEADLINE
+
 JOBS = """
     from pathlib import Path
 
@@ -1068,3 +1070,36 @@ def test_a_folder_that_may_not_be_entered_is_a_clear_error(open_place):
 
     assert [line.split()[0] for line in said] == ["refused:", "refused:"]
     assert [line for line in said if str(open_place.db) not in line] == []
+
+
+def test_a_worker_is_known_in_the_folder_that_a_link_leads_to_now(make_file_broker, worker, tmp_path, caplog):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "current").symlink_to("first")
+    broker = make_file_broker("current/queue.db")
+    begun, go_on = [], threading.Event()
+
+    @dramalite.actor(max_retries=0)
+    def work(number):
+        begun.append(number)
+        if number == "long":
+            go_on.wait(DEADLINE)
+
+    worker(broker)
+    work.send("first")
+    broker.join("default", timeout=DEADLINE * 1000)
+    (tmp_path / "next").symlink_to("second")
+    (tmp_path / "next").replace(tmp_path / "current")
+    with contextlib.suppress(dramalite.ConnectionClosed):  # Told once, here or to the worker.
+        work.send("in between")
+    work.send("long")
+    wait_until(lambda: "long" in begun, "the worker goes on in the other folder")
+    wait_until(lambda: "making it known anew" in caplog.text, "it makes itself known there")
+    other = make_file_broker("current/queue.db")
+    dramalite.actor(begun.append, actor_name="work").send("other")
+    worker(other)
+    wait_until(lambda: "other" in begun, "another worker works there too")
+    go_on.set()
+    other.join("default", timeout=DEADLINE * 1000)
+
+    assert [what for what in begun if what != "in between"] == ["first", "long", "other"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 
 import pytest
 
@@ -588,3 +589,37 @@ def test_what_a_child_sends_is_kept_though_its_parent_and_others_close_the_datab
 
     assert place.waiting() == 8
     assert place.sound()
+
+
+@pytest.mark.torture
+@pytest.mark.skipif(sys.platform != "linux", reason="Open files are known as Linux has them.")
+def test_no_child_inherits_a_connection_though_threads_move_the_log(place):
+    tree = place.script(
+        """
+        import itertools, os, threading
+        import jobs
+
+        def send():
+            while not is_over.is_set():
+                jobs.job.send("x" * 3000)
+
+        is_over = threading.Event()
+        threads = [threading.Thread(target=send) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        inherited = 0
+        for _ in range(1500):
+            child = os.fork()
+            if child == 0:
+                open_files = [os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")]
+                os._exit(any("-shm" in name for name in open_files))
+            inherited += os.waitpid(child, 0)[1] != 0
+        is_over.set()
+        for thread in threads:
+            thread.join()
+        print("inherited", inherited)
+        """,
+        seconds=60,
+    )
+
+    assert "inherited 0" in tree.output()
