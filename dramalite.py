@@ -424,6 +424,8 @@ def _error_text(exception: BaseException) -> str:
     """str(exception), bounded, storable, and also for exceptions whose str() fails."""
     try:
         text = str(exception)
+    except KeyboardInterrupt:
+        raise
     except BaseException as error:  # Foreign code; what it raises is told in its place.
         text = f"<str() of this {type(exception).__name__} failed with {type(error).__name__}>"
     return _storable(_cut(text, _MAX_ERROR_CHARS))
@@ -447,6 +449,8 @@ def _traceback_text(exception: BaseException) -> str:
             text = "".join(traceback.format_exception(exception, limit=_MAX_FRAMES))
         else:
             text = "".join(_traceback_parts(exception))
+    except KeyboardInterrupt:
+        raise
     except BaseException:  # A hostile __str__, __repr__ or frame: fall back on the type and text.
         text = f"{type(exception).__name__}: {_error_text(exception)}"
     return _storable(_cut(text, _MAX_TRACEBACK_CHARS))
@@ -1242,13 +1246,12 @@ def _warn_without_interrupts(what: str) -> None:
         )
 
 
-def _set_async_exception(thread_id: int, exception: Any) -> int:
-    """Set, or with None clear, a thread's pending exception; return how many threads had that id."""
+def _set_async_exception(thread_id: int, exception: type[BaseException]) -> int:
+    """Set a thread's pending exception; return how many threads had that id."""
     import ctypes
 
     set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    pending = None if exception is None else ctypes.py_object(exception)
-    return cast(int, set_exception(ctypes.c_ulong(thread_id), pending))
+    return cast(int, set_exception(ctypes.c_ulong(thread_id), ctypes.py_object(exception)))
 
 
 class _Runner(threading.local):
@@ -1309,10 +1312,15 @@ def _call_interruptibly(fn: Callable[..., Any], args: Iterable[Any], kwargs: dic
 
 
 def _leave_interruptible(thread_id: int) -> None:
-    """Close the thread to interrupts and drop a pending one."""
+    """Close this thread to interrupts; one that is pending is raised here.
+
+    To clear it instead would leave the interpreter looking for one at every step, and on 3.11
+    hang it where a debugger traces.
+    """
     with _interrupt_lock:
         if _interruptible.pop(thread_id, False):
-            _set_async_exception(thread_id, None)
+            for _ in range(10):
+                pass
 
 
 def _uninterrupted(fn: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -2665,7 +2673,8 @@ class _Slots:
         self.held: set[int] = set()  # Slots of this process.  Guarded by both locks.
         self.bells: dict[int, _Bell] = {}  # Their bells.
         self.abandoned: set[int] = set()  # Owners in this process that died without their process.
-        self.guard = guard  # The database's: taken first, for a signal handler may send where lock is held.
+        self.guard = guard  # The database's: taken first, for a signal handler may send where lock is held
+        #: (through that broker: another one of this process on the same file has a guard of its own).
         self.lock: Any = threading.RLock()
 
     def make_bell(self) -> _Bell:
@@ -3546,7 +3555,8 @@ class _Connections:
         self._log_path = self._index_path = ""
         self._has_lost_log = False
         self._opened = 0  # How often a connection was.
-        self._checkpoint_lock = threading.RLock()  # Held where SQLite works without _lock; taken before it.
+        self._checkpoint_lock = threading.RLock()  # Held for a checkpoint; taken before _lock.
+        self._moving_lock = threading.RLock()  # Held where SQLite works without _lock.
         self._is_writing = False  # A thread that holds _lock is inside a write.
         self._is_cut_off = False  # A fork came in between, whose child would wait for that write in vain.
         self._watchers = 0
@@ -3768,11 +3778,12 @@ class _Connections:
         _inherited.append((self._connections, self._slots))
         self._lock = threading.RLock()
         self._checkpoint_lock = threading.RLock()
+        self._moving_lock = threading.RLock()
         if self.path is not None:
             self._connections = {}
             self._slots = None
             self._identity = self._log = None
-            self._is_cut_off = self._is_writing
+            self._is_cut_off = self._is_cut_off or self._is_writing
         elif self._slots is not None:
             self._slots.guard = self._lock
         self._is_writing = False
@@ -3924,20 +3935,19 @@ class _LoggedDatabase(_Connections):
 
     def _mend(self, log: _Log, commits: int, *, is_news: bool) -> bool:
         """Move a log that may not be on disk; tell whether that was done."""
-        slots: _Slots | None = None
-        with contextlib.suppress(BrokerError, ValueError):  # Without it others are not told, no more.
-            slots = self.slots()
+        failed = 0
+        with contextlib.suppress(BrokerError, ValueError):  # Without them others are not told, no more.
             if is_news:
-                slots.note_failed_flush()
-        failed = 0 if slots is None else slots.failed_flushes()
+                self.slots().note_failed_flush()
+            failed = self.slots().failed_flushes()
         if not self.checkpoint(-1, shrink=True):
             return False
         log.note_moved(commits)
         with self._lock:
             if self._log is log:
                 self._log = None  # Another one begins where that one failed.
-        if slots is not None:
-            slots.mend_flushes(failed)
+        with contextlib.suppress(BrokerError, ValueError):
+            self.slots().mend_flushes(failed)
         return True
 
     # Moving.
@@ -3965,7 +3975,8 @@ class _LoggedDatabase(_Connections):
                 with self._checkpoint_lock, self._checkpointing() as connection:
                     for _ in range(_MOST_PASSES):
                         started = _SYSTEM_CLOCK.monotonic()
-                        moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+                        with self._moving_lock:
+                            moved = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
                         if _SYSTEM_CLOCK.monotonic() < started + _SHORT_PASS_S:
                             break  # Little can have been written meanwhile.
                     if shrink or moved[1] > 2 * _LONG_LOG // self._page_size:
@@ -4886,7 +4897,11 @@ def _before_fork() -> None:
     # Closed, or SQLite would take the child's own connections for locked, as those it inherits were.
     # Not what a signal handler that forks has interrupted: that is still in use.
     idle = [item for item in databases if item.path is not None and not item.is_busy_here()]
-    todo = [lock for item in databases for lock in (item._lock, item._checkpoint_lock)]  # From the end.
+    todo: list[Any] = []  # From the end.
+    for item in databases:
+        # What a signal handler that forks has interrupted may be waited for in a checkpoint.
+        is_interrupted = cast(Any, item._lock)._is_owned()
+        todo += [item._moving_lock] if is_interrupted else [item._lock, item._checkpoint_lock]
     todo.append(_event_loop_lock)
     while todo:
         try:
@@ -7704,8 +7719,9 @@ class _Dispatcher(_Exchanger):
 
     def _finish(self, job: _Job, now: float) -> None:
         """Keep a job's outcome for the next exchange.  Call with _lock held."""
-        if self.running.pop(job.key, None) is None:
-            return  # A coroutine that was handed back.
+        if self.running.get(job.key) is not job:
+            return  # It was handed back, or its outcome is kept already.
+        del self.running[job.key]
         self._keep(job.outcome, now)
         if job.runner:
             self._slot.run(job.key, 0)
@@ -8116,6 +8132,7 @@ class Worker:
         self._state_lock = threading.RLock()  # A signal handler may come in between.
         self._is_starting = False
         self._stopping: _Stop | None = None
+        self._loop_missed_at = -math.inf  # When it was logged that there is no event loop.
 
     def start(self) -> None:
         """Start the threads; returns at once.
@@ -8385,7 +8402,10 @@ class Worker:
         try:
             loop = _get_event_loop_thread()
         except RuntimeError as error:  # No more threads, or the interpreter is about to end.
-            dispatcher.complain(error)
+            now = _SYSTEM_CLOCK.monotonic()
+            if now > self._loop_missed_at + _NEWS_S:
+                self._loop_missed_at = now
+                self.logger.error("The event loop can't be started: %s; its messages go back, to try again.", error)
             _SYSTEM_CLOCK.sleep(_POLL_S)  # Before it is claimed again.
             job.outcome = _Outcome(job.row, is_handed_back=True)
             return True
@@ -8664,7 +8684,7 @@ class _VirtualThread:
         self.deaths += 1
         if self.deaths > _MOST_DEATHS and self.real is not None:
             self.real.pause()
-        if self.deaths == _MOST_DEATHS:
+        if self.deaths == _MOST_DEATHS and self.real is None:
             get_logger("dramalite.simulation").critical(
                 "A job of %s catches every exception, also those that are none of its own, and goes on; "
                 "with one virtual thread nothing else can end it.", cast(_Job, self.job).row.actor,
@@ -8867,8 +8887,10 @@ def simulated_work(duration: int | timedelta) -> None:
 #: What a loop's time is ahead after each wait: it takes a timer for due only when it is past.
 _LOOP_NAP_S = 1e-7
 
-#: Real seconds for which a call in a thread, or a connection, keeps virtual time from passing.
-_REAL_WAIT_S = 1.0
+#: Real seconds for which a thread, a process or a connection keeps virtual time from passing; and
+#: for which it does so again where a timer has run since.
+_REAL_WAIT_S = 2.0
+_NEXT_REAL_WAIT_S = 0.5
 
 
 def _run_on_virtual_loop(clock: _VirtualClock, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -8882,14 +8904,16 @@ def _run_on_virtual_loop(clock: _VirtualClock, coroutine: Coroutine[Any, Any, An
         def select(self, timeout: float | None = None) -> Any:
             if timeout is not None and timeout <= 0:
                 return super().select(timeout)
-            # Calls in real threads take no time, unless they wait for it to pass.
-            is_real = loop.calls > 0 or (timeout is None and len(self.get_map()) > 1)
-            ready = super().select(_REAL_WAIT_S if is_real else 0)
+            # What real threads do takes no time, unless they wait for it to pass: then one wait shows.
+            is_real = loop.calls > 0 or (timeout is None and (len(self.get_map()) > 1 or _has_threads()))
+            ready = super().select(loop.patience_s if is_real else 0)
             if ready:
-                return ready
-            if timeout is None:
+                loop.patience_s = _REAL_WAIT_S
+            elif timeout is None:
+                loop.patience_s = 0.0  # Nothing runs here meanwhile.
                 clock.wait_for_others()
             else:
+                loop.patience_s = _NEXT_REAL_WAIT_S if is_real else _REAL_WAIT_S
                 clock.sleep(timeout)
                 loop.ahead_s += _LOOP_NAP_S
             return ready
@@ -8897,6 +8921,7 @@ def _run_on_virtual_loop(clock: _VirtualClock, coroutine: Coroutine[Any, Any, An
     class Loop(asyncio.SelectorEventLoop):
         ahead_s = 0.0
         calls = 0  # Of run_in_executor(), as by asyncio.to_thread(), that have not ended.
+        patience_s = _REAL_WAIT_S  # How long to wait for these, or other threads or connections.
 
         def time(self) -> float:
             return clock.monotonic() + self.ahead_s
@@ -8904,6 +8929,7 @@ def _run_on_virtual_loop(clock: _VirtualClock, coroutine: Coroutine[Any, Any, An
         def run_in_executor(self, *args: Any) -> Any:  # type: ignore[override]
             future = super().run_in_executor(*args)
             self.calls += 1
+            self.patience_s = _REAL_WAIT_S
             future.add_done_callback(self._end_call)
             return future
 
@@ -8942,13 +8968,19 @@ def _run_on_virtual_loop(clock: _VirtualClock, coroutine: Coroutine[Any, Any, An
         return _settle(*_outcome_of(task))
     finally:
         with contextlib.suppress(_Crash, Interrupt):  # What came of the coroutine stands.
-            left = list(tasks)
+            left = [*tasks, *(asyncio.all_tasks(loop) - tasks.keys())]  # Some may be made otherwise.
             for task in left:
                 task.cancel()
             if left:
                 run(loop.create_task(_wait_for_tasks(left)))
             run(loop.create_task(loop.shutdown_asyncgens()))
         loop.close()
+
+
+def _has_threads() -> bool:
+    """Tell whether there are threads that dramalite knows nothing of."""
+    known = threading.current_thread(), threading.main_thread()
+    return any(item not in known and not item.name.startswith("dramalite-") for item in threading.enumerate())
 
 
 async def _wait_for_tasks(tasks: list[asyncio.Task[Any]]) -> None:
@@ -9465,7 +9497,7 @@ class Simulation:
             cast(_JobThread, thread.real).resume()
         else:
             done = thread.job
-            worker.may_hold_rows = True
+            held_rows, worker.may_hold_rows = worker.may_hold_rows, True
             row = worker.exchange([] if done is None else [done.outcome], skip_to)
             thread.job = None
             if done is not None:
@@ -9475,7 +9507,7 @@ class Simulation:
                 worker.seen = self.broker._engine.changes()
             else:
                 thread.start(row, self._clock.now_ms, self._run)
-            worker.may_hold_rows = False
+            worker.may_hold_rows = held_rows
 
     def _run(self, thread: _VirtualThread) -> None:
         """Run a job up to its outcome."""
@@ -9535,6 +9567,8 @@ class Simulation:
         end_ms = None if timeout_s is None else self._clock.now_ms + _whole_ms(timeout_s)
         steps = 0
         while not is_done():
+            if end_ms is not None and self._clock.now_ms > end_ms:
+                return False  # A job took longer.
             if _virtual.thread is not None:
                 if end_ms is not None and self._clock.now_ms >= end_ms:
                     return False

@@ -382,7 +382,13 @@ def test_a_child_that_was_forked_in_the_middle_of_a_write_is_told_so_at_once(wor
             try:
                 work.send(1)
             except BrokerError as error:
-                os._exit(0 if "forked by a signal handler" in str(error) else 1)
+                if os.fork() == 0:  # Nor can a child of that child.
+                    forked.append(2)
+                    with pytest.raises(BrokerError, match="forked by a signal handler"):
+                        work.send(1)
+                    os._exit(0)
+                status = os.waitstatus_to_exitcode(os.wait()[1])
+                os._exit(status if "forked by a signal handler" in str(error) else 1)
     finally:
         if forked:
             os._exit(2)

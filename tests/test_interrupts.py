@@ -228,3 +228,32 @@ def test_where_threads_cannot_be_interrupted_actors_run_past_their_limits(run_el
     )
 
     assert result.stdout == "ran to its end\n0\n", result.stderr
+
+
+def test_a_program_can_be_traced_after_a_job_was_interrupted(run_python):
+    code = """if True:
+        import sys, time
+        import dramalite
+
+        broker = dramalite.MemoryBroker()
+
+        @dramalite.actor(broker=broker, max_retries=0, time_limit=50)
+        def work():
+            while True:
+                time.sleep(0.01)
+
+        with dramalite.Worker(broker, worker_threads=1):
+            work.send()
+            broker.join("default", timeout=20_000, fail_fast=False)
+        called = []
+
+        def call():
+            called.append(1)
+
+        sys.settrace(lambda *_: None)
+        call()
+        sys.settrace(None)
+        print(len(broker.dead_letters), len(called))
+        """
+
+    assert run_python(code).stdout == "1 1\n"

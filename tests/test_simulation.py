@@ -1177,6 +1177,32 @@ def test_context_variables_of_jobs_stay_with_them(broker):
     assert variable.get() == "outside"
 
 
+def test_a_wait_ends_once_a_job_has_taken_longer(broker, work):
+    with dramalite.simulate(broker) as sim:
+        for _ in range(3):
+            work.send(3_600_000)
+        with pytest.raises(dramalite.QueueJoinTimeout):
+            broker.join("default", timeout=5000)
+
+    assert len(sim.events) == 1
+
+
+def test_ctrl_c_while_an_error_is_told_ends_the_simulation(broker):
+    class Interrupted(Exception):
+        def __str__(self):
+            raise KeyboardInterrupt
+
+    @dramalite.actor
+    def work():
+        raise Interrupted
+
+    with pytest.raises(KeyboardInterrupt), dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert [message.actor_name for message in broker.pending()] == ["work"]
+
+
 def test_a_result_that_comes_at_the_last_moment_is_waited_for(broker):
     work = dramalite.actor(lambda: 1, actor_name="work", store_results=True)
     with dramalite.simulate(broker):
@@ -1308,6 +1334,50 @@ def test_a_loop_that_a_coroutine_stops_goes_on(broker):
         sim.run_until_idle()
 
     assert [event.result for event in sim.events] == ["done"]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_coroutine_waits_for_a_thread_of_its_own_in_real_time(broker, threads):
+    @dramalite.actor(max_retries=0, store_results=True)
+    async def work():
+        loop = asyncio.get_running_loop()
+        found = loop.create_future()
+
+        def find():
+            time.sleep(0.05)  # As a query would take it.
+            loop.call_soon_threadsafe(found.set_result, 7)
+
+        threading.Thread(target=find).start()
+        return await found
+
+    with dramalite.simulate(broker, threads=threads) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert [(event.outcome, event.result) for event in sim.events] == [("done", 7)]
+    assert sim.now == START
+
+
+def test_a_task_that_was_made_without_the_loop_is_cancelled_too(broker):
+    ended = []
+
+    @dramalite.actor
+    async def work():
+        async def wait():
+            try:
+                await asyncio.sleep(100)
+            finally:
+                ended.append(1)
+
+        kept.append(asyncio.Task(wait()))
+        await asyncio.sleep(1)
+
+    kept = []
+    with dramalite.simulate(broker) as sim:
+        work.send()
+        sim.run_until_idle()
+
+    assert ended == [1]
 
 
 def test_a_real_thread_may_take_real_time(broker):
