@@ -7731,10 +7731,6 @@ class _Dispatcher(_Exchanger):
             if self.is_stopping:  # Threads may wait for coroutines.
                 self._cond.notify_all()
 
-    def has_async(self) -> bool:
-        """Tell whether there are actors that run as coroutines."""
-        return self._targets.has_async
-
     def coroutines(self) -> int:
         """How many jobs are about to run as coroutines, do so, or have ended and are not concluded."""
         return self._coroutines - len(self._free_keys)
@@ -8160,8 +8156,6 @@ class Worker:
                 self.broker, self._queues, self.worker_threads, self.async_concurrency,
                 self.worker_timeout / 1000, self._tick.ring,
             )  # fmt: skip
-            if dispatcher.has_async():
-                _get_event_loop_thread()  # Later there may be no more threads.
             for index in range(self.worker_threads):
                 self._start_thread(index, dispatcher)
             self._maintainer = threading.Thread(
