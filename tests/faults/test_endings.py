@@ -211,7 +211,7 @@ def test_a_send_in_a_signal_handler_waits_for_nobody_who_waits_for_what_it_inter
         is_over.set()
         thread.join()
         """,
-        seconds=40,
+        seconds=150,
     )
 
     assert place.waiting() >= 8000

@@ -619,7 +619,7 @@ def test_no_child_inherits_a_connection_though_threads_move_the_log(place):
             thread.join()
         print("inherited", inherited)
         """,
-        seconds=60,
+        seconds=150,
     )
 
     assert "inherited 0" in tree.output()
