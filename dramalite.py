@@ -2646,8 +2646,8 @@ class _SocketBell(_Bell):
 # Lost-wake-up rule: a worker says that it sleeps before its last look at the queue.
 # ------------------------------------------------------------------------------------------
 _SLOTS = 128
-_HEADER = 0  # No worker's slot: its lock is for checkpoints, its words are
-_HIGHEST, _FAILED_FLUSHES, _MENDED_FLUSHES = range(3)  # the highest slot ever used, and of the log.
+_HEADER = 0  # No worker's slot: its lock is for checkpoints, its words are the highest slot ever used,
+_HIGHEST, _FAILED_FLUSHES, _MENDED_FLUSHES = range(3)  # and how many flushes of the log failed, and are mended.
 _SLOT_WORDS = 1024
 _OWNER, _PORT, _WAKE_AT, _SERVES, _PID, _RUNNING = range(6)  # Words of a slot; the rest: running.
 _MAX_TRACKED = _SLOT_WORDS - _RUNNING
@@ -2673,9 +2673,9 @@ class _Slots:
         self.held: set[int] = set()  # Slots of this process.  Guarded by both locks.
         self.bells: dict[int, _Bell] = {}  # Their bells.
         self.abandoned: set[int] = set()  # Owners in this process that died without their process.
-        self.guard = guard  # The database's: taken first, for a signal handler may send where lock is held
-        #: (through that broker: another one of this process on the same file has a guard of its own).
-        self.lock: Any = threading.RLock()
+        # The database's, taken first: a signal handler may send, through that broker, where lock is held.
+        self.guard = guard
+        self.lock: Any = threading.RLock()  # Of all the brokers of this process on the same file.
 
     def make_bell(self) -> _Bell:
         return _Bell()

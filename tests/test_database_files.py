@@ -79,6 +79,16 @@ def held_up(disk, work):
     threads[0].join(DEADLINE)
 
 
+def raised_by_sends(disk, work, count, *, messages):
+    """What a send that is held up raises, and so many others that join it until so many messages are there."""
+    with held_up(disk, work) as first_raised:
+        threads, raised = in_threads(count, lambda: work.send(1))
+        wait_until(lambda: waiting(work.broker) == messages)
+    for thread in threads:
+        thread.join(DEADLINE)
+    return first_raised, raised
+
+
 @contextlib.contextmanager
 def unmovable_log(broker):
     """Somebody reads meanwhile, so that what the log holds can't all be moved into the database."""
@@ -227,11 +237,7 @@ def test_a_failed_flush_fails_the_sends_of_others_too_until_the_log_was_moved(di
 def test_threads_that_send_while_one_moves_the_log_after_a_failed_flush_wait_for_it(disk, work):
     work.send(0)
     disk.errors = broken()
-    with held_up(disk, work) as first_raised:
-        threads, raised = in_threads(6, lambda: work.send(1))
-        wait_until(lambda: waiting(work.broker) == 8)
-    for thread in threads:
-        thread.join(DEADLINE)
+    first_raised, raised = raised_by_sends(disk, work, 6, messages=8)
 
     assert first_raised == raised == []
 
@@ -240,11 +246,7 @@ def test_a_failed_flush_fails_all_that_wait_for_it(disk, work):
     work.send(0)
     with unmovable_log(work.broker):
         disk.errors = broken()
-        with held_up(disk, work) as first_raised:
-            threads, raised = in_threads(3, lambda: work.send(1))
-            wait_until(lambda: waiting(work.broker) == 5)
-        for thread in threads:
-            thread.join(DEADLINE)
+        first_raised, raised = raised_by_sends(disk, work, 3, messages=5)
 
     assert [len(first_raised), len(raised)] == [1, 3]
     assert all("may not be on its disk" in str(error) for error in first_raised + raised)
@@ -252,11 +254,7 @@ def test_a_failed_flush_fails_all_that_wait_for_it(disk, work):
 
 def test_a_flush_that_a_signal_handler_ended_counts_for_nobody(disk, work):
     disk.errors = [KeyboardInterrupt()]
-    with held_up(disk, work) as first_raised:
-        threads, raised = in_threads(2, lambda: work.send(1))
-        wait_until(lambda: waiting(work.broker) == 3)
-    for thread in threads:
-        thread.join(DEADLINE)
+    first_raised, raised = raised_by_sends(disk, work, 2, messages=3)
 
     assert [type(error) for error in first_raised] == [KeyboardInterrupt]
     assert raised == []
