@@ -6,7 +6,7 @@ import pytest
 
 import dramalite
 
-from helpers import DEADLINE
+from helpers import DEADLINE, wait_until
 
 PATIENCE = DEADLINE * 1000
 HOUR = 3_600_000
@@ -211,6 +211,7 @@ def test_a_delay_of_a_later_step_is_honoured_when_its_turn_comes(
     second = dramalite.actor(lambda: log.append("second"), actor_name="second")
     (first.message() | second.message_with_options(delay=HOUR, pipe_ignore=True)).run()
     started = worker(broker)
+    wait_until(lambda: log)
     with pytest.raises(dramalite.QueueJoinTimeout):
         broker.join("default", timeout=100)
     started.stop()
