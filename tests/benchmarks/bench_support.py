@@ -38,6 +38,10 @@ class BenchError(Exception):
     """A scenario could not be measured; the text says why."""
 
 
+class Unseen(BenchError):
+    """Nobody looked while it went on: it was too fast, or the machine paused."""
+
+
 class Skipped(Exception):
     """A scenario cannot run on this machine; the text says what is missing."""
 
@@ -323,7 +327,7 @@ def watch(done: Callable[[], int], count: int, *, pause_s: float = 0.01) -> Sigh
 def rate_between(first: Sight, last: Sight) -> float:
     """Messages a second from one sight to the other."""
     if last.done <= first.done:
-        raise BenchError("The queue drained between two looks: too few messages to measure.")
+        raise Unseen("The queue drained between two looks: too few messages to measure.")
     return (last.done - first.done) / (last.at - first.at)
 
 
