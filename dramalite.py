@@ -8063,16 +8063,14 @@ class _Stop:
     def __init__(self, deadline: float) -> None:
         self.thread = threading.get_ident()
         self.deadline = deadline  # Which another call of stop() may bring forward.
-        self._under_way = threading.Lock()  # No Event: see _Bell.
-        self._under_way.acquire()
+        self._over = _Bell()
 
     def end(self) -> None:
-        with contextlib.suppress(RuntimeError):  # A signal handler's exception kept it from being locked.
-            self._under_way.release()
+        self._over.ring()
 
     def wait(self, timeout: float) -> None:
-        if self._under_way.acquire(timeout=max(timeout, 0.0)):
-            self._under_way.release()  # For the next that waits.
+        if self._over.wait(timeout):
+            self._over.ring()  # For the next that waits.
 
 
 class Worker:
