@@ -9827,7 +9827,7 @@ class _ChildProcess(abc.ABC):
 class _WorkerProcess(_ChildProcess):
     """A worker process: imports the user's modules and runs a Worker."""
 
-    _worker: Worker | None = None
+    _worker: Worker
 
     def _work(self) -> int:
         namespace = self._namespace
@@ -9910,15 +9910,16 @@ class _WorkerProcess(_ChildProcess):
         return cause or ""
 
     def _next_event(self) -> str:
+        """Wait, once the worker has started, for an order or what else is to end it."""
         import queue
 
         while True:
             with contextlib.suppress(queue.Empty):
                 return self._events.get(timeout=_WATCH_S)
-            if self._has_started and self._worker is not None and self._worker.has_stopped():
+            if self._worker.has_stopped():
                 return "retire"  # By a job or a hook.
             # Looked at from here, since SQLite may sleep for seconds over closed descriptors.
-            if self._worker is not None and self._worker.has_lost_descriptors():
+            if self._worker.has_lost_descriptors():
                 os._exit(_EXIT_KILLED)
 
     def _await_kill(self, event: str) -> None:
@@ -9929,7 +9930,7 @@ class _WorkerProcess(_ChildProcess):
         while event not in ("kill", "orphaned"):
             event = self._next_event()
         if event == "orphaned":
-            cast(Worker, self._worker).stop(_ORPHAN_GRACE_MS)  # Hastens the stop that is under way.
+            self._worker.stop(_ORPHAN_GRACE_MS)  # Hastens the stop that is under way.
         os._exit(_EXIT_KILLED)
 
     def _import(self) -> _EngineBroker:
