@@ -3652,7 +3652,7 @@ class _Connections:
                 cached_statements=256,
             )
             try:
-                self._configure(connection, role)
+                self._configure(connection)
             except BaseException:
                 connection.close()
                 raise
@@ -3672,7 +3672,7 @@ class _Connections:
                 _warn_of_place(self.path)
         return connection
 
-    def _configure(self, connection: sqlite3.Connection, role: str) -> None:
+    def _configure(self, connection: sqlite3.Connection) -> None:
         """Set a new connection up and make or check the schema."""
         # What another program wrote may be no UTF-8; it must not stop the reading of the rest.
         connection.text_factory = operator.methodcaller("decode", "utf-8", "replace")
