@@ -5613,7 +5613,7 @@ class TimeLimit(Middleware):
         runner = _runner.id()
         self.leave(runner)  # Of one whose hooks were kept from it, or whose thread was given up.
         limit = _truthy_option(message, "time_limit", self.time_limit)
-        if limit is None or limit == float("inf"):
+        if limit is None or limit == math.inf:
             return
         deadline = self._deadlines[runner] = broker.clock.monotonic() + limit / 1000
         if broker.clock.is_virtual:
@@ -5679,14 +5679,14 @@ class TimeLimit(Middleware):
                     return
                 was_idle = is_idle
                 self._is_watched = True
-                earliest = min(list(self._deadlines.values()), default=float("inf"))
+                earliest = min(list(self._deadlines.values()), default=math.inf)
                 # What is late still runs hooks: to be looked at again when its actor has begun.
                 self._wakes_at = min(max(earliest, now + _LATE_LOOK_S), now + self.interval_s)
                 self._lock.wait(max(0.0, self._wakes_at - clock.monotonic()))
 
     def _exceed(self, runner: int, now: float) -> None:
         with _interrupt_lock:  # Which the body can't be left without.
-            if self._deadlines.get(runner, float("inf")) > now:
+            if self._deadlines.get(runner, math.inf) > now:
                 return  # That body was left, and another one begun.
             if not _interrupt(runner, TimeLimitExceeded):
                 return
@@ -6209,7 +6209,7 @@ default_middleware: list[type[Middleware]] = [
 #: Upper bounds of the buckets of the duration, in milliseconds.
 _BUCKETS_MS = (
     5, 10, 25, 50, 75, 100, 250, 500, 750, 1000, 2500, 5000, 7500, 10_000, 30_000, 60_000, 600_000,
-    900_000, float("inf"),
+    900_000, math.inf,
 )  # fmt: skip
 
 _COUNTERS = {
@@ -6339,7 +6339,7 @@ class Prometheus(Middleware):
             total = 0.0
             for bound in _BUCKETS_MS:
                 total += buckets.get((queue, actor_name, bound), 0)
-                le = "+Inf" if bound == float("inf") else f"{bound:g}"
+                le = "+Inf" if bound == math.inf else f"{bound:g}"
                 lines.append(f"{_DURATION}_bucket{_labels(queue, actor_name, le=le)} {_number(total)}")
             lines.append(f"{_DURATION}_count{_labels(queue, actor_name)} {_number(total)}")
             lines.append(f"{_DURATION}_sum{_labels(queue, actor_name)} {amount:.3f}")
@@ -10233,7 +10233,7 @@ class _Child:
         self.early_deaths = 0
         self.restart_at: float | None = None  # Infinite: when something changes.
         self.after_stop = ""  # "restart" or "stay away", where it was told to stop.
-        self.kill_at = float("inf")  # Where it was told to end.
+        self.kill_at = math.inf  # Where it was told to end.
 
     @property
     def is_fork(self) -> bool:
@@ -10368,7 +10368,7 @@ class _Supervisor:
 
         while True:
             now = _SYSTEM_CLOCK.monotonic()
-            wait_s = float("inf")
+            wait_s = math.inf
             for child in self._children.values():
                 if child.restart_at is not None:
                     if child.restart_at <= now:
@@ -10443,13 +10443,13 @@ class _Supervisor:
     def _bury(self, child: _Child, process: subprocess.Popen[bytes], code: int) -> None:
         """A child has ended: replace it, unless it was to end or can't start at all."""
         child.process = None
-        child.kill_at = float("inf")
+        child.kill_at = math.inf
         cast("IO[bytes]", process.stdin).close()
         self._note_child(process.pid, _describe_exit(code))
         now = _SYSTEM_CLOCK.monotonic()
         if self._could_not_start(process) and (child.is_fork or not self._has_booted()):
             if self._reloads and self._namespace.watch is not None and not self._stops:
-                child.restart_at = now if child.after_stop == "restart" else float("inf")
+                child.restart_at = now if child.after_stop == "restart" else math.inf
                 self._logger.info("%s waits for the next change.", child)
                 return
             self._exit_code = code
@@ -10533,7 +10533,7 @@ class _Supervisor:
         child.kill_at = min(child.kill_at, kill_at)
 
     def _kill(self, child: _Child) -> None:
-        child.kill_at = float("inf")
+        child.kill_at = math.inf
         if child.process is not None:
             child.process.kill()
 
