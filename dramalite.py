@@ -9183,8 +9183,6 @@ def _datetime(time_ms: int) -> datetime:
 # Virtual workers on a virtual clock, which jumps to when something happens next.  What happens
 # in which order is decided by a seed, or by the caller, step by step.
 # ------------------------------------------------------------------------------------------
-_SIMULATION_LOGGER = "dramalite.simulation"
-
 #: Steps and milliseconds after which run_until_idle() takes a simulation for endless.
 _MOST_STEPS = 100_000
 _MOST_MS = 366 * 86_400_000
@@ -9335,7 +9333,7 @@ class Simulation:
         return self
 
     def _start_workers(self) -> None:
-        logger = logging.getLogger(_SIMULATION_LOGGER)
+        logger = get_logger("dramalite.simulation")
         if logger.level == logging.NOTSET:  # What jobs die of is in the events.
             logger.setLevel(logging.CRITICAL)
         workers, threads = self._sizes
