@@ -402,7 +402,7 @@ class ResultFailure(ResultError):
 
 
 class WorkerCrashed(DramaliteError):
-    """The process that ran the message died; the reason of a dead letter, never raised to you."""
+    """The worker died, or stopped, while it ran the message, which is a dead letter now."""
 
 
 #: Bounds of what is stored and logged of somebody else's exception.
@@ -2828,6 +2828,7 @@ class _Slots:
         return True
 
     def renew(self, index: int) -> None:
+        """Lock a slot of this process again, if a job has dropped its lock."""
         with self.guard, self.lock, contextlib.suppress(OSError):
             if index in self.held and self.is_held():  # A closed descriptor's number may be another file's.
                 self._take(index)
@@ -5268,7 +5269,7 @@ def _option(message: MessageProxy, name: str, default: Any = None) -> Any:
 
 
 def _truthy_option(message: MessageProxy, name: str, default: Any = None) -> Any:
-    """The same where a message's own option counts only if it is truthy."""
+    """_option(), but a message's own option counts only if it is truthy."""
     return message.options.get(name) or message.actor_options.get(name, default)
 
 
@@ -7663,7 +7664,7 @@ class _Dispatcher(_Exchanger):
         self._free_keys = list(range(threads + coroutines - 1, threads - 1, -1))  # For coroutines.
         self._batch = _Batch()
         self._gathering = _Gathering()
-        self._popped_at = 0.0  # When a row was last taken from it.
+        self._popped_at = 0.0  # When a row was last taken from the batch.
         self._idle = 0  # Threads that wait on _cond for something to do.
         self._is_waited_for = False  # One thread waits at the bell,
         self._wait_ends_ms = 0  # until then, or a ring.
@@ -9137,7 +9138,7 @@ def _what_came_of(job: _Job, is_skipped: bool) -> tuple[str, int | None]:
 
 def _death(row: _Row, attempt: int, worker: int, now_ms: int) -> SimulatedEvent:
     """The event of a message that is a dead letter since its workers died."""
-    error = f"{WorkerCrashed.__name__}: the last of {row.crashes} worker processes that ran it died"
+    error = f"WorkerCrashed: the last of {row.crashes} worker processes that ran it died"
     return SimulatedEvent(
         row.message_id, row.actor, attempt, now_ms, now_ms, worker, 0, "dead", None, None, error, row.body
     )
