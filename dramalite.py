@@ -3384,8 +3384,7 @@ class _Outcome:
 # ------------------------------------------------------------------------------------------
 # Database files
 #
-# Making a database's file, with what is wrong with its path or place told in time; and the
-# flushing of its write-ahead log.
+# Making a database's file, with what is wrong with its path or place told in time.
 # ------------------------------------------------------------------------------------------
 #: Bytes of a database of one page of the smallest size.
 _SMALLEST_DATABASE = 512
@@ -3458,58 +3457,6 @@ def _warn_of_place(path: str) -> None:
 def _beside(path: str, suffix: str) -> str:
     """A file beside a database: where a link leads, as SQLite has it, one for all names."""
     return os.path.realpath(path) + suffix
-
-
-class _Log:
-    """A database's write-ahead log, which its senders flush to the disk after their commits.
-
-    SQLite itself would flush it inside each commit, with the database locked to all others
-    (measured: 2,020 messages a second through two producers and a worker, and 2,650 so; 2.3 ms
-    from a send to the start elsewhere, and 1.65 ms so).  Numbers count the commits of this
-    process.  Those that wait together share one flush.
-    """
-
-    def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_RDWR)
-        self.lock = threading.RLock()  # Held for a flush; a signal handler may send meanwhile.
-        self.commits = 0
-        self._flushed = 0
-        self.failure: OSError | None = None  # Of a flush: what is committed later is not safe either.
-
-    def __del__(self, close: Callable[[int], None] = os.close) -> None:
-        if hasattr(self, "_descriptor"):
-            close(self._descriptor)  # Not before all that flush have ended.
-
-    def note_commit(self) -> int:
-        """Count a commit of this process; gives what to flush up to."""
-        self.commits += 1
-        return self.commits
-
-    def note_moved(self, commits: int) -> None:
-        """Note that what was committed up to then is in the database, and on disk."""
-        self._flushed = max(self._flushed, commits)
-
-    def flush(self, commit: int) -> None:
-        """Return when a commit is on disk; OSError if it may not be there.
-
-        Once this has failed, nothing that is committed later is safe: it stands in the log behind
-        what may not be there, and the system tells of such an error only once.
-        """
-        if sys.is_finalizing():  # A thread that was stopped for good may hold the lock.
-            _flush_to_disk(self._descriptor)
-            return
-        with self.lock:
-            if self._flushed >= commit:
-                return
-            if self.failure is not None:
-                raise OSError(errno.EIO, f"a flush of its log has failed: {self.failure}")
-            commits = self.commits
-            try:
-                _flush_to_disk(self._descriptor)
-            except OSError as error:
-                self.failure = error
-                raise
-            self._flushed = max(self._flushed, commits)
 
 
 # ------------------------------------------------------------------------------------------
@@ -3878,11 +3825,62 @@ _LONG_LOG = 8 << 20
 _MOST_PASSES = 4
 _SHORT_PASS_S = 0.01
 
-
 #: Tries to move a log that could not be flushed, and the pause between them: another thread, or a
 #: process, may be at it.
 _MEND_TRIES = 20
 _MEND_NAP_S = 0.01
+
+
+class _Log:
+    """A database's write-ahead log, which its senders flush to the disk after their commits.
+
+    SQLite itself would flush it inside each commit, with the database locked to all others
+    (measured: 2,020 messages a second through two producers and a worker, and 2,650 so; 2.3 ms
+    from a send to the start elsewhere, and 1.65 ms so).  Numbers count the commits of this
+    process.  Those that wait together share one flush.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_RDWR)
+        self.lock = threading.RLock()  # Held for a flush; a signal handler may send meanwhile.
+        self.commits = 0
+        self._flushed = 0
+        self.failure: OSError | None = None  # Of a flush: what is committed later is not safe either.
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        if hasattr(self, "_descriptor"):
+            close(self._descriptor)  # Not before all that flush have ended.
+
+    def note_commit(self) -> int:
+        """Count a commit of this process; gives what to flush up to."""
+        self.commits += 1
+        return self.commits
+
+    def note_moved(self, commits: int) -> None:
+        """Note that what was committed up to then is in the database, and on disk."""
+        self._flushed = max(self._flushed, commits)
+
+    def flush(self, commit: int) -> None:
+        """Return when a commit is on disk; OSError if it may not be there.
+
+        Once this has failed, nothing that is committed later is safe: it stands in the log behind
+        what may not be there, and the system tells of such an error only once.
+        """
+        if sys.is_finalizing():  # A thread that was stopped for good may hold the lock.
+            _flush_to_disk(self._descriptor)
+            return
+        with self.lock:
+            if self._flushed >= commit:
+                return
+            if self.failure is not None:
+                raise OSError(errno.EIO, f"a flush of its log has failed: {self.failure}")
+            commits = self.commits
+            try:
+                _flush_to_disk(self._descriptor)
+            except OSError as error:
+                self.failure = error
+                raise
+            self._flushed = max(self._flushed, commits)
 
 
 def _no_flush() -> None:
