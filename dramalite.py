@@ -3055,6 +3055,11 @@ def _fill_up(descriptor: int, size: int) -> None:
             _unlock_byte(descriptor, _SLOTS)
 
 
+def _beside(path: str, suffix: str) -> str:
+    """A file beside a database: where a link leads, as SQLite has it, one for all names."""
+    return os.path.realpath(path) + suffix
+
+
 #: Device and inode.
 _Identity = tuple[int, int] | None
 
@@ -3452,11 +3457,6 @@ def _warn_of_place(path: str) -> None:
             "The database %r is in a folder where every user of this machine may write, and so "
             "replace it: move it to a folder of your own.", path,
         )  # fmt: skip
-
-
-def _beside(path: str, suffix: str) -> str:
-    """A file beside a database: where a link leads, as SQLite has it, one for all names."""
-    return os.path.realpath(path) + suffix
 
 
 # ------------------------------------------------------------------------------------------
