@@ -38,8 +38,8 @@ Contents
     Waking and watching
     Values
     Senders
-    SQLite engine
     Forking
+    SQLite engine
     Results
     Rate limits
     Age limit
@@ -3480,8 +3480,8 @@ _BUSY_TIMEOUT_S = 30.0
 _SHORTEST_NAP_S = 50e-6
 _LONGEST_NAP_S = 2e-3
 
-
 _databases: weakref.WeakSet[Any] = weakref.WeakSet()  # Of this process.
+_inherited: list[Any] = []  # What is its parent's, and must not be closed: connections and slots.
 
 
 class _Connections:
@@ -4539,6 +4539,84 @@ def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
 
 
 # ------------------------------------------------------------------------------------------
+# Forking
+#
+# No thread may be inside SQLite when the process forks, or its locks stay locked in the child
+# for ever.  The child forgets what it inherited and opens anew at first use.
+# ------------------------------------------------------------------------------------------
+_forgetful: weakref.WeakSet[Any] = weakref.WeakSet()  # What else has a forget() for the child.
+
+
+class _LockedForFork(threading.local):
+    """What this thread has locked until it has forked."""
+
+    def __init__(self) -> None:
+        self.locks: list[Any] = []
+
+
+_locked_for_fork = _LockedForFork()
+
+
+@functools.cache  # They can't be taken back: once is enough.
+def _register_fork_hooks() -> None:
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(
+            before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+        )
+
+
+# A signal handler's exception does not keep Python from forking: it only ends these hooks.
+
+
+def _before_fork() -> None:
+    databases = list(_databases)
+    # Closed, or SQLite would take the child's own connections for locked, as those it inherits were.
+    # Not what a signal handler that forks has interrupted: that is still in use.
+    idle = [item for item in databases if item.path is not None and not item.is_busy_here()]
+    todo: list[Any] = []  # From the end.
+    for item in databases:
+        # What a signal handler that forks has interrupted may be waited for in a checkpoint.
+        is_interrupted = cast(Any, item._lock)._is_owned()
+        todo += [item._moving_lock] if is_interrupted else [item._lock, item._checkpoint_lock]
+    todo.append(_event_loop_lock)
+    while todo:
+        try:
+            _locked_for_fork.locks.append(todo[-1])  # Before it is locked: none stays so for ever.
+            todo[-1].acquire()
+            todo.pop()
+        except BaseException:
+            continue
+    while idle:
+        try:
+            idle[-1]._disconnect()
+            idle.pop()
+        except BaseException:
+            continue
+
+
+def _after_fork_in_parent() -> None:
+    while _locked_for_fork.locks:
+        try:
+            try:
+                _locked_for_fork.locks[-1].release()
+            finally:
+                _locked_for_fork.locks.pop()
+        except BaseException:  # Or it was not locked after all.
+            continue
+
+
+def _after_fork_in_child() -> None:
+    global _interrupt_lock, _broker_lock, _event_loop_lock
+    _locked_for_fork.locks.clear()
+    _SideFile.forget_all()
+    _interrupt_lock, _event_loop_lock, _broker_lock = [threading.RLock() for _ in range(3)]
+    _interruptible.clear()
+    _stoppers.clear()
+    for item in (*_databases, *_forgetful):
+        item.forget()
+
+
+# ------------------------------------------------------------------------------------------
 # SQLite engine
 #
 # The queue's operations on a database: claiming, finishing, recovering.
@@ -4858,85 +4936,6 @@ def _take_back(
     connection.execute(_COUNT_CRASH, values)
     over = connection.execute(_TAKE_OVER_CRASHED, values).fetchall()
     return connection.execute(_TAKE_BACK, values).rowcount, over
-
-
-# ------------------------------------------------------------------------------------------
-# Forking
-#
-# No thread may be inside SQLite when the process forks, or its locks stay locked in the child
-# for ever.  The child forgets what it inherited and opens anew at first use.
-# ------------------------------------------------------------------------------------------
-_forgetful: weakref.WeakSet[Any] = weakref.WeakSet()  # What else has a forget() for the child.
-_inherited: list[Any] = []
-
-
-class _LockedForFork(threading.local):
-    """What this thread has locked until it has forked."""
-
-    def __init__(self) -> None:
-        self.locks: list[Any] = []
-
-
-_locked_for_fork = _LockedForFork()
-
-
-@functools.cache  # They can't be taken back: once is enough.
-def _register_fork_hooks() -> None:
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(
-            before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
-        )
-
-
-# A signal handler's exception does not keep Python from forking: it only ends these hooks.
-
-
-def _before_fork() -> None:
-    databases = list(_databases)
-    # Closed, or SQLite would take the child's own connections for locked, as those it inherits were.
-    # Not what a signal handler that forks has interrupted: that is still in use.
-    idle = [item for item in databases if item.path is not None and not item.is_busy_here()]
-    todo: list[Any] = []  # From the end.
-    for item in databases:
-        # What a signal handler that forks has interrupted may be waited for in a checkpoint.
-        is_interrupted = cast(Any, item._lock)._is_owned()
-        todo += [item._moving_lock] if is_interrupted else [item._lock, item._checkpoint_lock]
-    todo.append(_event_loop_lock)
-    while todo:
-        try:
-            _locked_for_fork.locks.append(todo[-1])  # Before it is locked: none stays so for ever.
-            todo[-1].acquire()
-            todo.pop()
-        except BaseException:
-            continue
-    while idle:
-        try:
-            idle[-1]._disconnect()
-            idle.pop()
-        except BaseException:
-            continue
-
-
-def _after_fork_in_parent() -> None:
-    while _locked_for_fork.locks:
-        try:
-            try:
-                _locked_for_fork.locks[-1].release()
-            finally:
-                _locked_for_fork.locks.pop()
-        except BaseException:  # Or it was not locked after all.
-            continue
-
-
-def _after_fork_in_child() -> None:
-    global _interrupt_lock, _broker_lock, _event_loop_lock
-    _locked_for_fork.locks.clear()
-    _SideFile.forget_all()
-    _interrupt_lock, _event_loop_lock, _broker_lock = [threading.RLock() for _ in range(3)]
-    _interruptible.clear()
-    _stoppers.clear()
-    for item in (*_databases, *_forgetful):
-        item.forget()
 
 
 # ------------------------------------------------------------------------------------------
