@@ -9681,6 +9681,9 @@ def simulate(
 # standard input, a pipe: a line "stop" or "kill", or the pipe's end, which means that the
 # supervisor is gone.
 # ------------------------------------------------------------------------------------------
+#: The variable of its environment that tells a child process what it is.
+_CHILD_VARIABLE = "_DRAMALITE_CHILD"
+
 _EXIT_OK, _EXIT_KILLED, _EXIT_IMPORT, _EXIT_CONNECTION, _EXIT_PID_FILE = range(5)
 
 #: Milliseconds that running messages get in a worker process whose supervisor is gone,
@@ -10616,8 +10619,6 @@ def _describe_exit(code: int) -> str:
 #
 # A child process is the same program once more; a variable of its environment tells it what it is.
 # ------------------------------------------------------------------------------------------
-_CHILD_VARIABLE = "_DRAMALITE_CHILD"
-
 #: Where this program was started, unless it has changed the folder before its imports.
 try:
     _START_FOLDER = os.getcwd()
