@@ -580,7 +580,6 @@ _ATOMS = frozenset({str, int, float, bool, type(None)})
 _CONTAINERS = frozenset({dict, list, tuple})
 _json_encoder = json.JSONEncoder(separators=(",", ":"), allow_nan=False, check_circular=False)
 
-
 #: What JSONEncoder makes anew for each value; made once, it halves the cost.  On other
 #: implementations of Python than CPython there is none.
 _make_encoder: Any = getattr(json.encoder, "c_make_encoder", None)
@@ -3796,6 +3795,7 @@ class _Connections:
                 return f"The database {self.path!r} {advice} (SQLite says: {text})"
         return f"The database {self.path!r} can't be used: {text} ({type(error).__name__})."
 
+
 #: A part of SQLite's error text, and what to tell the user.
 _SQLITE_ADVICE = (
     ("locked", "was kept locked for 30 s, by another program or by a transaction of this one that is "
@@ -4129,6 +4129,7 @@ class _Database(_LoggedDatabase):
 # ------------------------------------------------------------------------------------------
 #: Seconds between looks for what is announced by rings, which may get lost.
 _WATCH_POLL_S = 0.25
+
 
 class _WatchedDatabase(_Database):
     """A database whose changes workers and watchers hear of."""
@@ -8480,6 +8481,7 @@ def _stop_live_workers() -> None:
     for worker in list(_live_workers):
         if worker._pid == os.getpid():
             worker.stop(timeout=_EXIT_GRACE_MS)
+
 
 # ------------------------------------------------------------------------------------------
 # Virtual workers
