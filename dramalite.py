@@ -8885,8 +8885,8 @@ _REAL_WAIT_S = 2.0
 _NEXT_REAL_WAIT_S = 0.5
 
 
-def _run_on_virtual_loop(clock: _VirtualClock, coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """Run a coroutine on an event loop of its own, whose time is the clock's."""
+def _make_virtual_loop(clock: _VirtualClock) -> asyncio.AbstractEventLoop:
+    """An event loop whose time is the clock's; its classes made late, since asyncio takes long to import."""
     import asyncio
     import selectors
 
@@ -8929,6 +8929,14 @@ def _run_on_virtual_loop(clock: _VirtualClock, coroutine: Coroutine[Any, Any, An
             self.calls -= 1
 
     loop = Loop(Selector())
+    return loop
+
+
+def _run_on_virtual_loop(clock: _VirtualClock, coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a coroutine on an event loop of its own, whose time is the clock's."""
+    import asyncio
+
+    loop = _make_virtual_loop(clock)
     tasks: dict[asyncio.Task[Any], None] = {}  # Those that have not ended, in their order.
 
     def make_task(_loop: Any, coroutine: Any, **options: Any) -> asyncio.Task[Any]:
