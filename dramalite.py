@@ -252,6 +252,11 @@ def _is_strangers(status: os.stat_result) -> bool:
     return not _WINDOWS and status.st_uid not in (0, os.geteuid())
 
 
+def _is_held_here(lock: Any) -> bool:
+    """Tell whether this very thread holds an RLock, or the one of a Condition; there is no public way to ask."""
+    return bool(lock._is_owned())
+
+
 def _import_for_sending() -> None:
     """Import what a send uses, before the first one, which may be in a signal handler.
 
@@ -3962,7 +3967,7 @@ class _LoggedDatabase(_Connections):
         that is left.  Never automatic, and by one process at a time: that keeps clear of the
         WAL-reset bug of SQLite 3.7.0 to 3.51.2 (sqlite.org/wal.html#walresetbug).
         """
-        if self._wal_size() <= limit or cast(Any, self._lock)._is_owned():
+        if self._wal_size() <= limit or _is_held_here(self._lock):
             return False  # Or a signal handler has come in between: it must not wait for what waits for it.
         is_moved = False
         with contextlib.suppress(self._errors, BrokerError, OSError):  # Not now then; the next will.
@@ -4062,7 +4067,7 @@ class _Database(_LoggedDatabase):
 
     def _interrupts_write(self) -> bool:
         """Tell whether this very thread is inside a write: a signal handler has come in between."""
-        return self._is_writing and cast(Any, self._lock)._is_owned()
+        return self._is_writing and _is_held_here(self._lock)
 
     def _commit(self, role: str, run: Callable[[sqlite3.Connection], _R]) -> _R:
         """Call `run` with the connection for a write, in one transaction."""
@@ -4087,7 +4092,7 @@ class _Database(_LoggedDatabase):
 
     def is_busy_here(self) -> bool:
         """Tell whether this very thread is at work here: a signal handler has come in between."""
-        return any(lock._is_owned() for lock in self.locks())
+        return any(map(_is_held_here, self.locks()))
 
     def changes(self) -> int:
         """A number that changes when this process has changed the database."""
@@ -4577,8 +4582,7 @@ def _before_fork() -> None:
     todo: list[Any] = []  # From the end.
     for item in databases:
         # What a signal handler that forks has interrupted may be waited for in a checkpoint.
-        is_interrupted = cast(Any, item._lock)._is_owned()
-        todo += [item._moving_lock] if is_interrupted else [item._lock, item._checkpoint_lock]
+        todo += [item._moving_lock] if _is_held_here(item._lock) else [item._lock, item._checkpoint_lock]
     todo.append(_event_loop_lock)
     while todo:
         try:
@@ -7613,8 +7617,7 @@ class _Exchanger:
 
     def is_busy_here(self) -> bool:
         """Tell whether this very thread holds a lock: a signal handler has come in between."""
-        own = (self._exchange_lock, self._lock)
-        return self._engine.is_busy_here() or any(cast(Any, lock)._is_owned() for lock in own)
+        return self._engine.is_busy_here() or _is_held_here(self._exchange_lock) or _is_held_here(self._lock)
 
     def has_lost_descriptors(self) -> bool:
         """Tell whether a job has closed what holds our locks; the process had better end."""
