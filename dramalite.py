@@ -2326,7 +2326,7 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
         return result
 
     def get_results(self, *, block: bool = False, timeout: int | None = None) -> Iterator[Any]:
-        """Yield the result of each step, in order; `timeout` is for all of them together."""
+        """Yield the result of each step, in order; `timeout` (ms) is for all of them together."""
         return _results_in_order(self.messages, self.broker, block, timeout)
 
 
@@ -2498,7 +2498,10 @@ class group:  # noqa: N801  (Dramatiq's name)
         return _results_in_order(self.children, self.broker, block, timeout)
 
     def wait(self, *, timeout: int | None = None) -> None:
-        """Wait until all children have results; raises ResultTimeout or ResultFailure."""
+        """Wait up to `timeout` milliseconds, 10,000 for each child if None, until all have results.
+
+        Raises ResultTimeout, or ResultFailure for one that failed.
+        """
         for _result in self.get_results(block=True, timeout=timeout):
             pass
 
@@ -5575,7 +5578,7 @@ class AgeLimit(Middleware):
 # deadline, sleeps until the earliest and ends when there have been none at two looks in a row;
 # it holds _lock for moments.
 # ------------------------------------------------------------------------------------------
-_LATE_LOOK_S = 0.005
+_LATE_LOOK_S = 0.005  # Between looks whether an actor has begun that is to be interrupted.
 
 
 class TimeLimitExceeded(Interrupt):
@@ -8051,9 +8054,9 @@ class _Dispatcher(_Exchanger):
 # Threads that run messages, and one that maintains: it ticks every 5 ms while claimed rows
 # or outcomes lie about, else every second.
 # ------------------------------------------------------------------------------------------
-_TICK_S = 0.005
-_LOG_TICK_S = 0.2
-_IDLE_TICK_S = 1.0
+_TICK_S = 0.005  # Between looks while claimed rows or outcomes lie about,
+_IDLE_TICK_S = 1.0  # and else.
+_LOG_TICK_S = 0.2  # Between looks, at least, at the size of the write-ahead log.
 _STUCK_GRACE_S = 5.0  # After a time limit's interrupt, before the thread is given up.
 _DEADLINE_LOOK_S = 0.1  # Between looks whether the deadline of a stop was brought forward.
 _EXIT_GRACE_MS = 1000  # For running messages, when the interpreter exits under a worker.
@@ -10219,7 +10222,7 @@ def _check_pid_file(path: str) -> None:
 # ------------------------------------------------------------------------------------------
 #: Seconds before a dead child process is replaced, by the number of early deaths in a row.
 _RESTART_DELAYS_S = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
-_STABLE_AFTER_S = 30.0
+_STABLE_AFTER_S = 30.0  # A death before that is an early one.
 
 #: Signals to stop that come within so many seconds are one request.
 _SAME_STOP_S = 0.1
