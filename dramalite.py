@@ -2752,7 +2752,7 @@ class _Slots:
             return _Remains(self, index, running, self.words[base + _PID])
 
     def is_surely_dead(self, owner: int) -> bool:
-        """Tell whether a worker whose slot is not locked can't be one whose job has dropped the lock."""
+        """Tell whether the owner of an unlocked slot is dead, not one that lives and whose job dropped the lock."""
         return True
 
     def clear(self, owner: int) -> None:
@@ -7546,7 +7546,7 @@ _RETRY_S = 0.25  # Between two tries to write what must be written before anythi
 
 
 class _Exchanger:
-    """Collects a worker's outcomes, writes them, and gives back what it does not run."""
+    """Collects a worker's outcomes, and trades them with the engine for new claims."""
 
     def __init__(self, broker: _EngineBroker) -> None:
         self.logger = get_logger("dramalite.worker", "Worker")
