@@ -102,7 +102,7 @@ import traceback
 import types
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, ParamSpec, TypeVar, cast, overload
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, ParamSpec, TypeVar, cast, overload
 
 if TYPE_CHECKING:
     import argparse
@@ -9766,7 +9766,7 @@ class _ChildProcess(abc.ABC):
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._has_started = False
 
-    def run(self) -> int:
+    def run(self) -> NoReturn:
         """Work until told to stop; ends the process, for threads left by jobs must not hold it."""
         global _is_child_process
         _is_child_process = True
@@ -10796,7 +10796,7 @@ def main(args: list[str] | argparse.Namespace | None = None) -> int:
     told = os.environ.pop(_CHILD_VARIABLE, None)
     if told is not None:
         child = argparse.Namespace(**json.loads(told))
-        return (_ForkProcess if ":" in child.child else _WorkerProcess)(child).run()
+        (_ForkProcess if ":" in child.child else _WorkerProcess)(child).run()
     parser = _parser()
     namespace = args if isinstance(args, argparse.Namespace) else parser.parse_args(args)
     if namespace.threads + namespace.async_concurrency > _MAX_TRACKED:
