@@ -2425,23 +2425,24 @@ class group:  # noqa: N801  (Dramatiq's name)
         self._check()
         counter, successor = self._counter(), self.successor
         callbacks = list(self.completion_callbacks)
-        children = self.children
-        if successor is not None:
-            self._chains()  # What can't be waited for is refused before anything is sent.
-            children = [_storing_results(child) for child in children]
-            callbacks.append(_after_group(successor, children).asdict())
+        children, sources = self.children, None
         uuid = _new_message_id(self.broker.clock.time_ms(), self.broker._entropy())
+        if successor is not None:
+            last = [chain[-1] for chain in self._chains()]  # What can't be waited for is refused first.
+            sources = [[message.queue_name, message.actor_name, message.message_id] for message in last]
+            children = [_storing_results(child) for child in children]
+            callbacks.append(successor.copy(options={"pipe_results": uuid}).asdict())
         count = sum(map(_count_members, children))
-        if not count:  # All of nothing has succeeded.
-            for data in (*callbacks, *self.end_callbacks):
-                message: Message[Any] = Message(**data)
-                self.broker.enqueue(message, delay=_delay_after_group(message))
-            return children
         membership = {"group_completion_uuid": uuid, "group_completion_callbacks": callbacks}
         if self.end_callbacks:
             membership["group_end_callbacks"] = self.end_callbacks
         children = [_with_membership(child, membership) for child in children]
-        counter.create(self.broker, uuid, count)
+        if count or sources is not None:
+            counter.create(self.broker, uuid, count, sources)
+        if not count:  # All of nothing has succeeded.
+            for data in (*callbacks, *self.end_callbacks):
+                message: Message[Any] = Message(**data)
+                self.broker.enqueue(message, delay=_delay_after_group(message))
         return children
 
     def _chains(self) -> list[list[Message[Any]]]:
@@ -2507,24 +2508,34 @@ class group:  # noqa: N801  (Dramatiq's name)
 
 
 def _with_membership(child: Any, membership: dict[str, Any]) -> Any:
-    """A copy of a group's child whose members count for the group; a pipeline's is its last."""
+    """A copy of a group's child whose members count for the group."""
     if isinstance(child, Message):
         if "group_completion_uuid" not in child.options:
             return child.copy(options=membership)
         further = [*child.options.get("group_further", []), membership]
         return child.copy(options={"group_further": further})
     if isinstance(child, pipeline):
-        *steps, last = child.messages or [None]
-        return pipeline([*steps, _with_membership(last, membership)] if last else [], broker=child.broker)
+        steps = [*child.messages]
+        if steps:
+            last = _last_member(steps)
+            steps[last] = _with_membership(steps[last], membership)
+        return pipeline(steps, broker=child.broker)
     copied = child.copy()
     copied.children = [_with_membership(member, membership) for member in child.children]
     return copied
 
 
+def _last_member(steps: list[Any]) -> int:
+    """The index of a pipeline's step whose end is the pipeline's: no empty group, if there is another."""
+    return next((index for index in reversed(range(len(steps))) if _count_members(steps[index])), 0)
+
+
 def _count_members(child: Any) -> int:
     if isinstance(child, Message):
         return 1
-    return sum(map(_count_members, child.messages[-1:] if isinstance(child, pipeline) else child.children))
+    if isinstance(child, pipeline):
+        return _count_members(child.messages[_last_member(child.messages)]) if child.messages else 0
+    return sum(map(_count_members, child.children))
 
 
 #: Milliseconds that results are kept for the step that waits for a group: 7 days.
@@ -2537,13 +2548,6 @@ def _storing_results(child: Any) -> Any:
         *steps, last = child.messages
         return pipeline([*steps, _storing_results(last)], broker=child.broker)
     return child.copy(options={"store_results": True, "result_ttl": _STEP_RESULT_TTL_MS})
-
-
-def _after_group(successor: Message[Any], children: list[Any]) -> Message[Any]:
-    """The message that follows a group: it gets its members' results when it is run."""
-    last = [child.messages[-1] if isinstance(child, pipeline) else child for child in children]
-    sources = [[message.queue_name, message.actor_name, message.message_id] for message in last]
-    return successor.copy(options={"pipe_results": sources})
 
 
 def _delay_after_group(message: Message[Any]) -> int | None:
@@ -3092,7 +3096,7 @@ def _file_identity(file: str | int) -> _Identity:
 # No index on message_id: nothing looks a message up by it, and each index is one more page
 # that every send writes (measured: 50 us a send with it, 38 us without).
 # ------------------------------------------------------------------------------------------
-_SCHEMA_VERSION = 2
+_SCHEMA_VERSION = 3
 _READY, _DELAYED, _CLAIMED = 0, 1, 2
 
 _RESULTS_SCHEMA = (
@@ -3104,6 +3108,27 @@ _RESULTS_SCHEMA = (
         PRIMARY KEY (message_id, key)
     ) WITHOUT ROWID""",
     "CREATE INDEX dramalite_results_by_age ON dramalite_results (expires_at)",
+)
+
+_MEMBERS_SCHEMA = (
+    """CREATE TABLE dramalite_members (   -- of groups, those that have ended: each counts once
+        uuid TEXT NOT NULL,
+        message_id TEXT NOT NULL,
+        failed_at INTEGER,             -- milliseconds since 1970; NULL where it has succeeded
+        PRIMARY KEY (uuid, message_id)
+    ) WITHOUT ROWID""",
+    """CREATE TRIGGER dramalite_member_ended AFTER INSERT ON dramalite_members BEGIN
+        UPDATE dramalite_groups
+           SET unsuccessful = unsuccessful - (new.failed_at IS NULL), unended = unended - 1,
+               failed_at = coalesce(new.failed_at, failed_at)
+         WHERE uuid = new.uuid;
+    END""",
+    """CREATE TRIGGER dramalite_member_succeeded AFTER UPDATE ON dramalite_members BEGIN
+        UPDATE dramalite_groups SET unsuccessful = unsuccessful - 1 WHERE uuid = new.uuid;
+    END""",
+    """CREATE TRIGGER dramalite_group_ended AFTER DELETE ON dramalite_groups BEGIN
+        DELETE FROM dramalite_members WHERE uuid = old.uuid;
+    END""",
 )
 
 _SCHEMA = (
@@ -3148,8 +3173,11 @@ _SCHEMA = (
         uuid TEXT PRIMARY KEY,
         unsuccessful INTEGER NOT NULL, -- members that have not succeeded yet
         unended INTEGER NOT NULL,      -- members that are still to be run
-        failed_at INTEGER              -- when one last failed, milliseconds since 1970
+        failed_at INTEGER,             -- when one last failed, milliseconds since 1970
+        told INTEGER NOT NULL DEFAULT 0,  -- to callbacks: 1 that all have ended, 2 that with success
+        sources TEXT                   -- for the step after it: a JSON list of [queue, actor, message id]
     ) WITHOUT ROWID""",
+    *_MEMBERS_SCHEMA,
     """CREATE TABLE dramalite_metrics (
         name TEXT NOT NULL,
         queue TEXT NOT NULL,
@@ -3161,12 +3189,18 @@ _SCHEMA = (
     f"INSERT INTO dramalite_meta VALUES ('schema_version', {_SCHEMA_VERSION})",
 )
 
-# From version 1, whose results had other keys; they are kept for minutes only.
-_UPGRADE = (
-    "DROP TABLE dramalite_results",
-    *_RESULTS_SCHEMA,
-    f"UPDATE dramalite_meta SET value = {_SCHEMA_VERSION} WHERE key = 'schema_version'",
-)
+# From the versions before, each to the next.
+_UPGRADES = {
+    # Its results had other keys; they are kept for minutes only.
+    1: ("DROP TABLE dramalite_results", *_RESULTS_SCHEMA),
+    2: (
+        "ALTER TABLE dramalite_groups ADD COLUMN told INTEGER NOT NULL DEFAULT 0",
+        "ALTER TABLE dramalite_groups ADD COLUMN sources TEXT",
+        *_MEMBERS_SCHEMA,
+    ),
+}
+
+_SET_VERSION = f"UPDATE dramalite_meta SET value = {_SCHEMA_VERSION} WHERE key = 'schema_version'"
 
 _INSERT = """
     INSERT INTO dramalite_messages (id, state, queue, actor, priority, eta, crashes, crash_limit,
@@ -3174,23 +3208,37 @@ _INSERT = """
     VALUES (max(?, (SELECT coalesce(max(id), 0) + 1 FROM dramalite_messages)),
             ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
-# The same for the completion callback of a group, once nothing is left to wait for.
+# The same for what waits for a group, where that has come so far: told of, unless it was before.
 _INSERT_AFTER_GROUP = _INSERT.replace("VALUES (", "SELECT ").rstrip(")") + """
-     WHERE EXISTS (SELECT 1 FROM dramalite_groups WHERE uuid = ? AND {} = 0)"""
+     WHERE EXISTS (SELECT 1 FROM dramalite_groups WHERE uuid = ? AND {})"""
+_IS_COMPLETE = "unsuccessful = 0 AND told < 2"
+_IS_OVER = "unended = 0 AND told < 1"
 
-_CREATE_GROUP = "INSERT INTO dramalite_groups (uuid, unsuccessful, unended) VALUES (?, ?, ?)"
+_CREATE_GROUP = """
+    INSERT INTO dramalite_groups (uuid, unsuccessful, unended, sources) VALUES (?, ?, ?, ?)"""
 
+# A member counts again only where it has failed and, sent once more, succeeds.
 _COUNT_MEMBER = """
-    UPDATE dramalite_groups
-       SET unsuccessful = unsuccessful - ?, unended = unended - 1, failed_at = coalesce(?, failed_at)
-     WHERE uuid = ?"""
+    INSERT INTO dramalite_members (uuid, message_id, failed_at)
+    SELECT uuid, ?, ? FROM dramalite_groups WHERE uuid = ? {}
+        ON CONFLICT DO UPDATE SET failed_at = NULL
+           WHERE excluded.failed_at IS NULL AND dramalite_members.failed_at IS NOT NULL"""
 
 # The same where a group inside, of the uuid given last, has ended without success just now.
-_COUNT_MEMBER_AFTER_GROUP = _COUNT_MEMBER + """
+_COUNT_MEMBER_AFTER_GROUP = _COUNT_MEMBER.format(f"""
        AND EXISTS (SELECT 1 FROM dramalite_groups
-                    WHERE uuid = ? AND unended = 0 AND unsuccessful > 0)"""
+                    WHERE uuid = ? AND {_IS_OVER} AND unsuccessful > 0)""")
+_COUNT_MEMBER = _COUNT_MEMBER.format("")
 
-_END_GROUP = "DELETE FROM dramalite_groups WHERE uuid = ? AND unsuccessful = 0"
+_NOTE_TOLD = """
+    UPDATE dramalite_groups SET told = 1 + (unsuccessful = 0) WHERE uuid = ? AND unended = 0"""
+
+# The step after it still needs the sources.
+_END_GROUP = "DELETE FROM dramalite_groups WHERE uuid = ? AND unsuccessful = 0 AND sources IS NULL"
+
+_SOURCES = "SELECT sources FROM dramalite_groups WHERE uuid = ?"
+
+_FORGET_GROUP = "DELETE FROM dramalite_groups WHERE uuid = ?"
 
 _DUE = """
     SELECT id FROM dramalite_messages WHERE state = 1 AND eta <= ? ORDER BY eta, id LIMIT 2000"""
@@ -3337,7 +3385,7 @@ _HAS_VALUES = """
 
 _FORGET_VALUES = (
     "DELETE FROM dramalite_results WHERE message_id = ?",
-    "DELETE FROM dramalite_groups WHERE uuid = ?",
+    _FORGET_GROUP,
 )
 
 _ADD_METRIC = """
@@ -3650,9 +3698,9 @@ class _Connections:
 
     def _make_schema(self, connection: sqlite3.Connection) -> None:
         version = self._check_schema(connection)
-        if version != _SCHEMA_VERSION:
-            for statement in _UPGRADE if version else _SCHEMA:
-                connection.execute(statement)
+        upgrades = [_UPGRADES[old] for old in range(version, _SCHEMA_VERSION)] if version else [_SCHEMA]
+        for statement in itertools.chain(*upgrades, [_SET_VERSION]):
+            connection.execute(statement)
 
     def _check_schema(self, connection: sqlite3.Connection) -> int:
         """The version of our tables, 0 if there are none; ConnectionFailed if they are too new."""
@@ -4344,6 +4392,13 @@ class _ValueDatabase(_WatchedDatabase):
         """The stored result of a message, None if there is none or its time has passed."""
         rows = self._read(_RESULT, (message_id, key, self._clock().time_ms()))
         return rows[0][0] if rows else None
+
+    def sources(self, uuid: str) -> list[list[str]]:
+        """Where the results of a group stand: queue, actor and message id of each; ResultMissing if forgotten."""
+        rows = self._read(_SOURCES, (uuid,))
+        if not rows:
+            raise ResultMissing("the group was forgotten")
+        return cast("list[list[str]]", json.loads(rows[0][0]))
 
     def message_ids(self) -> set[str]:
         """The ids of all messages, dead letters too."""
@@ -5893,21 +5948,31 @@ class Pipelines(Middleware):
         return step.copy(args=(*step.args, result))
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
-        sources = message.options.get("pipe_results")
-        if sources is None or self._ignores_result(broker, message._message):
+        """Give the step after a group the results of its members, as its own argument from now on."""
+        group = message.options.get("pipe_results")
+        if group is None:
             return
-        members: list[Message[Any]] = [
-            Message(queue, name, (), {}, {}, message_id) for queue, name, message_id in sources
-        ]
+        if not self._ignores_result(broker, message._message):
+            message.args = (*message.args, self._results_of(broker, message, group))
+            message._message = message._message._replace(args=message.args)
+        del message.options["pipe_results"]
+        if isinstance(group, str):
+            cast("_EngineBroker", broker)._write(_FORGET_GROUP, (group,))
+
+    def _results_of(self, broker: Broker, message: MessageProxy, group: str | list[list[str]]) -> list[Any]:
+        """The results of a group's members, which schema version 2 has listed in the message."""
         try:
             backend = broker.get_results_backend()
-            results = [backend.get_result(member) for member in members]
+            sources = cast("_EngineBroker", broker)._engine.sources(group) if isinstance(group, str) else group
+            return [
+                backend.get_result(Message(queue, name, (), {}, {}, message_id))
+                for queue, name, message_id in sources
+            ]
         except (ResultError, RuntimeError) as error:  # The latter where the broker keeps none.
             message.fail()
             raise SkipMessage(f"The results of the group before can't be had: {error}") from error
         except BrokerError as error:  # Not to be run without them, but again.
             raise MiddlewareError(f"The results of the group before can't be read: {error}") from error
-        message.args = (*message.args, results)
 
     def _ignores_result(self, broker: Broker, successor: Message[Any]) -> bool:
         """Tell whether the next actor does not get the result, by option or by its signature."""
@@ -5972,9 +6037,10 @@ class GroupCallbacks(Middleware):
     def concerns(self, options: Mapping[str, Any]) -> bool:
         return False  # A member of a group has options of its own.
 
-    def create(self, broker: Broker, uuid: str, count: int) -> None:
-        """Begin to count a group with so many members."""
-        cast("_EngineBroker", broker)._write(_CREATE_GROUP, (uuid, count, count))
+    def create(self, broker: Broker, uuid: str, count: int, sources: list[list[str]] | None = None) -> None:
+        """Begin to count a group with so many members, whose results are for the step after it."""
+        described = None if sources is None else _to_json(sources)
+        cast("_EngineBroker", broker)._write(_CREATE_GROUP, (uuid, count, count, described))
 
     def after_process_message(
         self,
@@ -5986,46 +6052,49 @@ class GroupCallbacks(Middleware):
     ) -> None:
         if exception is None and not message.failed:
             for membership in _memberships(message.options):
-                self._count(broker, membership, True)
+                self._count(broker, membership, message.message_id, True)
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         if not message.failed:
-            self._end(broker, message.options)
+            self._end(broker, message.message_id, message.options)
 
     def after_nack(self, broker: Broker, message: MessageProxy) -> None:
-        self._end(broker, message.options)
+        self._end(broker, message.message_id, message.options)
 
-    def _end(self, broker: Broker, options: dict[str, Any], failed_group: str | None = None) -> None:
-        """Count what ended without success: a member, or those after a step or group that failed."""
-        following = options.get("pipe_group")
-        if options.get("pipe_target"):
-            self._end(broker, options["pipe_target"]["options"], failed_group)
-        elif not following:
-            for membership in _memberships(options):
-                self._count(broker, membership, False, failed_group)
-        elif following["successor"] is not None:
-            self._end(broker, following["successor"]["options"], failed_group)
-        else:
-            for first, *_others in following["chains"]:
-                self._end(broker, first["options"], failed_group)
+    def _end(
+        self, broker: Broker, message_id: str, options: dict[str, Any], failed_group: str | None = None
+    ) -> None:
+        """Count what ended without success: a member, and those after a step or group that failed."""
+        for membership in _memberships(options):
+            self._count(broker, membership, message_id, False, failed_group)
+        following = []
+        if target := options.get("pipe_target"):
+            following = [target]
+        elif group_data := options.get("pipe_group"):
+            successor = group_data["successor"]
+            following = [chain[0] for chain in group_data["chains"]] if successor is None else [successor]
+        for data in following:
+            self._end(broker, data["message_id"], data["options"], failed_group)
 
     def _count(
-        self, broker: Any, membership: dict[str, Any], succeeded: bool, failed_group: str | None = None
-    ) -> None:
+        self, broker: Any, membership: dict[str, Any], message_id: str, succeeded: bool,
+        failed_group: str | None = None,
+    ) -> None:  # fmt: skip
         """Count a member; where a group inside is given, only if that ended without success."""
         uuid = membership["group_completion_uuid"]
-        values = int(succeeded), None if succeeded else broker.clock.time_ms(), uuid
+        values = message_id, None if succeeded else broker.clock.time_ms(), uuid
         if failed_group is None:
             broker._write(_COUNT_MEMBER, values)
         else:
             broker._write(_COUNT_MEMBER_AFTER_GROUP, (*values, failed_group))
         for data in membership["group_completion_callbacks"]:
             if succeeded:
-                broker._write_after_group(Message(**data), uuid, "unsuccessful")
+                broker._write_after_group(Message(**data), uuid, _IS_COMPLETE)
             if "pipe_results" in data["options"]:  # The step after this group.
-                self._end(broker, data["options"], uuid)
+                self._end(broker, data["message_id"], data["options"], uuid)
         for data in membership.get("group_end_callbacks", ()):
-            broker._write_after_group(Message(**data), uuid, "unended")
+            broker._write_after_group(Message(**data), uuid, _IS_OVER)
+        broker._write(_NOTE_TOLD, (uuid,))
         broker._write(_END_GROUP, (uuid,))
 
 
@@ -6805,13 +6874,13 @@ class _EngineBroker(Broker):
             outcome.effects.append((_INSERT, row))
             outcome.wakes.append((0 if row[5] is None else row[5], self._engine.bit(row[2], row[3])))
 
-    def _write_after_group(self, message: Message[Any], uuid: str, left: str) -> None:
-        """Store a message if `left` of a group is 0 by then."""
+    def _write_after_group(self, message: Message[Any], uuid: str, condition: str) -> None:
+        """Store a message if a group fulfils an SQL condition by then."""
         delay = _delay_after_group(message)
         if delay is not None:
             message = self._delayed(message, delay)
         row = self._row(message, self._encode(message))
-        self._write(_INSERT_AFTER_GROUP.format(left), (*row, uuid))
+        self._write(_INSERT_AFTER_GROUP.format(condition), (*row, uuid))
         outcome = self._collecting.outcome
         if outcome is not None:
             outcome.wakes.append((row[5] or 0, self._engine.bit(row[2], row[3])))

@@ -653,6 +653,88 @@ def test_with_an_added_middleware_a_member_without_success_ends_once(broker, mem
     assert told == ["ended"]
 
 
+# Members that are sent once more
+
+
+def send_dead_letters_again(broker, letters):
+    for letter in letters:
+        broker.enqueue(letter.copy(options={"retries": 0}))
+
+
+def test_a_dead_member_that_is_sent_again_counts_once_whenever_it_succeeds(broker, member, tell, told):
+    fate = ["fail"]
+    fragile = dramalite.actor(lambda: member.fn(fate[0]), actor_name="fragile", max_retries=0)
+    members = group([fragile.message(), member.message_with_options(args=(1,), delay=HOUR)])
+    members.add_completion_callback(tell.message("done"))
+    members.add_completion_callback(tell.message("ended"), whatever=True)
+    with dramalite.simulate(broker) as sim:
+        members.run()
+        sim.advance(1000)
+        letters = list(broker.dead_letters)
+        fate[0] = 1
+        for _ in range(3):
+            send_dead_letters_again(broker, letters)
+            sim.advance(1000)
+        before = list(told)
+        sim.run_until_idle()
+
+    assert len(letters) == 1
+    assert before == []
+    assert sorted(told) == ["done", "ended"]
+
+
+def test_a_dead_member_that_fails_again_counts_no_second_time(broker, member, tell, told):
+    members = group([member.message("fail"), member.message_with_options(args=(1,), delay=HOUR)])
+    members.add_completion_callback(tell.message("ended"), whatever=True)
+    with dramalite.simulate(broker) as sim:
+        members.run()
+        sim.advance(1000)
+        send_dead_letters_again(broker, list(broker.dead_letters))
+        sim.advance(1000)
+        before = list(told)
+        sim.run_until_idle()
+
+    assert before == []
+    assert told == ["ended"]
+
+
+def test_a_dead_member_of_a_group_inside_completes_both_groups_once_it_succeeds(broker, member, tell, told):
+    fate = ["fail"]
+    fragile = dramalite.actor(lambda: member.fn(fate[0]), actor_name="fragile", max_retries=0)
+    inside = group([fragile.message(), member.message(2)]) | member.message("step")
+    members = group([member.message(1), inside])
+    members.add_completion_callback(tell.message("done"))
+    members.add_completion_callback(tell.message("ended"), whatever=True)
+    members.run()
+    run(broker)
+    before = list(told)
+    letters = list(broker.dead_letters)
+    fate[0] = 1
+    for _ in range(2):
+        send_dead_letters_again(broker, letters)
+        run(broker)
+
+    assert before == ["ended"]
+    assert told == ["ended", "done"]
+
+
+@pytest.mark.parametrize("end", [1, "fail"])
+def test_an_empty_group_at_the_end_of_a_pipeline_leaves_the_end_to_the_step_before(
+    broker, member, tell, told, end
+):
+    chain = pipeline([member.message("first"), member.message(end), group([], broker=broker)])
+    members = group([chain, member.message(2)])
+    members.add_completion_callback(tell.message("done"))
+    members.add_completion_callback(tell.message("ended"), whatever=True)
+    with dramalite.simulate(broker) as sim:
+        members.run()
+        sim.run_until_idle()
+        order = [event.actor for event in sim.events]
+
+    assert sorted(told) == (["ended"] if end == "fail" else ["done", "ended"])
+    assert order.index("tell") == 3
+
+
 # Groups as steps of pipelines
 
 
@@ -722,6 +804,50 @@ def test_members_need_not_store_their_results_for_the_next_step(broker, step):
     pipe = group([plain.message(1), plain.message(2)]) | step.message("end")
 
     assert result_after_running(broker, pipe) == ["end", [2, 4]]
+
+
+def test_a_member_is_not_told_of_all_the_others(make_file_broker, tmp_path):
+    broker = make_file_broker()
+    step = dramalite.actor(lambda *args: None, actor_name="step")
+
+    def size_of_a_member(count):
+        broker.flush("default")
+        (group([step.message(1) for _ in range(count)]) | step.message("end")).run()
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+            return connection.execute("SELECT max(length(body)) FROM dramalite_messages").fetchone()[0]
+
+    assert size_of_a_member(200) <= size_of_a_member(2) + 10
+
+
+def test_a_step_after_a_group_has_its_input_in_every_retry_and_as_a_dead_letter(broker, step):
+    seen = []
+
+    @dramalite.actor(max_retries=3)
+    def last(*args):
+        seen.append(args)
+        raise dramalite.Retry(delay=5 * 24 * HOUR)
+
+    with dramalite.simulate(broker) as sim:
+        (group([step.message(1), step.message(2)]) | last.message("end")).run()
+        sim.run_until_idle()
+        (letter,) = broker.dead_letters
+
+    assert seen == [("end", [[1], [2]])] * 4
+    assert letter.args == ("end", [[1], [2]])
+
+
+def test_what_a_step_after_a_group_was_told_of_its_members_goes_with_it(make_file_broker, worker, tmp_path):
+    broker = make_file_broker()
+    step = dramalite.actor(lambda *args: None, actor_name="step")
+    ignores = dramalite.actor(lambda *args: None, actor_name="ignores", pipe_ignore=True)
+    (group([step.message(1), step.message(2)]) | step.message()).run()
+    (group([step.message(1), step.message(2)]) | ignores.message()).run()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+        assert connection.execute("SELECT * FROM dramalite_groups").fetchall() == []
+        assert connection.execute("SELECT * FROM dramalite_members").fetchall() == []
 
 
 @pytest.mark.parametrize(("end", "kind"), [("fail", "ValueError"), ("strange", "TypeError")])

@@ -213,16 +213,30 @@ def test_a_newer_schema_is_refused_with_both_versions_and_not_touched(place):
     assert digest(place.db) == before
 
 
-def test_a_database_of_the_first_schema_is_brought_up_to_date_with_what_waits(place):
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_database_of_an_earlier_schema_is_brought_up_to_date_with_what_waits(place, version):
     make_queue(place, 3)
-    place.change("DROP TABLE dramalite_results")
-    place.change("CREATE TABLE dramalite_results (key TEXT PRIMARY KEY, value BLOB, expires_at INTEGER) WITHOUT ROWID")
-    place.change("UPDATE dramalite_meta SET value = 1 WHERE key = 'schema_version'")
+    [(mine,)] = place.query("SELECT value FROM dramalite_meta WHERE key = 'schema_version'")
+    tables = "SELECT name, sql FROM sqlite_master WHERE name LIKE 'dramalite_%' ORDER BY name"
+    new = {name: sql.split("(")[0] for name, sql in place.query(tables)}
+    place.change("DROP TABLE dramalite_members")
+    place.change("DROP TABLE dramalite_groups")
+    place.change(
+        "CREATE TABLE dramalite_groups (uuid TEXT PRIMARY KEY, unsuccessful INTEGER NOT NULL, "
+        "unended INTEGER NOT NULL, failed_at INTEGER) WITHOUT ROWID"
+    )
+    place.change("INSERT INTO dramalite_groups VALUES ('0192', 3, 2, NULL)")
+    if version == 1:
+        place.change("DROP TABLE dramalite_results")
+        place.change("CREATE TABLE dramalite_results (key TEXT PRIMARY KEY, value BLOB, expires_at INTEGER) WITHOUT ROWID")
+    place.change(f"UPDATE dramalite_meta SET value = {version} WHERE key = 'schema_version'")
     place.worker()
     place.drained()
 
-    assert place.query("SELECT value FROM dramalite_meta WHERE key = 'schema_version'") == [(2,)]
+    assert place.query("SELECT value FROM dramalite_meta WHERE key = 'schema_version'") == [(mine,)]
+    assert {name: sql.split("(")[0] for name, sql in place.query(tables)} == new
     assert place.query("SELECT message_id, key FROM dramalite_results") == []
+    assert place.query("SELECT unsuccessful, unended, told, sources FROM dramalite_groups") == [(3, 2, 0, None)]
     assert len(place.notes("ran")) == 3
     assert place.sound()
 

@@ -407,18 +407,18 @@ MUTANTS = [
     # Groups
     Mutant(
         "group-waits-for-one-more", "callbacks never come", "groups_once",
-        "._write(_CREATE_GROUP, (uuid, count, count))",
-        "._write(_CREATE_GROUP, (uuid, count + 1, count + 1))",
+        "._write(_CREATE_GROUP, (uuid, count, count, described))",
+        "._write(_CREATE_GROUP, (uuid, count + 1, count + 1, described))",
     ),
     Mutant(
         "group-waits-for-one-less", "callbacks come before the last member, and then never", "groups_once",
-        "._write(_CREATE_GROUP, (uuid, count, count))",
-        "._write(_CREATE_GROUP, (uuid, count - 1, count - 1))",
+        "._write(_CREATE_GROUP, (uuid, count, count, described))",
+        "._write(_CREATE_GROUP, (uuid, count - 1, count - 1, described))",
     ),
     Mutant(
         "callback-of-each-member", "callbacks do not wait for the other members", "groups_once",
-        "WHERE EXISTS (SELECT 1 FROM dramalite_groups WHERE uuid = ? AND {} = 0)",
-        "WHERE EXISTS (SELECT 1 FROM dramalite_groups WHERE uuid = ? AND {} >= 0)",
+        "WHERE EXISTS (SELECT 1 FROM dramalite_groups WHERE uuid = ? AND {})",
+        "WHERE EXISTS (SELECT 1 FROM dramalite_groups WHERE uuid = ? AND ({} OR unended >= 0))",
     ),
     Mutant(
         "outer-groups-forgotten", "a member counts for the innermost group only", "groups_once",
@@ -428,13 +428,13 @@ MUTANTS = [
     Mutant(
         "dead-members-not-counted", "a group with a dead member never ends", "groups_once",
         "    def after_nack(self, broker: Broker, message: MessageProxy) -> None:\n"
-        "        self._end(broker, message.options)\n",
+        "        self._end(broker, message.message_id, message.options)\n",
         "",
     ),
     Mutant(
         "skipped-members-not-counted", "a group with a skipped member never ends", "groups_once",
-        "        if not message.failed:\n            self._end(broker, message.options)\n",
-        "        if message.failed:\n            self._end(broker, message.options)\n",
+        "        if not message.failed:\n            self._end(broker, message.message_id, message.options)\n",
+        "        if message.failed:\n            self._end(broker, message.message_id, message.options)\n",
     ),
     Mutant(
         "failed-members-counted-as-successes", "a group with failures succeeds", "groups_once",
