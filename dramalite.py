@@ -2425,12 +2425,11 @@ class group:  # noqa: N801  (Dramatiq's name)
         self._check()
         counter, successor = self._counter(), self.successor
         callbacks = list(self.completion_callbacks)
-        children, sources = self.children, None
+        children, sources = self._told_to_store(), None
         uuid = _new_message_id(self.broker.clock.time_ms(), self.broker._entropy())
         if successor is not None:
-            last = [chain[-1] for chain in self._chains()]  # What can't be waited for is refused first.
+            last = [_chain(child)[-1] for child in children]
             sources = [[message.queue_name, message.actor_name, message.message_id] for message in last]
-            children = [_storing_results(child) for child in children]
             callbacks.append(successor.copy(options={"pipe_results": uuid}).asdict())
         count = sum(map(_count_members, children))
         membership = {"group_completion_uuid": uuid, "group_completion_callbacks": callbacks}
@@ -2445,24 +2444,30 @@ class group:  # noqa: N801  (Dramatiq's name)
                 self.broker.enqueue(message, delay=_delay_after_group(message))
         return children
 
-    def _chains(self) -> list[list[Message[Any]]]:
-        """The messages of each child of a step; TypeError where it is more than a pipeline of them."""
-        chains: list[list[Any]] = []
+    def _told_to_store(self) -> list[Any]:
+        """The children; before a step, copies that keep their results for it.
+
+        Raises TypeError where one is more than a pipeline of messages, which can't be waited for.
+        """
+        if self.successor is None:
+            return self.children
+        return [_storing_results(child) for child in self._checked_children()]
+
+    def _checked_children(self) -> list[Any]:
         for child in self.children:
-            chains.append(child.messages if isinstance(child, pipeline) else [child])
-            if not chains[-1] or not all(isinstance(step, Message) for step in chains[-1]):
+            if not _chain(child) or not all(isinstance(step, Message) for step in _chain(child)):
                 raise TypeError(
                     f"{child} can't be in a group that is a step of a pipeline; give messages, or "
                     f"pipelines of messages."
                 )
-        return chains
+        return self.children
 
     def describe(self) -> dict[str, Any]:
         """This group as data for the step before it; see restore()."""
-        chains = self._chains()
+        self._checked_children()
         successor = self.successor
         return {
-            "chains": [[step.asdict() for step in chain] for chain in chains],
+            "chains": [[step.asdict() for step in _chain(child)] for child in self._told_to_store()],
             "completion_callbacks": self.completion_callbacks,
             "end_callbacks": self.end_callbacks,
             "successor": None if successor is None else successor.asdict(),
@@ -2536,6 +2541,11 @@ def _count_members(child: Any) -> int:
     if isinstance(child, pipeline):
         return _count_members(child.messages[_last_member(child.messages)]) if child.messages else 0
     return sum(map(_count_members, child.children))
+
+
+def _chain(child: Any) -> list[Any]:
+    """The messages of a child of a group that is a step."""
+    return child.messages if isinstance(child, pipeline) else [child]
 
 
 #: Milliseconds that results are kept for the step that waits for a group: 7 days.
@@ -4910,18 +4920,19 @@ class _Engine(_SenderDatabase):
         """Tell whether messages of a queue wait, are delayed or run."""
         return bool(self._read(_IS_BUSY, {"queue": queue})[0][0])
 
-    def has_message(self, message_id: str, sent_ms: int) -> bool:
-        """Tell whether a message that was sent after a time (ms since 1970) is still to be run.
+    def body_with(self, message_id: str, sent_ms: int) -> bytes | None:
+        """The stored message that is still to be run, or holds the one that is as a later step; None if none.
 
-        That may be as a later step of a pipeline: the first one's body holds it.  The time spares
-        most looks the whole table; a retry after the clock was set back stands before it.
+        One that was sent after a time (ms since 1970) is found without a look at the whole table.
         """
-        since = sent_ms * 1000
-        by_id = "SELECT 1 FROM dramalite_messages WHERE id >= ? AND message_id = ? LIMIT 1"
-        in_body = "SELECT 1 FROM dramalite_messages WHERE id >= ? AND instr(body, ?) LIMIT 1"
-        text = message_id.encode("utf-8", "replace")
-        looks = ((by_id, since, message_id), (in_body, since, text), (by_id, 0, message_id))
-        return any(self._read(sql, values) for sql, *values in looks)
+        texts = {message_id.encode("utf-8", "replace"), json.dumps(message_id)[1:-1].encode()}
+        conditions = [("message_id = ?", message_id), *(("instr(body, ?)", text) for text in texts)]
+        for since in (sent_ms * 1000, 0):  # The clock may have been set back meanwhile.
+            for condition, value in conditions:
+                sql = f"SELECT body FROM dramalite_messages WHERE id >= ? AND {condition} LIMIT 1"
+                if rows := self._read(sql, (since, value)):
+                    return cast(bytes, rows[0][0])
+        return None
 
     def bodies(self) -> list[bytes]:
         """The messages that wait or run, in their order, then those that are delayed."""
@@ -5212,17 +5223,15 @@ class SQLiteResultBackend(ResultBackend):
         broker = self.broker
         if getattr(message, "_broker", None) not in (None, broker):
             return None  # It is elsewhere; only its result is to come here.
+        sent_ms = _time_of_message_id(message.message_id) - _CLOCK_SLACK_MS
+        body = broker._engine.body_with(message.message_id, sent_ms)
         actor = broker.actors.get(message.actor_name)
         if actor is not None:
-            stores = any(
-                bool({**actor.options, **message.options}.get("store_results", item.store_results))
-                for item in broker.middleware
-                if isinstance(item, Results)
-            )
-            if not stores:
+            stored = {} if body is None else _stored_options(body, message.message_id)
+            options = {**actor.options, **message.options, **stored}
+            if not any(item.concerns(options) for item in broker.middleware if isinstance(item, Results)):
                 return "its actor stores none; give the actor store_results=True."
-        sent_ms = _time_of_message_id(message.message_id) - _CLOCK_SLACK_MS
-        if broker._engine.has_message(message.message_id, sent_ms):
+        if body is not None:
             return None
         death = broker._engine.cause_of_death(message.message_id)
         if death is not None:
@@ -5232,6 +5241,23 @@ class SQLiteResultBackend(ResultBackend):
             "an earlier step of its pipeline failed, it was dropped from its queue, or it was "
             "never sent here."
         )
+
+
+def _stored_options(body: bytes, message_id: str) -> dict[str, Any]:
+    """The options of a message where it stands in a stored one: as that itself, or as a later step."""
+    try:
+        left: list[Any] = [Message.decode(body).asdict()]
+    except DecodeError:
+        return {}
+    while left:
+        data = left.pop()
+        if isinstance(data, dict):
+            if data.get("message_id") == message_id and isinstance(data.get("options"), dict):
+                return cast("dict[str, Any]", data["options"])
+            left += data.values()
+        elif isinstance(data, (list, tuple)):
+            left += data
+    return {}
 
 
 class StubResultBackend(SQLiteResultBackend):

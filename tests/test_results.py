@@ -432,6 +432,61 @@ def test_waiting_ends_where_nobody_here_knows_the_actor(stub_broker, worker):
     assert type(raises_at_once(sent.get_result)) is ResultUnavailable
 
 
+def times_out(get_result):
+    """Whether a wait, of a moment, ends for no better reason than that."""
+    with pytest.raises(dramalite.ResultTimeout) as raised:
+        get_result(block=True, timeout=1)
+    return type(raised.value) is dramalite.ResultTimeout
+
+
+def test_waiting_by_the_id_alone_heeds_what_the_message_itself_says_of_storing(broker):
+    work = dramalite.actor(lambda: 42, actor_name="work")
+    sent = work.send_with_options(store_results=True)
+    by_id = work.message().copy(message_id=sent.message_id)
+
+    assert times_out(by_id.get_result)
+    broker.drain()
+    assert by_id.get_result() == 42
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_waiting_goes_on_for_members_of_a_step_whose_actor_stores_none(broker, is_first):
+    work = dramalite.actor(lambda *args: 42, actor_name="work")
+    members = dramalite.group([work.message(), work.message()])
+    steps = [members, storing_step()] if is_first else [work.message(), members, storing_step()]
+    dramalite.pipeline(steps).run()
+
+    assert times_out(lambda **options: list(members.get_results(**options)))
+    broker.drain()
+    assert list(members.get_results()) == [42, 42]
+
+
+def storing_step():
+    return dramalite.actor(lambda *args: "end", actor_name="step", store_results=True).message()
+
+
+def test_waiting_goes_on_for_a_later_step_though_the_clock_was_set_back_before_it_was_sent(make_broker, clock):
+    broker = make_broker(clock=clock)
+    work = storing(lambda *args: 42)
+    pipe = work.message() | work.message()
+    clock.advance(-3_600_000)
+    pipe.run()
+
+    assert times_out(pipe.get_result)
+    broker.drain()
+    assert pipe.get_result() == 42
+
+
+def test_waiting_goes_on_for_a_later_step_whose_id_is_written_otherwise_in_json(broker):
+    work = storing(lambda *args: 42)
+    pipe = work.message() | work.message().copy(message_id='job-"ü"')
+    pipe.run()
+
+    assert times_out(pipe.get_result)
+    broker.drain()
+    assert pipe.get_result() == 42
+
+
 def test_waiting_goes_on_while_a_message_is_delayed_or_to_be_retried(make_broker, clock):
     broker = make_broker(clock=clock)
     delayed = storing(lambda: 42).send_with_options(delay=60_000)
