@@ -5669,12 +5669,12 @@ class TimeLimitExceeded(Interrupt):
 class TimeLimit(Middleware):
     """Raises TimeLimitExceeded in actors that run longer than time_limit (10 minutes).
 
-    The exception is raised at the actor's next bytecode: a blocking C call (a sleep, a socket,
-    a query) delays it until the call returns.  `interval` is the longest time in milliseconds
-    between two looks at the deadlines.
+    The limit is in milliseconds or a timedelta; None or math.inf is none.  The exception is raised
+    at the actor's next bytecode: a blocking C call (a sleep, a socket, a query) delays it until the
+    call returns.  `interval` is the longest time in milliseconds between two looks at the deadlines.
     """
 
-    def __init__(self, *, time_limit: int | timedelta = 600_000, interval: int = 1000) -> None:
+    def __init__(self, *, time_limit: float | timedelta | None = 600_000, interval: int = 1000) -> None:
         self.logger = get_logger("dramalite.middleware.time_limit", type(self))
         self.time_limit = None if time_limit is None else _check_time_limit(time_limit, "time_limit")
         self.interval_s = interval / 1000
