@@ -2872,7 +2872,7 @@ class _Slot:
         self._words[self._base + _PORT] = self.bell.port
         self._words[self._base + _PID] = os.getpid()
         self._words[self._base + _WAKE_AT] = 0
-        self._words[self._base + _RUNNING] = 0 if tracked else -1
+        self._words[self._base + _RUNNING] = 0 if tracked else -1  # It does not tell what it runs.
         self.serve(serves)
         self._words[self._base + _OWNER] = self.owner  # The last, since it makes the rest valid.
 
@@ -4608,7 +4608,7 @@ class _SenderDatabase(_ValueDatabase):
 
 
 def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
-    """Of rows for the same queue, actor and eta-or-not, one each: a ring each is enough."""
+    """Of rows for the same queue, actor and eta, one each: a ring each is enough."""
     return {(row[2], row[3], row[5]): row for row in reversed(rows)}.values()
 
 
