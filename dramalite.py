@@ -9128,10 +9128,9 @@ class _Takeover:
     ) -> None:
         from random import Random
 
-        self.has_own_engine = engine is not None
         self._broker = broker
         self._clock = clock
-        self._engine = engine  # In place of the broker's own.
+        self.engine = engine  # In place of the broker's own.
         self._jitter = Random(f"jitter {seed}")
         self._ids = Random(f"ids {seed}")
         self._has_past = False  # There is something, perhaps of a simulation with the same seed:
@@ -9142,19 +9141,19 @@ class _Takeover:
         broker = self._broker
         if broker._is_simulated:
             raise RuntimeError("This broker is worked on already, by a simulation.")
-        if self._engine is None:
+        if self.engine is None:
             self._taken = broker._engine.message_ids()
             self._has_past = bool(self._taken) or broker._engine.has_values()
         self._saved = broker.clock, broker.random, broker._entropy, broker._engine, broker._buried
         broker.clock, broker.random, broker._entropy = self._clock, self._jitter, self._new_entropy
-        if self._engine is not None:
-            broker._engine, broker._buried = self._engine, collections.defaultdict(list)
+        if self.engine is not None:
+            broker._engine, broker._buried = self.engine, collections.defaultdict(list)
         broker._is_simulated = True
 
     def end(self) -> None:
         """Give the broker back as it was."""
-        if self._engine is not None:
-            self._engine.close()
+        if self.engine is not None:
+            self.engine.close()
         broker = self._broker
         broker.clock, broker.random, broker._entropy, broker._engine, broker._buried = self._saved
         broker._is_simulated = False
@@ -9335,7 +9334,7 @@ class Simulation:
 
     def pending(self) -> list[Message[Any]]:
         """What is not finished, in its order: what waits or runs, then what is delayed."""
-        if self._takeover.has_own_engine:
+        if self._takeover.engine is not None:
             self._check_begun()
         return self.broker.pending()
 
