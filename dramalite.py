@@ -697,15 +697,15 @@ class JSONEncoder(Encoder):
         keys that are no strings, NaN, infinities, lone surrogates, nesting over 100.
         """
         try:
-            if _is_plain(data):
-                text = _to_json(data)
-                if "\\ud" not in text:
-                    return text.encode("ascii")
+            try:
+                if _is_plain(data):
+                    text = _to_json(data)
+                    if "\\ud" not in text:
+                        return text.encode("ascii")
+            except ValueError:  # A number; it is found below.
+                pass
             _explain_refusal(data, "", 0)
             return _to_json(data).encode("ascii")
-        except ValueError:
-            _explain_refusal(data, "", 0)
-            raise
         except RecursionError:
             raise ValueError(
                 f"The data nests deeper than {_MAX_DEPTH} levels, or is a pipeline of more steps than Python "
