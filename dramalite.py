@@ -654,7 +654,7 @@ def _is_plain(data: Any) -> bool:
 
 def _explain_refusal(value: Any, place: str, depth: int) -> None:
     """Raise the TypeError or ValueError that says what in `value` JSON can't keep, and where."""
-    if depth > _MAX_DEPTH:
+    if depth > _MAX_DEPTH and isinstance(value, (dict, list, tuple)):
         raise ValueError(f"{place[:60]}... nests deeper than {_MAX_DEPTH} levels; flatten it.")
     if isinstance(value, dict):
         below = 1 if _is_message_data(value) else depth + 1

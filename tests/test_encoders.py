@@ -1,5 +1,6 @@
 """Encoders: the wire format to the byte, what a reader tolerates, encoders of one's own."""
 
+import functools
 import json
 import math
 import threading
@@ -101,6 +102,23 @@ def test_a_float_keeps_its_shortest_form():
 def test_what_json_cannot_hold_is_a_type_error(value):
     with pytest.raises(TypeError):
         dramalite.JSONEncoder().encode({"a": value})
+
+
+@pytest.mark.parametrize("leaf", [1, "plain", "한국", "😀"])
+def test_how_deep_a_value_may_nest_does_not_depend_on_its_letters(leaf):
+    deepest = functools.reduce(lambda inner, _: [inner], range(101), leaf)
+    encoder = dramalite.JSONEncoder()
+
+    assert encoder.decode(encoder.encode(deepest)) == deepest
+    with pytest.raises(ValueError, match="deeper"):
+        encoder.encode([deepest])
+
+
+def test_what_is_refused_is_refused_by_one_error():
+    with pytest.raises(ValueError, match="surrogate") as raised:
+        dramalite.JSONEncoder().encode("\ud800")
+
+    assert raised.value.__context__ is None
 
 
 def test_keys_may_come_in_any_order_and_with_spaces():
