@@ -5185,9 +5185,9 @@ class _ResultSearch:
 
 def _checked_broker(broker: Any) -> _EngineBroker:
     """The broker whose database keeps results or limits; TypeError if it has none."""
-    if not hasattr(broker, "_engine"):
+    if not isinstance(broker, _EngineBroker):
         raise TypeError(f"{broker!r} keeps no results or limits; give a broker of dramalite.")
-    return cast("_EngineBroker", broker)
+    return broker
 
 
 class SQLiteResultBackend(ResultBackend):
