@@ -366,6 +366,8 @@ class RateLimitExceeded(DramaliteError):
 class Retry(DramaliteError):
     """Raised by an actor to be run again, after `delay` milliseconds if given."""
 
+    delay: int | None = None  # Also of a subclass that makes itself otherwise.
+
     def __init__(self, message: str = "", delay: int | timedelta | None = None) -> None:
         super().__init__(message)
         self.delay = None if delay is None else _milliseconds(delay, "delay")
@@ -732,8 +734,8 @@ class PickleEncoder(Encoder):
 
         try:
             return pickle.dumps(data)
-        except (pickle.PicklingError, AttributeError) as error:
-            raise TypeError(str(error)) from error
+        except Exception as error:  # Pickling runs foreign code and may raise anything.
+            raise TypeError(f"It can't be pickled: {_error_text(error)}") from error
 
     def decode(self, data: bytes) -> Any:
         """Return the unpickled data; raise DecodeError if pickle can't."""
@@ -2568,11 +2570,11 @@ def _delay_after_group(message: Message[Any]) -> int | None:
 def _has_result(child: Message[Any] | pipeline | group, broker: Broker) -> bool:
     if not isinstance(child, Message):
         return child.completed
-    try:
-        child.get_result(backend=broker.get_results_backend())
-    except ResultMissing:
-        return False
-    return True
+    backend = broker.get_results_backend()
+    value = backend._get(backend._key(child))  # Whether one may still come takes long to find out.
+    if value is not Missing:
+        backend.unwrap_result(value)
+    return value is not Missing
 
 
 def _results_in_order(
@@ -2685,6 +2687,9 @@ _FOREVER = 1 << 62
 #: What a slot serves that belongs to no worker but to those that wait for outcomes.
 _WATCHING = 1 << 62
 
+#: Slots that processes which wait for results leave to workers; they look by themselves then.
+_KEPT_FOR_WORKERS = 32
+
 
 class _Slots:
     """The workers of a database in memory."""
@@ -2709,8 +2714,9 @@ class _Slots:
             base = index * _SLOT_WORDS
             return self.words[base + _OWNER] != 0, self.words[base + _RUNNING] >= 0
 
+        end = _SLOTS if serves != _WATCHING else _SLOTS - _KEPT_FOR_WORKERS
         with self.guard, self.lock:
-            for index in sorted(range(1, _SLOTS), key=worth):
+            for index in sorted(range(1, end), key=worth):
                 if self.hold(index):
                     break
             else:
@@ -4315,7 +4321,7 @@ class _WatchedDatabase(_Database):
         loop = asyncio.get_running_loop()
         nap = 2e-3
         with self._watching(is_announced=True) as must_listen:
-            if must_listen:
+            if must_listen:  # It may be cancelled before that begins.
                 await asyncio.to_thread(self._start_listening)
             while True:
                 event = asyncio.Event()
@@ -4344,8 +4350,6 @@ class _WatchedDatabase(_Database):
         with self.changed:
             self._watchers += 1
             must_listen = is_announced and self.path is not None and not self._is_listening
-            if must_listen:
-                self._is_listening = True
         try:
             yield must_listen
         finally:
@@ -4353,6 +4357,10 @@ class _WatchedDatabase(_Database):
                 self._watchers -= 1
 
     def _start_listening(self) -> None:
+        with self.changed:
+            if self._is_listening:
+                return
+            self._is_listening = True
         slot = None
         try:
             slot = self.take_slot(_WATCHING, tracked=False)
@@ -6211,7 +6219,7 @@ class Retries(Middleware):
         if isinstance(exception, Shutdown):  # Not the message's fault: no retry is counted.
             broker.enqueue(cast(Any, message))
             return
-        attempt = max(0, message.options.get("retries", 0))
+        attempt = max(0, message.options.get("retries") or 0)
         message.options["retries"] = attempt + 1
         message.options["traceback"] = _traceback_text(exception)
         message.options["requeue_timestamp"] = broker.clock.time_ms()
@@ -6530,8 +6538,8 @@ _SIZE_SLACK = 1 << 18
 
 
 def _stand_in(queue: str, actor: str, message_id: str, time_ms: int, reason: str) -> Message[Any]:
-    """A message in place of bytes that are none."""
-    return Message(queue, actor, (), {}, {"traceback": reason}, message_id, time_ms)
+    """A message in place of bytes that are none; it can't be sent again."""
+    return Message(queue, actor, (), {}, {"traceback": reason, "is_damaged": True}, message_id, time_ms)
 
 
 def _targets(pairs: Iterable[tuple[str, str]]) -> str:
@@ -6808,6 +6816,11 @@ class _EngineBroker(Broker):
             message = message._message
         if not isinstance(message, Message):
             raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
+        if "is_damaged" in message.options:
+            raise ValueError(
+                f"Message {message.message_id} for actor {message.actor_name!r} stands for bytes that can't be "
+                f"decoded: what its arguments were is not known, so it can't be sent again."
+            )
         if delay is not None:
             message = self._delayed(message, delay)
         self._check_queue(message.queue_name)
@@ -6985,7 +6998,10 @@ class _EngineBroker(Broker):
         name = getattr(actor, "actor_name", actor)
         wait = None if delay is None else _milliseconds(delay, "delay")
         pending = self.pending()
-        wanted = {"args": args and tuple(_as_stored(list(args))), "kwargs": kwargs and _as_stored(kwargs)}
+        wanted = {
+            "args": None if args is None else tuple(_as_stored(list(args))),
+            "kwargs": None if kwargs is None else _as_stored(dict(kwargs)),
+        }
         options = _as_stored(_check_options(options, name))
         found = [
             message
@@ -6997,10 +7013,14 @@ class _EngineBroker(Broker):
         ]
         if bool(found) if times is None else len(found) == times:
             return found
+        asked = {**{k: v for k, v in wanted.items() if v is not None}, **options}
+        if wait is not None:
+            asked["delay"] = wait
+        like = "".join(f", {k}={v!r}" for k, v in asked.items())
         there = "".join(f"\n    {message} {message.options}" for message in pending[:20])
         raise AssertionError(
-            f"{len(found)} messages for {name!r} are as asked for, not {'one or more' if times is None else times}. "
-            f"Of {len(pending)} there are:{there or ' none.'}"
+            f"There should be {'a message' if times is None else f'{times} messages'} pending like {name!r}{like}; "
+            f"{len(found)} of {len(pending)} are:{there or ' none is pending.'}"
         )
 
     def flush(self, queue_name: str) -> None:

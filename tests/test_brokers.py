@@ -1277,3 +1277,19 @@ def test_a_group_is_sent_through_a_brokers_own_enqueue():
 
     assert noted == [(1,), (2,)]
     assert [message.args for message in broker.pending()] == noted
+
+
+def test_a_dead_letter_whose_bytes_are_no_message_cannot_be_sent_again(make_file_broker, worker):
+    broker, ran = make_file_broker(), []
+    wipe = dramalite.actor(lambda path="/": ran.append(path), actor_name="wipe")
+    wipe.send("/tmp/one")
+    with contextlib.closing(sqlite3.connect(broker.path)) as connection, connection:
+        connection.execute("UPDATE dramalite_messages SET body = x'7b7d'")
+    worker(broker)
+    broker.join("default", timeout=PATIENCE, fail_fast=False)
+    (letter,) = broker.dead_letters
+
+    for message in (letter, letter.copy(options={"retries": 0})):
+        with pytest.raises(ValueError, match="can't be decoded"):
+            broker.enqueue(message)
+    assert ran == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import contextvars
 import functools
@@ -1086,6 +1087,36 @@ def test_a_loop_goes_on_that_awaits_a_result_while_another_program_writes(make_f
         sending.join(DEADLINE)
 
     assert held == [True]
+
+
+def test_a_wait_that_is_cancelled_before_it_began_leaves_the_listening_to_others(make_file_broker):
+    broker = make_file_broker()
+    sent = dramalite.actor(print, actor_name="work", store_results=True).send(1)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            loop.set_default_executor(pool)
+            go_on = threading.Event()
+            blocking = loop.run_in_executor(None, go_on.wait)
+            awaiting = asyncio.ensure_future(sent.get_result_async(timeout=PATIENCE))
+            await asyncio.sleep(0)
+            awaiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await awaiting
+            go_on.set()
+            await blocking
+
+    def listens():
+        return any(thread.name == "dramalite-listener" for thread in threading.enumerate())
+
+    asyncio.run(main())
+    waiting = threading.Thread(target=sent.get_result, kwargs={"block": True, "timeout": PATIENCE}, daemon=True)
+    waiting.start()
+    wait_until(listens)
+    broker.drain()
+    waiting.join(DEADLINE)
+    wait_until(lambda: not listens())
 
 
 def test_many_results_are_awaited_at_once_without_threads(broker, worker, gate):

@@ -346,6 +346,53 @@ def test_a_result_whose_time_cannot_be_stored_keeps_no_other_message_from_being_
     assert (before.get_result(), after.get_result()) == ("before", "after")
 
 
+class Unwilling:
+    """What can't be pickled, for a reason of its own."""
+
+    def __reduce__(self):
+        raise RuntimeError("not today")
+
+
+def test_what_cannot_be_pickled_for_whatever_reason_fails_the_job(make_broker, worker):
+    dramalite.set_encoder(dramalite.PickleEncoder())
+    broker = make_broker()
+    sent = storing(Unwilling, max_retries=0).send()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE, fail_fast=False)
+
+    with pytest.raises(dramalite.ResultFailure, match="not today"):
+        sent.get_result()
+    assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
+
+
+def test_those_who_wait_for_results_leave_slots_for_workers(make_file_broker, worker, clean_state):
+    def listeners():
+        return sum(thread.name == "dramalite-listener" for thread in threading.enumerate())
+
+    broker = make_file_broker()
+    work = storing(lambda number: number)
+    sent = [work.send(number) for number in range(130)]
+    results = []
+
+    def wait_in_a_process_of_its_own(message):
+        other = dramalite.SQLiteBroker(broker.path)
+        clean_state.callback(other.close)
+        found = message.copy().get_result(
+            backend=dramalite.SQLiteResultBackend(other), block=True, timeout=PATIENCE
+        )
+        results.append(found)
+
+    waiting = [threading.Thread(target=wait_in_a_process_of_its_own, args=[each], daemon=True) for each in sent]
+    for thread in waiting:
+        thread.start()
+    wait_until(lambda: listeners() > 90)
+    worker(broker)
+    for thread in waiting:
+        thread.join(DEADLINE)
+
+    assert sorted(results) == list(range(130))
+
+
 # No result will come
 
 

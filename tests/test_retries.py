@@ -618,6 +618,18 @@ def test_a_wanted_delay_is_not_capped(make_broker, clock, worker):
     assert trace.delays == [30 * DAY]
 
 
+def test_a_kind_of_retry_that_makes_itself_backs_off_as_usual(broker, worker, trace):
+    class Later(Retry):
+        def __init__(self):
+            """Without a word to Retry."""
+
+    job = Failing(times=1, error=Later())
+    run(broker, worker, job, min_backoff=4, max_backoff=100)
+
+    assert job.calls == 2
+    assert 4 <= trace.delays[0] <= 8
+
+
 def test_a_wanted_retry_without_delay_backs_off_as_usual(broker, worker, trace):
     job = Failing(times=1, error=Retry())
     run(broker, worker, job, min_backoff=4, max_backoff=100)

@@ -259,6 +259,8 @@ def test_a_message_that_was_sent_is_found_by_all_that_it_is(broker, note):
     assert broker.assert_sent("note", args=(1, 2)) == [sent]
     assert broker.assert_sent(note, args=[1, 2], kwargs={"key": "value"}, max_retries=7, times=1) == [sent]
     assert broker.assert_sent(note, args=(5,), times=0) == []
+    bare = note.send()
+    assert broker.assert_sent(note, args=[], kwargs={}) == [bare]
 
 
 def test_a_delayed_message_is_found_by_its_delay(broker, note):
@@ -307,8 +309,19 @@ def test_what_is_asked_for_may_be_given_as_it_was_sent(broker, note, option):
 
 def test_a_message_that_was_not_to_be_sent_fails_with_how_many_were_wanted(broker, note):
     note.send(1)
-    with pytest.raises(AssertionError, match="1 messages for 'note' .* not 0"):
+    with pytest.raises(AssertionError, match="0 messages pending like 'note'; 1 of 1 are"):
         broker.assert_sent(note, times=0)
+
+
+def test_the_failure_says_what_was_asked_for_and_what_there_is(broker, note):
+    note.send(1, key="value")
+    with pytest.raises(AssertionError) as failed:
+        broker.assert_sent(note, args=(2,), delay=60_000, max_retries=3)
+
+    assert str(failed.value) == (
+        "There should be a message pending like 'note', args=(2,), max_retries=3, delay=60000; 0 of 1 are:"
+        "\n    note(1, key='value') {}"
+    )
 
 
 def test_nothing_sent_fails_as_well(broker, note):
