@@ -48,11 +48,22 @@ def outcomes():
 
 
 @pytest.fixture
-def limited(make_broker, outcomes):
-    """A broker whose time limits are checked often; no retries unless asked for."""
+def limited(make_broker, clock, outcomes):
+    """A broker whose time limits are checked often, by a clock that jobs move too; no retries unless asked for."""
     return make_broker(
-        middleware=[TimeLimit(interval=10), Retries(max_retries=0, min_backoff=1), outcomes]
+        clock=clock, middleware=[TimeLimit(interval=10), Retries(max_retries=0, min_backoff=0), outcomes]
     )
+
+
+@pytest.fixture
+def be_late(clock):
+    """What a job calls to exceed its limit of a minute here, and nowhere before."""
+
+    def be_late():
+        clock.advance(MINUTE)
+        busy()
+
+    return be_late
 
 
 def work_off(broker, worker):
@@ -78,50 +89,50 @@ def test_a_worker_inside_a_program_has_time_limits_with_the_default_middleware(b
 
 
 def test_a_job_within_its_limit_is_left_alone(limited, worker, log, outcomes):
-    dramalite.actor(lambda: log.append("done"), actor_name="work", time_limit=5000).send()
+    dramalite.actor(lambda: log.append("done"), actor_name="work", time_limit=MINUTE).send()
     work_off(limited, worker)
 
     assert log == ["done"]
     assert outcomes.exceptions == [None]
 
 
-def test_except_exception_does_not_swallow_the_interrupt(limited, worker, log, outcomes):
+def test_except_exception_does_not_swallow_the_interrupt(limited, worker, be_late, log, outcomes):
     def work():
         try:
-            busy()
+            be_late()
         except Exception:
             log.append("swallowed")
 
-    dramalite.actor(work, time_limit=30).send()
+    dramalite.actor(work, time_limit=MINUTE).send()
     work_off(limited, worker)
 
     assert log == []
     assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
 
 
-def test_a_job_may_clean_up_and_raise_again(limited, worker, log, outcomes):
+def test_a_job_may_clean_up_and_raise_again(limited, worker, be_late, log, outcomes):
     def work():
         try:
-            busy()
+            be_late()
         except TimeLimitExceeded:
             log.append("cleaned up")
             raise
 
-    dramalite.actor(work, time_limit=30).send()
+    dramalite.actor(work, time_limit=MINUTE).send()
     work_off(limited, worker)
 
     assert log == ["cleaned up"]
     assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
 
 
-def test_a_job_may_end_well_in_spite_of_the_interrupt(limited, worker, log, outcomes):
+def test_a_job_may_end_well_in_spite_of_the_interrupt(limited, worker, be_late, log, outcomes):
     def work():
         try:
-            busy()
+            be_late()
         except TimeLimitExceeded:
             log.append("saved what there was")
 
-    dramalite.actor(work, time_limit=30).send()
+    dramalite.actor(work, time_limit=MINUTE).send()
     work_off(limited, worker)
 
     assert log == ["saved what there was"]
@@ -129,17 +140,17 @@ def test_a_job_may_end_well_in_spite_of_the_interrupt(limited, worker, log, outc
     assert list(limited.dead_letters) == []
 
 
-def test_a_job_is_interrupted_once_only(limited, worker, log, outcomes):
+def test_a_job_is_interrupted_once_only(limited, worker, be_late, log, outcomes):
     def work():
         try:
-            busy()
+            be_late()
         except TimeLimitExceeded:
             never = threading.Event()
             for _ in range(20):
                 never.wait(0.005)
             log.append("went on undisturbed")
 
-    dramalite.actor(work, time_limit=20).send()
+    dramalite.actor(work, time_limit=MINUTE).send()
     work_off(limited, worker)
 
     assert log == ["went on undisturbed"]
@@ -158,15 +169,15 @@ def test_the_thread_lives_on_after_an_interrupt(limited, worker, log):
     assert len(set(log)) == 1
 
 
-def test_an_interrupted_job_is_retried(limited, worker, outcomes):
+def test_an_interrupted_job_is_retried(limited, worker, be_late, outcomes):
     attempts = []
 
     def work():
         attempts.append(1)
         if len(attempts) == 1:
-            busy()
+            be_late()
 
-    dramalite.actor(work, time_limit=30, max_retries=1).send()
+    dramalite.actor(work, time_limit=MINUTE, max_retries=1).send()
     work_off(limited, worker)
 
     assert len(attempts) == 2
@@ -246,10 +257,11 @@ def test_an_infinite_limit_is_no_limit(make_broker, worker, log):
     assert log == ["done"]
 
 
-def test_an_async_job_that_takes_too_long_is_cancelled(limited, worker, log, outcomes):
-    @dramalite.actor(time_limit=30)
+def test_an_async_job_that_takes_too_long_is_cancelled(limited, worker, clock, log, outcomes):
+    @dramalite.actor(time_limit=MINUTE)
     async def work():
         try:
+            clock.advance(MINUTE)
             await asyncio.sleep(DEADLINE)
         finally:
             await asyncio.sleep(0)
@@ -262,9 +274,12 @@ def test_an_async_job_that_takes_too_long_is_cancelled(limited, worker, log, out
     assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
 
 
-def test_limits_of_several_jobs_at_a_time_are_their_own(limited, worker, log):
+def test_limits_of_several_jobs_at_a_time_are_their_own(limited, worker, clock, log):
+    begun = threading.Barrier(4)
+
     def quick_limit():
         try:
+            begun.wait(DEADLINE)
             busy()
         except TimeLimitExceeded:
             log.append("interrupted")
@@ -272,13 +287,16 @@ def test_limits_of_several_jobs_at_a_time_are_their_own(limited, worker, log):
     release = threading.Event()
 
     def long_limit():
+        begun.wait(DEADLINE)
         release.wait(DEADLINE)
         log.append("undisturbed")
 
-    dramalite.actor(long_limit, time_limit=60_000).send()
-    dramalite.actor(quick_limit, time_limit=30).send()
-    dramalite.actor(quick_limit, actor_name="again", time_limit=30).send()
+    dramalite.actor(long_limit, time_limit=100 * MINUTE).send()
+    dramalite.actor(quick_limit, time_limit=MINUTE).send()
+    dramalite.actor(quick_limit, actor_name="again", time_limit=MINUTE).send()
     worker(limited, worker_threads=3)
+    begun.wait(DEADLINE)
+    clock.advance(MINUTE)
     wait_until(lambda: len(log) == 2)
     release.set()
     limited.join("default", timeout=PATIENCE)
@@ -389,7 +407,7 @@ def test_a_job_that_was_handed_back_at_a_stop_is_watched_no_more_when_it_has_end
     running.wait(DEADLINE)
     started.stop(timeout=0)
     go_on.set()
-    wait_until(lambda: set(threading.enumerate()) <= before, timeout=2)  # Who watches, ends when nobody is left.
+    wait_until(lambda: set(threading.enumerate()) <= before)  # Who watches, ends when nobody is left.
 
 
 def add_a_number(backend):
@@ -402,7 +420,9 @@ def enter_a_mutex(backend):
         busy()
 
 
-def have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplog, outcomes, call=add_a_number):
+def have_a_limit_strike_in_a_transaction(
+    make_broker, worker, monkeypatch, clock, caplog, outcomes, call=add_a_number
+):
     """Have the time limit of a job strike just when SQLite has begun a transaction for it; the broker."""
     connect, jobs = sqlite3.connect, []
 
@@ -411,7 +431,8 @@ def have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplo
             result = super().execute(statement, *values)
             if statement.startswith("BEGIN") and threading.get_ident() in jobs:
                 jobs.clear()
-                wait_until(lambda: "Time limit exceeded" in caplog.text, timeout=3)
+                clock.advance(MINUTE)
+                wait_until(lambda: "Time limit exceeded" in caplog.text)
             return result
 
     def work():
@@ -419,35 +440,35 @@ def have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplo
         call(backend)
 
     monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
-    broker = make_broker(middleware=[TimeLimit(interval=10), Retries(max_retries=0), outcomes])
+    broker = make_broker(clock=clock, middleware=[TimeLimit(interval=10), Retries(max_retries=0), outcomes])
     backend = dramalite.SQLiteRateLimiterBackend(broker)
-    dramalite.actor(work, time_limit=30).send()
+    dramalite.actor(work, time_limit=MINUTE).send()
     worker(broker)
     wait_until(lambda: outcomes.exceptions)
     return broker
 
 
-def test_a_limit_that_strikes_in_a_transaction_ends_the_job(make_broker, worker, monkeypatch, caplog, outcomes):
-    have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplog, outcomes)
+def test_a_limit_that_strikes_in_a_transaction_ends_the_job(make_broker, worker, monkeypatch, clock, caplog, outcomes):
+    have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, clock, caplog, outcomes)
 
     assert [type(exception) for exception in outcomes.exceptions] == [TimeLimitExceeded]
 
 
 def test_a_limit_that_strikes_in_a_transaction_leaves_the_worker_at_work(
-    make_broker, worker, monkeypatch, caplog, outcomes, log
+    make_broker, worker, monkeypatch, clock, caplog, outcomes, log
 ):
-    broker = have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplog, outcomes)
+    broker = have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, clock, caplog, outcomes)
     after = dramalite.actor(log.append, actor_name="after")
     threading.Thread(target=after.send, args=("after",), daemon=True).start()
-    wait_until(lambda: log, timeout=2)
+    wait_until(lambda: log)
 
     assert log == ["after"]
 
 
 def test_a_limit_that_strikes_in_a_transaction_locks_nobody_out(
-    make_file_broker, worker, monkeypatch, caplog, outcomes
+    make_file_broker, worker, monkeypatch, clock, caplog, outcomes
 ):
-    broker = have_a_limit_strike_in_a_transaction(make_file_broker, worker, monkeypatch, caplog, outcomes)
+    broker = have_a_limit_strike_in_a_transaction(make_file_broker, worker, monkeypatch, clock, caplog, outcomes)
     with contextlib.closing(sqlite3.connect(broker.path, timeout=1, isolation_level=None)) as connection:
         connection.execute("BEGIN IMMEDIATE")
         begun = connection.in_transaction
@@ -457,9 +478,9 @@ def test_a_limit_that_strikes_in_a_transaction_locks_nobody_out(
 
 
 def test_a_limit_that_strikes_while_a_limiter_is_acquired_leaves_no_place_taken(
-    make_broker, worker, monkeypatch, caplog, outcomes
+    make_broker, worker, monkeypatch, clock, caplog, outcomes
 ):
-    broker = have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, caplog, outcomes, enter_a_mutex)
+    broker = have_a_limit_strike_in_a_transaction(make_broker, worker, monkeypatch, clock, caplog, outcomes, enter_a_mutex)
     mutex = dramalite.ConcurrentRateLimiter(dramalite.SQLiteRateLimiterBackend(broker), "mutex", limit=1)
     with mutex.acquire(raise_on_failure=False) as acquired:
         pass
@@ -473,7 +494,7 @@ def test_a_job_that_is_nearly_always_in_the_engine_is_interrupted_too(limited, w
     backend = dramalite.SQLiteRateLimiterBackend(limited)
 
     def work():
-        end = time.monotonic() + 3
+        end = time.monotonic() + DEADLINE / 2
         while time.monotonic() < end:
             other.send() if does == "sends" else backend.add("key", 1, MINUTE)
 
@@ -495,14 +516,13 @@ def test_limits_hold_though_the_thread_that_watches_them_could_not_be_started_at
             raise RuntimeError("can't start new thread")
         start(thread)
 
-    def work(seconds):
-        never = threading.Event()
-        for _ in range(int(seconds * 200)):
-            never.wait(0.005)
+    def work(is_late):
+        if is_late:
+            busy()
 
     work = dramalite.actor(work, time_limit=30)
-    work.send(0)
-    work.send(1)
+    work.send(False)
+    work.send(True)
     monkeypatch.setattr("threading.Thread.start", start_or_refuse)
     work_off(limited, worker)
 
