@@ -1157,7 +1157,7 @@ def test_what_a_consumer_could_not_give_back_as_it_was_closed_is_run_by_a_worker
     with pytest.raises(dramalite.BrokerError, match="full"):
         consumer.close()
     worker(broker)
-    broker.join("default", timeout=3000)
+    broker.join("default", timeout=PATIENCE)
 
     assert done == [1]
 
@@ -1170,7 +1170,7 @@ def test_a_closed_consumer_claims_nothing(broker, worker):
     with pytest.raises(dramalite.ConnectionClosed):
         next(consumer)
     worker(broker)
-    broker.join("default", timeout=3000)
+    broker.join("default", timeout=PATIENCE)
 
     assert done == [1]
 

@@ -163,7 +163,7 @@ def test_threads_stay_free_for_other_work_while_all_places_for_coroutines_are_ta
     worker(broker, worker_threads=1, async_concurrency=2)
     wait_until(lambda: gate.inside == 2)
     note.send("done meanwhile")
-    wait_until(lambda: log, timeout=2)
+    wait_until(lambda: log)
 
     assert gate.inside == 2
 
@@ -704,7 +704,7 @@ def test_an_exception_that_is_false_ends_a_coroutine_too(broker, worker, outcome
 
     dramalite.actor(fail, max_retries=0).send()
     worker(broker)
-    broker.join("default", timeout=2000)
+    broker.join("default", timeout=PATIENCE)
 
     assert outcomes == [(None, Falsy)]
 
@@ -837,19 +837,19 @@ def stuck(make_stub_broker, worker, clock, gate, log):
 
 
 def test_a_coroutine_that_does_not_end_at_its_time_limit_is_failed(stuck):
-    stuck.broker.join("default", timeout=3000)
+    stuck.broker.join("default", timeout=PATIENCE)
 
     assert [letter.reason.partition(":")[0] for letter in stuck.broker.dead_letters] == ["TimeLimitExceeded"]
 
 
 def test_the_worker_tells_of_a_coroutine_that_does_not_end_at_its_time_limit(stuck, log):
-    wait_until(lambda: len(log) > 1, timeout=3)
+    wait_until(lambda: len(log) > 1)
 
     assert log == ["cancelled", "told that it is stuck"]
 
 
 def test_what_becomes_of_a_coroutine_after_it_was_failed_counts_no_more(stuck, gate, log):
-    wait_until(lambda: stuck.broker.dead_letters, timeout=3)
+    wait_until(lambda: stuck.broker.dead_letters)
     gate.is_open = True
     dramalite.actor(log.append, actor_name="note").send("after")
     stuck.broker.join("default", timeout=PATIENCE)
@@ -1297,7 +1297,7 @@ def test_its_error_is_forgotten_without_the_garbage_collector():
     try:
         with contextlib.suppress(Once):
             async_to_sync(fail)()
-        wait_until(lambda: errors[0]() is None, timeout=2)
+        wait_until(lambda: errors[0]() is None)
     finally:
         gc.enable()
 

@@ -535,7 +535,7 @@ def test_a_member_whose_group_cannot_be_counted_keeps_no_other_message_from_bein
     broker.enqueue(member.message().copy(options={"group_completion_uuid": uuid, "group_completion_callbacks": []}))
     tell.send("after")
     worker(broker)
-    broker.join("default", timeout=2000)
+    broker.join("default", timeout=PATIENCE)
 
     assert told == ["before", "after"]
 

@@ -273,7 +273,7 @@ def test_a_step_that_cannot_be_sent_on_ends_the_chain_visibly(broker, worker, st
     (step.message("a") | step.message("b").copy(options=options)).run()
     step.send("rest")
     worker(broker)
-    broker.join("default", timeout=2000)
+    broker.join("default", timeout=PATIENCE)
 
     assert log == [("a",), ("rest",)]
     assert [letter.args for letter in broker.dead_letters] == [("a",)]
@@ -284,7 +284,7 @@ def test_a_step_whose_id_cannot_be_stored_ends_the_chain_visibly(broker, worker,
     dramalite.pipeline([step.message("a"), step.message("b")._replace(message_id=message_id)]).run()
     step.send("rest")
     worker(broker)
-    broker.join("default", timeout=1000)
+    broker.join("default", timeout=PATIENCE)
 
     assert log == [("a",), ("rest",)]
     assert [letter.args for letter in broker.dead_letters] == [("a",)]

@@ -341,7 +341,7 @@ def test_a_result_whose_time_cannot_be_stored_keeps_no_other_message_from_being_
     broker.enqueue(work.message("strange").copy(options={"result_ttl": 10**30}))
     after = work.send("after")
     worker(broker)
-    broker.join("default", timeout=2000)
+    broker.join("default", timeout=PATIENCE)
 
     assert (before.get_result(), after.get_result()) == ("before", "after")
 
@@ -903,7 +903,7 @@ def test_a_result_that_will_never_come_is_told_with_the_reason_of_the_dead_lette
     work = dramalite.actor(print, actor_name="work", store_results=True, broker=broker)
     message = broker.enqueue(work.message().copy(actor_name="nobody"))
     worker(broker)
-    broker.join("default", timeout=5000)
+    broker.join("default", timeout=PATIENCE)
 
     with pytest.raises(ResultUnavailable, match="dead letter: ActorNotFound: nobody"):
-        message.get_result(block=True, timeout=5000)
+        message.get_result(block=True, timeout=PATIENCE)

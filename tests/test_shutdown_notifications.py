@@ -246,7 +246,7 @@ def test_a_job_that_begins_after_the_notification_is_notified_too(make_broker, w
     started = worker(broker)
     begun.wait(DEADLINE)
     stopping = in_thread(started.stop)
-    stopping.join(2)
+    stopping.join(DEADLINE)
     job.go_on.set()
     stopping.join(DEADLINE)
 

@@ -357,7 +357,7 @@ def test_a_worker_can_be_started_after_a_start_that_found_no_threads_left(broker
     with pytest.raises(RuntimeError, match="can't start new thread"):
         starting.start()
     with starting:
-        broker.join("default", timeout=2000)
+        broker.join("default", timeout=PATIENCE)
 
     assert done == [1]
 
@@ -390,7 +390,7 @@ def test_a_job_that_stops_its_worker_is_done_and_not_run_again(broker):
     wait_until(lambda: ran)
     workers[0].stop()
     with workers[1]:
-        broker.join("default", timeout=2000)
+        broker.join("default", timeout=PATIENCE)
 
     assert ran == [0]
 
@@ -481,7 +481,7 @@ def test_a_thread_that_outlives_the_stop_ends_though_the_broker_was_closed(make_
     started.stop(timeout=0)
     broker.close()
     go_on.set()
-    booted[0].join(1)
+    booted[0].join(DEADLINE)
 
     assert booted[0].is_alive() is False
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
@@ -523,7 +523,7 @@ def test_a_hook_that_wants_to_end_the_thread_it_is_told_of_does_not_keep_the_wor
     broker.add_middleware(type("Leaves", (dramalite.Middleware,), {hook: leave})())
     dramalite.actor(done.append, actor_name="work").send(1)
     worker(broker)
-    broker.join("default", timeout=2000)
+    broker.join("default", timeout=PATIENCE)
 
     assert done == [1]
 
@@ -750,7 +750,7 @@ def test_what_is_sent_while_one_worker_is_paused_is_run_by_another(broker, worke
     first = first_of_two_that_sleep(broker, worker)
     first.pause()
     work.send(1)
-    wait_until(lambda: done, timeout=2)
+    wait_until(lambda: done)
 
     assert done == [1]
 
@@ -764,7 +764,7 @@ def test_what_is_sent_while_one_worker_is_being_stopped_is_run_by_another(broker
         def before_worker_shutdown(self, broker, stopping):
             if stopping is first:
                 work.send()
-                done.append(ran.wait(2))
+                done.append(ran.wait(DEADLINE))
 
     broker.add_middleware(SendsLate())
     first = first_of_two_that_sleep(broker, worker)
@@ -807,7 +807,7 @@ def test_in_memory_a_message_that_is_sent_just_as_a_worker_stops_waiting_is_not_
     work = dramalite.actor(done.append, actor_name="work", broker=broker)
     worker(broker, worker_timeout=20)
     wait_until(lambda: sent)
-    wait_until(lambda: done, timeout=2)
+    wait_until(lambda: done)
 
     assert done == [1]
 
@@ -830,7 +830,7 @@ def test_an_outcome_survives_a_worker_that_had_no_memory_to_write_it(make_broker
     wait_until(lambda: failed)
     first.stop()
     worker(broker)
-    broker.join("default", timeout=2000)
+    broker.join("default", timeout=PATIENCE)
 
     assert ran == [0, 1, 2, 3]
 
@@ -861,11 +861,11 @@ def test_after_a_moments_trouble_what_is_done_and_what_is_held_need_not_wait_for
     first, _, *others = broker.enqueue_many([short.message(1), long.message(), short.message(2), short.message(3)])
     worker(broker)
     wait_until(lambda: failed)
-    result = first.get_result(block=True, timeout=4000)
+    result = first.get_result(block=True, timeout=PATIENCE)
     worker(broker)
 
     assert result == 1
-    assert [sent.get_result(block=True, timeout=4000) for sent in others] == [2, 3]
+    assert [sent.get_result(block=True, timeout=PATIENCE) for sent in others] == [2, 3]
     assert job.finished == []
 
 
@@ -893,7 +893,7 @@ def test_what_a_worker_held_is_run_though_ctrl_c_kept_pause_from_handing_it_back
         started.pause()
     job.go_on.set()
     started.resume()
-    broker.join("default", timeout=3000)
+    broker.join("default", timeout=PATIENCE)
 
     assert done == list(range(5))
 
@@ -917,7 +917,7 @@ def test_joining_a_worker_ends_when_what_it_held_went_back_to_the_queue(broker, 
     joining = in_thread(first.join)
     worker(broker)
     wait_until(lambda: len(done) == 20)
-    joining.join(4)
+    joining.join(DEADLINE)
 
     assert joining.is_alive() is False
 
@@ -1143,7 +1143,7 @@ def test_an_exception_is_forgotten_without_the_garbage_collector(broker, worker,
         dramalite.actor(function, actor_name="work", min_backoff=0).send()
         worker(broker)
         broker.join("default", timeout=PATIENCE)
-        wait_until(lambda: errors[0]() is None, timeout=2)
+        wait_until(lambda: errors[0]() is None)
     finally:
         logging.disable(logging.NOTSET)
         gc.enable()
@@ -1208,7 +1208,7 @@ def test_a_logged_failure_has_its_exception_for_handlers_that_want_it(broker, wo
 
     fail.send()
     worker(broker)
-    broker.join("default", timeout=2000)
+    broker.join("default", timeout=PATIENCE)
     [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
     text = logging.Formatter().format(record)
 
@@ -1327,7 +1327,7 @@ def test_what_waits_in_another_queue_for_an_actor_that_is_declared_later_is_run_
     wait_until(lambda: len(looks) > 5)  # Nothing is new any more.
     dramalite.actor(ran.set, actor_name="late", queue_name="new")
 
-    assert ran.wait(2) is True
+    assert ran.wait(DEADLINE) is True
 
 
 # Fencing: a worker that gave its message back has no more say in it
@@ -1366,7 +1366,7 @@ def test_a_job_that_may_not_run_twice_and_outlasts_the_stop_is_a_dead_letter(bro
     dramalite.actor(work, on_crash="fail").send()
     hand_over(broker, worker, job)
     worker(broker)
-    broker.join("default", timeout=2000)
+    broker.join("default", timeout=PATIENCE)
 
     assert runs == [1]
     assert ["still running" in letter.reason for letter in broker.dead_letters] == [True]
