@@ -133,7 +133,7 @@ def clock():
 def run_python(tmp_path):
     """A function that runs code in a fresh interpreter in the test's folder and returns what came of it."""
 
-    def run(code, *, timeout=30, **environment):
+    def run(code, *, timeout=120, **environment):
         inherited = {k: v for k, v in os.environ.items() if k != "DRAMALITE_DB"}
         return subprocess.run(
             [sys.executable, "-c", code],

@@ -57,6 +57,12 @@ class Gate:
 
 
 @pytest.fixture
+def patient(monkeypatch):
+    """Who cancels a coroutine gives it all the time it needs to clean up, on a slow machine too."""
+    monkeypatch.setattr("dramalite._CANCEL_GRACE_S", DEADLINE)
+
+
+@pytest.fixture
 def gate():
     """A Gate that is opened at the end of the test, whatever happens."""
     gate = Gate()
@@ -635,16 +641,16 @@ def test_the_loop_survives_coroutines_that_want_to_end_the_program(run_python):
         wait.send()
         worker = dramalite.Worker(broker, worker_threads=1)
         worker.start()
-        inside.wait(5)
+        inside.wait(20)
         leaving.send("exit")
         leaving.send("interrupt")
         pause = threading.Event()
-        for _ in range(1000):
+        for _ in range(4000):
             pause.wait(0.005)
             if len(broker.dead_letters) == 2:
                 break
         leave.set()
-        print(len(broker.dead_letters), ended.wait(5))
+        print(len(broker.dead_letters), ended.wait(20))
         worker.stop(timeout=20)
         """
     )
@@ -679,15 +685,15 @@ def test_what_a_coroutine_does_to_the_loop_ends_no_other_coroutine(run_python, c
         worker = dramalite.Worker(broker, worker_threads=2)
         worker.start()
         wait.send()
-        inside.wait(5)
+        inside.wait(20)
         culprit.send()
         pause = threading.Event()
-        for _ in range(400):
+        for _ in range(4000):
             pause.wait(0.005)
             if len(broker.pending()) == 1:
                 break
         leave_now.set()
-        print(ended.wait(2))
+        print(ended.wait(20))
         """
     )
 
@@ -808,7 +814,7 @@ def test_a_coroutine_within_its_time_limit_is_left_alone(limited, worker, log):
         await asyncio.sleep(0.02)
         log.append("done")
 
-    dramalite.actor(work, time_limit=5000).send()
+    dramalite.actor(work, time_limit=PATIENCE).send()
     work_off(limited, worker)
 
     assert log == ["done"]
@@ -858,7 +864,7 @@ def test_what_becomes_of_a_coroutine_after_it_was_failed_counts_no_more(stuck, g
     assert len(stuck.broker.dead_letters) == 1
 
 
-def test_a_time_limit_reaches_what_a_thread_runs_on_the_loop(limited, worker, log):
+def test_a_time_limit_reaches_what_a_thread_runs_on_the_loop(limited, worker, patient, log):
     async def inner():
         log.append("begun")
         try:
@@ -934,7 +940,7 @@ def test_a_coroutine_that_outlasts_the_stop_is_cancelled_and_runs_again(broker, 
     assert log == ["begun", "cancelled", "begun"]
 
 
-def test_a_coroutine_that_outlasts_the_stop_has_time_to_clean_up(broker, worker, log):
+def test_a_coroutine_that_outlasts_the_stop_has_time_to_clean_up(broker, worker, patient, log):
     async def work():
         log.append("begun")
         try:
@@ -1079,7 +1085,7 @@ def test_a_loop_goes_on_that_awaits_a_result_while_another_program_writes(make_f
         sending = threading.Thread(target=work.send, args=(2,), daemon=True)
         sending.start()  # It rightly waits.
         waiting.wait(DEADLINE)
-        until = threading.Timer(2, other.rollback)  # At the latest.
+        until = threading.Timer(DEADLINE / 2, other.rollback)  # At the latest.
         until.start()
         asyncio.run(main())
         until.cancel()
@@ -1151,7 +1157,7 @@ def test_awaiting_a_result_ends_with_its_timeout(broker):
         asyncio.run(sent.get_result_async(timeout=50))
 
     assert raised.value.message == sent
-    assert 0.045 <= time.monotonic() - before < 2
+    assert 0.045 <= time.monotonic() - before < DEADLINE
 
 
 def test_awaiting_the_result_of_a_failure_raises_it(broker, worker):
@@ -1170,7 +1176,7 @@ def test_awaiting_a_result_that_will_never_come_ends_at_once(broker):
     with pytest.raises(dramalite.ResultUnavailable):
         asyncio.run(message.get_result_async(timeout=60_000))
 
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < DEADLINE  # Of a minute.
 
 
 def test_a_result_is_awaited_from_a_backend_that_is_given(broker, worker):
@@ -1228,7 +1234,7 @@ def test_a_send_is_no_error_though_a_loop_was_closed_that_awaited_a_result(run_p
 def test_a_worker_works_though_a_loop_was_closed_that_awaited_a_result(run_python):
     works = """
     dramalite.Worker(broker, worker_threads=1).start()
-    print(ran.wait(3), flush=True)
+    print(ran.wait(20), flush=True)
     os._exit(0)
     """
     done = run_python(textwrap.dedent(CLOSED_LOOP + works))
@@ -1356,7 +1362,7 @@ def test_a_coroutine_called_on_the_loop_itself_is_an_error_and_no_deadlock(run_p
         told = []
         thread = threading.Thread(target=lambda: told.append(dramalite.async_to_sync(outer)()), daemon=True)
         thread.start()
-        thread.join(10)
+        thread.join(20)
         print(told)
         """
     )
@@ -1381,8 +1387,7 @@ def test_a_forked_process_has_a_loop_of_its_own(run_python):
         if not child:
             os._exit(plain(21))
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), plain(2))
-        """,
-        timeout=10,
+        """
     )
 
     assert result.stdout == "42 4\n", result.stderr

@@ -222,7 +222,7 @@ def test_where_threads_cannot_be_interrupted_actors_run_past_their_limits(run_el
         logging.disable(logging.CRITICAL)
         work.send()
         with dramalite.Worker(broker, worker_threads=1):
-            broker.join("default", timeout=5000)
+            broker.join("default", timeout=20_000)
         print(len(broker.dead_letters))
         """
     )

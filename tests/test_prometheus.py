@@ -428,7 +428,7 @@ def test_a_stopped_worker_frees_the_port_soon_and_the_next_one_takes_it(served, 
     wait_until(lambda: ask(port))
 
     assert between == "free"
-    assert stopping_s < 3
+    assert stopping_s < DEADLINE / 2
 
 
 def test_a_port_that_is_taken_is_waited_for_while_work_goes_on(served, worker, port):

