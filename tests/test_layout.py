@@ -100,7 +100,7 @@ def functions():
 
 def python(*arguments, cwd, **options):
     command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=30, **options)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, **options)
 
 
 # It stands alone

@@ -506,5 +506,5 @@ def test_one_endpoint_sums_what_all_worker_processes_count(tmp_path, port):
         tree.signal(harness.signal.SIGTERM)
 
         assert len(pids) == 2
-        assert tree.wait(10) == 0, tree.tail()
+        assert tree.wait() == 0, tree.tail()
         assert ask(port) is None

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 import dramalite
 
+from helpers import DEADLINE
+
 START = datetime(2026, 1, 1, tzinfo=timezone.utc)
 
 
@@ -1328,8 +1330,14 @@ def test_a_loop_that_a_coroutine_stops_goes_on(broker):
     assert [event.result for event in sim.events] == ["done"]
 
 
+@pytest.fixture
+def patient(monkeypatch):
+    """Virtual time is kept from passing for as long as a real thread needs, on a slow machine too."""
+    monkeypatch.setattr("dramalite._REAL_WAIT_S", DEADLINE)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_coroutine_waits_for_a_thread_of_its_own_in_real_time(broker, threads):
+def test_a_coroutine_waits_for_a_thread_of_its_own_in_real_time(broker, patient, threads):
     @dramalite.actor(max_retries=0, store_results=True)
     async def work():
         loop = asyncio.get_running_loop()
@@ -1372,7 +1380,7 @@ def test_a_task_that_was_made_without_the_loop_is_cancelled_too(broker):
     assert ended == [1]
 
 
-def test_a_real_thread_may_take_real_time(broker):
+def test_a_real_thread_may_take_real_time(broker, patient):
     @dramalite.actor(max_retries=0)
     async def work():
         await asyncio.wait_for(asyncio.to_thread(time.sleep, 0.2), 60)
@@ -1384,7 +1392,7 @@ def test_a_real_thread_may_take_real_time(broker):
     assert (outcomes(sim), sim.now) == (["done"], START)
 
 
-def test_no_time_passes_while_a_real_thread_works(broker):
+def test_no_time_passes_while_a_real_thread_works(broker, patient):
     @dramalite.actor(store_results=True)
     async def threaded():
         beside = asyncio.create_task(asyncio.sleep(0.01))

@@ -32,6 +32,9 @@ ROOT = Path(__file__).resolve().parents[2]
 MODULE = ROOT / "dramalite.py"
 MARK = "DRAMALITE_TEST_TREE"
 
+#: Seconds after which a test that waits for something has failed.
+DEADLINE = 60.0
+
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
@@ -79,7 +82,7 @@ def noted(word):
         return sum(line.split()[:1] == [word] for line in journal)
 
 
-def until(condition, seconds=20.0):
+def until(condition, seconds=100.0):
     """Simulate work that ends when `condition` holds, or fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -113,7 +116,7 @@ COMMANDS = """
 """
 
 
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+def wait_until(condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> Any:
     """Return the first true value of `condition`; fail with `what` after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
@@ -168,7 +171,7 @@ class Tree:
         """SIGKILL for the whole tree at once, then for whatever was born meanwhile."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        wait_until(self._none_left, "the killed processes end", 10)
+        wait_until(self._none_left, "the killed processes end")
 
     def _none_left(self) -> bool:
         left = self.pids()
@@ -176,7 +179,7 @@ class Tree:
             kill(pid)
         return not left
 
-    def wait(self, seconds: float = 20.0) -> int:
+    def wait(self, seconds: float = DEADLINE) -> int:
         """The exit code of the root."""
         try:
             return self.process.wait(seconds)
@@ -275,7 +278,7 @@ class Place:
         path.write_text(textwrap.dedent(source), "utf-8")
         return self.start([sys.executable, str(path), *arguments], **extra)
 
-    def script(self, source: str, *arguments: str, seconds: float = 30.0, **extra: str) -> Tree:
+    def script(self, source: str, *arguments: str, seconds: float = DEADLINE, **extra: str) -> Tree:
         """Run Python code to its end, which must come in time and with exit code 0."""
         tree = self.start_script(source, *arguments, **extra)
         code = tree.wait(seconds)
@@ -287,7 +290,7 @@ class Place:
         tree = self.script(COMMANDS, json.dumps(commands))
         return [tuple(json.loads(line)) for line in tree.output().splitlines()]
 
-    def wait_until(self, condition: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
+    def wait_until(self, condition: Callable[[], Any], what: str, seconds: float = DEADLINE) -> Any:
         """wait_until(), with the logs and the journal in the failure."""
         try:
             return wait_until(condition, what, seconds)
@@ -333,7 +336,7 @@ class Place:
     def connect(self) -> sqlite3.Connection:
         """A connection that never creates the file."""
         address = f"file:{urllib.parse.quote(str(self.db))}?mode=rw"
-        return sqlite3.connect(address, uri=True, timeout=20)
+        return sqlite3.connect(address, uri=True, timeout=DEADLINE)
 
     def query(self, statement: str, *values: Any) -> list[tuple]:
         with contextlib.closing(self.connect()) as connection:
@@ -363,7 +366,7 @@ class Place:
     def sound(self) -> bool:
         return self.query("PRAGMA integrity_check") == [("ok",)]
 
-    def drained(self, seconds: float = 30.0) -> None:
+    def drained(self, seconds: float = DEADLINE) -> None:
         """Wait until no message is waiting, delayed or claimed."""
         self.wait_until(lambda: self.waiting() == 0, "all messages are finished", seconds)
 
@@ -377,7 +380,7 @@ class Place:
             broker.close()
         for tree in self.trees:
             tree.kill_all()
-            tree.process.wait(10)
+            tree.process.wait(DEADLINE)
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ from collections import Counter
 
 import dramalite
 import pytest
-from helpers import FakeClock, wait_until
+from helpers import DEADLINE, FakeClock, wait_until
 
 DAY = 24 * 3600 * 1000
 
@@ -54,7 +54,7 @@ def held(broker, ran):
     @dramalite.actor(max_retries=0, time_limit=60_000)
     def held():
         ran["held"] += 1
-        assert release.wait(20)
+        assert release.wait(DEADLINE)
         ran["held to its end"] += 1
 
     held.release = release
@@ -71,9 +71,9 @@ def test_what_is_sent_after_a_jump_runs_at_once_and_what_runs_is_not_disturbed(b
     clock.step(jump)
     for number in range(2, 12):
         job.send(number)
-    wait_until(lambda: ran[11], timeout=2)
+    wait_until(lambda: ran[11])
     held.release.set()
-    broker.join("default", timeout=5000)
+    broker.join("default", timeout=DEADLINE * 1000)
 
     assert ran == {"held": 1, "held to its end": 1, **{number: 1 for number in range(1, 12)}}
     assert broker.dead_letters == []
@@ -104,7 +104,7 @@ def test_a_delayed_message_is_due_by_the_clock_as_it_is_set(broker, worker, cloc
     assert ran[1] == 0
     clock.step(DAY)
 
-    wait_until(lambda: ran[1], timeout=3)
+    wait_until(lambda: ran[1])
 
 
 @JUMPS
@@ -118,7 +118,7 @@ def test_a_retry_at_once_comes_at_once_though_the_clock_jumps(broker, worker, cl
 
     worker(broker)
     second_time_lucky.send()
-    broker.join("default", timeout=3000)
+    broker.join("default", timeout=DEADLINE * 1000)
 
     assert ran["tries"] == 2
 
@@ -173,7 +173,7 @@ def test_what_a_dead_worker_held_comes_back_though_the_clock_jumps(place, broker
     clock.step(jump)
     worker(broker)
 
-    wait_until(lambda: ran["held to its end"], timeout=3)
+    wait_until(lambda: ran["held to its end"])
 
 
 # The clock of a real process
@@ -212,9 +212,9 @@ def test_the_clock_of_a_worker_process_may_jump_by_days(place, compiled):
     for number, days in enumerate([3, -3, 0, -400, 400, 0]):
         set_clock(days)
         place.send("job", number)
-        place.wait_until(lambda: place.notes("ran", number), f"a job runs at once, {days} days off", 3)
+        place.wait_until(lambda: place.notes("ran", number), f"a job runs at once, {days} days off")
         if days == 3:
-            place.wait_until(lambda: place.notes("ran", "delayed"), "what is due by the new clock runs", 5)
+            place.wait_until(lambda: place.notes("ran", "delayed"), "what is due by the new clock runs")
     place.worker(threads=1)  # With the right clock.
     place.send("job", "late", delay=2200)  # When this one runs, that worker had time to take over.
     place.wait_until(lambda: place.notes("ran", "late"), "the delayed message runs")

@@ -48,6 +48,7 @@ HOLDER = """
     connection.execute("BEGIN IMMEDIATE")
     connection.execute("CREATE TABLE IF NOT EXISTS foreign_table (x)")
     jobs.note("holding")
+    jobs.until(lambda: jobs.noted("sending"))
     time.sleep(float(sys.argv[1]))  # The work of a program that is not ours.
     connection.execute("COMMIT")
     jobs.note("released", time.monotonic())
@@ -60,6 +61,12 @@ LOCKED = re.compile(r"locked|SQLITE_BUSY|OperationalError", re.IGNORECASE)
 def place(place):
     place.jobs(JOBS)
     return place
+
+
+def say(place, word):
+    """Write a line to the journal, which processes wait for."""
+    with open(place.journal, "a") as journal:
+        journal.write(f"{word}\n")
 
 
 def crowd(place, *, producers, messages, threads, workers):
@@ -108,7 +115,7 @@ def test_processes_that_create_the_file_at_the_same_moment_agree(place):
         jobs.note("accepted", os.getpid())
     """
     trees = [place.start_script(source) for _ in range(6)]
-    codes = [tree.wait(30) for tree in trees]
+    codes = [tree.wait() for tree in trees]
 
     assert codes == [0] * 6, place.story()
     assert place.waiting() == 6
@@ -122,12 +129,13 @@ def test_senders_and_workers_wait_while_a_foreign_program_writes_for_seconds(pla
     place.wait_until(lambda: place.notes("holding"), "the foreign program holds the write lock")
     newcomers = [place.start_script("import jobs; jobs.job.send(2); jobs.broker.close()"), place.worker(threads=1)]
     before = time.monotonic()
+    say(place, "sending")
     place.send("job", 1)
     waited = time.monotonic() - before
     assert holder.wait() == 0
-    place.wait_until(lambda: place.notes("ran", 1) and place.notes("ran", 2), "the workers go on afterwards", 5)
+    place.wait_until(lambda: place.notes("ran", 1) and place.notes("ran", 2), "the workers go on afterwards")
 
-    assert seconds - 1.8 < waited < seconds + 3.0
+    assert seconds <= waited < seconds + 15
     assert place.runs("ran") == {"1": 1, "2": 1}
     assert worker.alive() and newcomers[1].alive()
     assert [tree.tail() for tree in (worker, *newcomers) if LOCKED.search(tree.output())] == []
@@ -140,6 +148,7 @@ def test_a_foreign_program_that_never_lets_go_is_named_in_a_clear_error(place):
     place.ready_worker()
     place.start_script(HOLDER, "40")
     place.wait_until(lambda: place.notes("holding"), "the foreign program holds the write lock")
+    say(place, "sending")
     with pytest.raises(dramalite.BrokerError) as caught:
         place.send("job", 1)
 
@@ -147,7 +156,7 @@ def test_a_foreign_program_that_never_lets_go_is_named_in_a_clear_error(place):
     assert re.search(r"another|other|foreign|lock", str(caught.value))
     place.wait_until(lambda: place.notes("released"), "it lets go at last", 90)
     place.send("job", 2)
-    place.wait_until(lambda: place.notes("ran", 2), "the worker goes on afterwards", 30)
+    place.wait_until(lambda: place.notes("ran", 2), "the worker goes on afterwards")
     assert place.runs("ran") == {"2": 1}
 
 
@@ -183,8 +192,7 @@ def test_a_foreign_program_that_checkpoints_and_vacuums_disturbs_nobody(place):
         """
     )
     crowd(place, producers=2, messages=200, threads=2, workers=2)
-    with open(place.journal, "a") as journal:
-        journal.write("finished\n")
+    say(place, "finished")
     assert meddler.wait() == 0, meddler.tail()
 
     place.trees.remove(meddler)

@@ -34,7 +34,7 @@ def harms(place, names, faults, points, **environment):
     folder = place.folder / f"struck-{len(place.trees)}"
     command = [sys.executable, str(HERE / "strikes.py"), str(folder), ",".join(names), ",".join(faults), str(points), "1"]
     tree = place.start(command, **environment)
-    assert tree.wait(200) == 0, tree.tail()
+    assert tree.wait(600) == 0, tree.tail()
     reports = [json.loads(line) for line in tree.output().splitlines() if line.startswith('{"scenario"')]
     assert [report["scenario"] for report in reports] == list(names)
     return [harm for report in reports for harm in report["harms"]]

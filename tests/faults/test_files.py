@@ -249,7 +249,7 @@ def test_a_worker_refuses_a_newer_schema_too(place):
     before = digest(place.db)
     tree = place.worker()
 
-    assert tree.wait(10) == 3, tree.tail()
+    assert tree.wait() == 3, tree.tail()
     assert "9041" in tree.output()
     assert place.notes("ran") == []
     assert digest(place.db) == before
@@ -324,7 +324,7 @@ def test_a_worker_on_a_damaged_file_says_so_once_in_a_while_and_not_thousands_of
     place.wait_until(lambda: not tree.alive() or str(place.db) in tree.output(), "the worker says what is wrong")
     if tree.alive():
         tree.signal(15)
-        tree.wait(10)
+        tree.wait()
 
     assert re.search(r"damaged|malformed|corrupt", tree.output())
     assert len(tree.output()) < 20_000
@@ -368,7 +368,7 @@ def test_a_worker_works_where_the_side_file_holds_something_else(make_file_broke
     job = dramalite.actor(ran.append, actor_name="job")
     broker.enqueue_many([dramalite.actor(fail_at_first, min_backoff=0).message(), job.message(1), job.message(2)])
     worker(broker)
-    wait_until(lambda: len(ran) == 4, "the worker works", 2)
+    wait_until(lambda: len(ran) == 4, "the worker works")
 
     assert sorted(map(str, ran)) == ["1", "2", "failed", "failed"]
 
@@ -503,7 +503,7 @@ def test_a_worker_whose_file_was_deleted_goes_on_with_the_new_one(place):
     said = outcome_of_a_send(place, 2)
 
     assert said == "stored"
-    place.wait_until(lambda: place.notes("ran", 2), "the worker finds the new file", 15)
+    place.wait_until(lambda: place.notes("ran", 2), "the worker finds the new file")
     assert tree.alive()
     assert str(place.db) in tree.output()
     assert tree.output().count("\n") < 200
@@ -545,10 +545,10 @@ def test_a_worker_in_the_middle_of_a_job_outlives_whatever_happens_to_its_file(p
     (place.folder / "release").touch()
     place.wait_until(lambda: place.notes("end", 1), "the job ends")
     assert "stored" in [outcome_of_a_send(place, 3), outcome_of_a_send(place, 4)]
-    place.wait_until(lambda: place.notes("ran", 3) or place.notes("ran", 4), "the worker works on the file there now", 15)
+    place.wait_until(lambda: place.notes("ran", 3) or place.notes("ran", 4), "the worker works on the file there now")
     if happen in (be_replaced, be_overwritten_by_a_backup):
-        place.wait_until(lambda: place.notes("ran", 55), "what the new file held runs", 15)
-    place.drained(15)
+        place.wait_until(lambda: place.notes("ran", 55), "what the new file held runs")
+    place.drained()
 
     assert place.runs("start") == {"1": 1}
     assert place.notes("ran", 2) or place.notes("refused", 2)
@@ -568,11 +568,11 @@ def test_a_job_whose_folder_was_away_as_it_ended_is_not_run_again(make_file_brok
     def job(number):
         ran.append(number)
         running.set()
-        go_on.wait(10)
+        go_on.wait(DEADLINE)
 
     job.send(1)
     first = worker(broker)
-    running.wait(10)
+    running.wait(DEADLINE)
     home.rename(away)
     go_on.set()
     wait_until(lambda: "goes on trying" in caplog.text, "the worker can't write down how the job ended")
@@ -607,17 +607,17 @@ def test_a_job_runs_once_though_its_worker_fails_once_to_move_to_a_new_side_file
     def work():
         ran.append(1)
         running.set()
-        go_on.wait(10)
+        go_on.wait(DEADLINE)
 
     monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
     broker = make_file_broker()
     broker.add_middleware(Maintenance())
     dramalite.actor(work, max_retries=0).send()
     started = worker(broker, worker_threads=2)
-    running.wait(10)
+    running.wait(DEADLINE)
     is_deleted.set()
     side_file.unlink()
-    wait_until(lambda: failed, "the worker's maintenance fails", 3)
+    wait_until(lambda: failed, "the worker's maintenance fails")
     dramalite.actor(done.append, actor_name="done").send_with_options(args=(1,), delay=1300)
     wait_until(lambda: done, "the worker had time for another look")
     go_on.set()
@@ -688,7 +688,6 @@ def test_a_file_deleted_while_it_is_being_opened_is_never_written_to_in_secret(p
     """,
         MOMENTS[moment],
         str(connection),
-        seconds=15,
     )
 
     stored = set(map(int, tree.output().partition("later:")[2].split()))
@@ -717,7 +716,7 @@ def test_a_worker_whose_file_was_deleted_while_it_opened_it_finds_the_new_one(pl
     place.wait_until(lambda: place.notes("up"), "the worker is up")
     assert outcome_of_a_send(place, 2) == "stored"
 
-    place.wait_until(lambda: place.notes("ran", 2), "the worker finds the new file", 10)
+    place.wait_until(lambda: place.notes("ran", 2), "the worker finds the new file")
 
 
 def test_a_worker_whose_file_was_replaced_by_rubbish_says_so_and_waits(place):
@@ -725,12 +724,12 @@ def test_a_worker_whose_file_was_replaced_by_rubbish_says_so_and_waits(place):
     delete(place.db)
     text_file(place.db)
     before = digest(place.db)
-    place.wait_until(lambda: str(place.db) in tree.output(), "the worker says what is wrong", 15)
+    place.wait_until(lambda: str(place.db) in tree.output(), "the worker says what is wrong")
 
     assert digest(place.db) == before
     delete(place.db)
     assert outcome_of_a_send(place, 3) == "stored"
-    place.wait_until(lambda: place.notes("ran", 3), "the worker goes on once the file is well", 15)
+    place.wait_until(lambda: place.notes("ran", 3), "the worker goes on once the file is well")
     assert tree.alive()
     assert tree.output().count("\n") < 300
 
@@ -753,7 +752,7 @@ def test_a_worker_whose_job_reads_the_database_as_a_file_is_not_deaf_afterwards(
     place.wait_until(lambda: place.notes("read"), "the job has read the file")
     for number in range(5):
         assert outcome_of_a_send(place, number) == "stored"
-        place.wait_until(lambda number=number: place.notes("ran", str(number)), "the worker hears of it", 15)
+        place.wait_until(lambda number=number: place.notes("ran", str(number)), "the worker hears of it")
 
     assert "was deleted while it was in use" in tree.output()
     assert "as a plain file" in tree.output()
@@ -1043,7 +1042,7 @@ def open_place(place):
 def unprivileged_outcome(place):
     """What a user without rights meets; the module is read before the rights are dropped."""
     warm = str(place.journal.parent / "warm.db")
-    lines = place.script(UNPRIVILEGED, str(place.db), seconds=15, JOBS_WARM=warm).output().splitlines()
+    lines = place.script(UNPRIVILEGED, str(place.db), JOBS_WARM=warm).output().splitlines()
     return [line for line in lines if "every user" not in line]  # The folder is told of as well.
 
 

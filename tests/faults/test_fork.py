@@ -60,7 +60,7 @@ JOBS = """
         until(lambda: (HERE / "release").exists())
         note("ended", number)
 
-    def in_child(function, seconds=4):
+    def in_child(function, seconds=25):
         # Which must end well, and in time.
         child = os.fork()
         if child == 0:
@@ -89,7 +89,7 @@ JOBS = """
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
         child.start()
         child.terminate()
-        child.join(5)
+        child.join(30)
         note("terminated", number, child.exitcode)
         child.kill()
 
@@ -131,7 +131,7 @@ def test_parent_and_children_go_on_when_a_process_with_sending_threads_forks(pla
                 for number in range(3):
                     jobs.job.send(f"child{child_number}-{number}")
                 os._exit(0)
-            deadline = jobs.time.monotonic() + 10
+            deadline = jobs.time.monotonic() + 25
             while os.waitpid(child, os.WNOHANG) == (0, 0):
                 assert jobs.time.monotonic() < deadline, "A child hangs."
                 jobs.time.sleep(0.002)
@@ -140,8 +140,7 @@ def test_parent_and_children_go_on_when_a_process_with_sending_threads_forks(pla
         for thread in threads:
             thread.join()
         print("sent", sum(counts) + 8 * 3 + 8)
-        """,
-        seconds=30,
+        """
     )
 
     assert place.waiting() == int(tree.output().split("sent")[1])
@@ -180,11 +179,10 @@ def test_two_threads_that_fork_at_the_same_time_leave_sends_possible(place):
         for thread in (*forking, sending):
             thread.start()
         for thread in (*forking, sending):
-            thread.join(3)
+            thread.join(25)
             assert not thread.is_alive(), "A thread hangs."
         jobs.ping.send("afterwards")
-        """,
-        seconds=15,
+        """
     )
 
     assert "Exception ignored" not in tree.output()
@@ -204,7 +202,7 @@ def test_children_and_grandchildren_of_a_used_broker_can_send_and_end_normally(p
             jobs.job.send(number)
             process = context.Process(target=grandchild)
             process.start()
-            process.join(10)
+            process.join(30)
             sys.exit(process.exitcode)
 
         context = multiprocessing.get_context("fork")
@@ -213,7 +211,7 @@ def test_children_and_grandchildren_of_a_used_broker_can_send_and_end_normally(p
         for process in processes:
             process.start()
         for process in processes:
-            process.join(15)
+            process.join(40)
         print("codes", [process.exitcode for process in processes])
         jobs.job.send("parent again")
         jobs.broker.close()
@@ -239,7 +237,7 @@ def test_spawned_and_forkserver_children_can_send_too(place):
             for method in ("spawn", "forkserver"):
                 process = multiprocessing.get_context(method).Process(target=child, args=(method,))
                 process.start()
-                process.join(15)
+                process.join(40)
                 print(method, process.exitcode)
         """
     )
@@ -268,7 +266,7 @@ def test_a_child_forked_inside_a_transaction_of_another_thread_is_not_stuck(plac
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         for thread in threads:
-            thread.join(10)
+            thread.join(20)
             assert not thread.is_alive()
         """
     )
@@ -328,15 +326,14 @@ def test_a_call_of_a_workers_method_in_a_forked_child_leaves_the_parents_job_alo
         worker.start()
         jobs.held.send(1)
         jobs.until(lambda: jobs.noted("held") == 1)
-        jobs.in_child(getattr(worker, sys.argv[1]), 2)
+        jobs.in_child(getattr(worker, sys.argv[1]))
         jobs.job.send(2)
         jobs.until(lambda: jobs.noted("ran") == 1)
         (jobs.HERE / "release").touch()
-        jobs.broker.join("default", timeout=5000)
+        jobs.broker.join("default", timeout=20_000)
         worker.stop()
         """,
         call,
-        seconds=15,
     )
 
     assert place.runs("held") == place.runs("ended") == {"1": 1}
@@ -359,11 +356,10 @@ def test_a_forked_child_that_leaves_the_block_of_a_worker_leaves_the_parents_job
                 jobs.job.send(2)
                 jobs.until(lambda: jobs.noted("ran") == 1)
                 (jobs.HERE / "release").touch()
-                jobs.broker.join("default", timeout=5000)
+                jobs.broker.join("default", timeout=20_000)
 
         work()
-        """,
-        seconds=15,
+        """
     )
 
     assert place.runs("held") == place.runs("ended") == {"1": 1}
@@ -430,18 +426,17 @@ def test_a_worker_in_a_forked_child_does_not_watch_the_time_limits_of_the_parent
         def work():
             with dramalite.Worker(jobs.broker, worker_threads=1):
                 before = threading.active_count()
-                jobs.job.send_with_options(args=(2,), time_limit=100)
+                jobs.job.send_with_options(args=(2,), time_limit=60_000)
                 jobs.until(lambda: jobs.noted("ran") == 1)
-                jobs.until(lambda: threading.active_count() == before, 2)  # Nobody watches any more.
+                jobs.until(lambda: threading.active_count() == before, 20)  # Nobody watches any more.
 
         with dramalite.Worker(jobs.broker, worker_threads=1):
             jobs.held.send(1)
             jobs.until(lambda: jobs.noted("held") == 1)
             jobs.in_child(work)
             (jobs.HERE / "release").touch()
-            jobs.broker.join("default", timeout=5000)
-        """,
-        seconds=8,
+            jobs.broker.join("default", timeout=20_000)
+        """
     )
 
     assert place.runs("ran") == {"2": 1}
@@ -470,9 +465,8 @@ def test_a_worker_that_stops_in_a_forked_child_notifies_nobody_in_place_of_the_p
                 jobs.told.send(f"parent-{number}")
             jobs.until(lambda: jobs.noted("held") == 4)
             jobs.in_child(work)
-            jobs.broker.join("told", timeout=5000)
-        """,
-        seconds=15,
+            jobs.broker.join("told", timeout=20_000)
+        """
     )
 
     assert sorted(place.runs("ended")) == [f"{who}-{number}" for who in ("child", "parent") for number in range(4)]
@@ -484,7 +478,7 @@ def test_a_child_that_a_coroutine_forks_ends_where_it_returns(place):
     place.wait_until(lambda: place.notes("forked", 1), "the coroutine comes back in the parent")
     place.drained()
 
-    place.wait_until(lambda: len(tree.pids()) == 2, "no process but the supervisor and its worker stays", 5)
+    place.wait_until(lambda: len(tree.pids()) == 2, "no process but the supervisor and its worker stays")
 
 
 @pytest.mark.parametrize("ending", ["returns", "raises", "exits", "closes"])
@@ -500,13 +494,13 @@ def test_a_job_that_forks_runs_once_however_its_child_ends(place, ending):
     assert place.runs("forks") == place.runs("forked") == {"1": 1}
     assert place.runs("ran") == {str(number): 1 for number in range(20)}
     assert place.dead() == 0
-    place.wait_until(lambda: len(tree.pids()) == 2, "no process but the supervisor and its worker stays", 5)
+    place.wait_until(lambda: len(tree.pids()) == 2, "no process but the supervisor and its worker stays")
 
 
 def test_a_process_that_a_job_forks_can_be_terminated(place):
     place.send("terminates", 1)
     place.worker()
-    place.drained(10)
+    place.drained()
 
     assert place.notes("terminated") == [["terminated", "1", str(-signal.SIGTERM)]]
 
@@ -541,7 +535,7 @@ def test_children_are_forked_and_end_though_other_threads_of_the_program_are_ins
             child = os.fork()
             if child == 0:
                 os._exit(0)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + 25
             while os.waitpid(child, os.WNOHANG) == (0, 0):
                 if time.monotonic() > deadline:
                     print("a child hangs", flush=True)

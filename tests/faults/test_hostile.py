@@ -15,7 +15,7 @@ from collections import Counter
 import dramalite
 import pytest
 
-from helpers import wait_until
+from helpers import DEADLINE, wait_until
 
 JOBS = """
     @dramalite.actor(max_retries=0)
@@ -446,7 +446,7 @@ def test_a_job_that_fails_in_an_odd_way_fails_alone(place, block):
     assert sorted(letter.args[0] for letter in place.dead_letters()) == sorted(block)
     assert {note[2] for note in place.notes("healthy")} == {str(pid) for pid in tree.children()}
     tree.signal(signal.SIGTERM)
-    assert tree.wait(5) == 0, tree.tail()
+    assert tree.wait() == 0, tree.tail()
 
 
 @pytest.mark.torture
@@ -547,7 +547,7 @@ def test_a_count_of_crashes_below_zero_keeps_no_message_waiting(make_file_broker
     with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
         connection.execute("UPDATE dramalite_messages SET crashes = -1")
     worker(broker)
-    broker.join("default", timeout=5000)
+    broker.join("default", timeout=DEADLINE * 1000)
 
     assert done == [1]
 
@@ -563,7 +563,7 @@ def test_an_option_that_is_no_number_stops_no_other_message(make_file_broker, wo
             "UPDATE dramalite_messages SET body = ? WHERE message_id = ?", [json.dumps(body).encode(), body["message_id"]]
         )
     worker(broker)
-    broker.join("default", timeout=5000, fail_fast=False)
+    broker.join("default", timeout=DEADLINE * 1000, fail_fast=False)
 
     assert [message.message_id for message in broker.dead_letters] == [messages[0].message_id]
     assert [message.get_result() for message in messages[1:]] == [1, 2]
@@ -585,7 +585,7 @@ def test_a_body_of_text_that_is_no_utf8_stops_no_other_message(make_file_broker,
     broker.enqueue_many(messages)
     spoil(tmp_path / "queue.db", messages[5], "body")
     worker(broker)
-    wait_until(lambda: len(done) == 9, timeout=3)
+    wait_until(lambda: len(done) == 9)
 
     assert done == [0, 1, 2, 3, 4, 6, 7, 8, 9]
 
@@ -605,7 +605,7 @@ def test_a_name_that_is_no_utf8_does_not_disturb_the_workers_maintenance(
     worker(broker)
     wait_until(lambda: stored() == 1)
     clock.advance(2000)
-    wait_until(lambda: stored() == 0, timeout=3)
+    wait_until(lambda: stored() == 0)
 
     assert [record.getMessage() for record in caplog.records if "can't be used" in record.getMessage()] == []
 
@@ -633,7 +633,7 @@ def test_a_claim_that_names_no_worker_goes_back_to_its_queue(make_file_broker, w
     with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection, connection:
         connection.execute("UPDATE dramalite_messages SET state = 2, owner = NULL")
     worker(broker)
-    wait_until(lambda: done, timeout=4)
+    wait_until(lambda: done)
 
     assert done == [1]
 
@@ -644,10 +644,10 @@ def test_a_storm_of_retries_lets_fresh_work_pass(place):
         [dramalite.Message("default", "fails_again_and_again", (number,), {}, {}) for number in range(1000)]
     )
     tree = place.worker(threads=2)
-    place.wait_until(lambda: len(place.notes("storm")) > 1500, "the storm blows", 40)
+    place.wait_until(lambda: len(place.notes("storm")) > 1500, "the storm blows")
     for number in range(3):
         place.send("healthy", number)
-        place.wait_until(lambda: place.notes("healthy", number), "fresh work passes", 3)
+        place.wait_until(lambda: place.notes("healthy", number), "fresh work passes", 20)
 
     assert place.waiting() == 1000
     assert len(tree.output()) < 3000 * len(place.notes("storm"))
@@ -661,8 +661,8 @@ def test_jobs_that_no_time_limit_can_end_fail_and_cost_their_process_and_no_othe
     place.send("outsleeps_its_limit")
     place.send("swallows_everything")
     place.wait_until(lambda: len(place.notes("stuck")) == 2, "two jobs are stuck")
-    place.wait_until(lambda: place.dead() == 2, "they are failed all the same", 15)
-    place.wait_until(lambda: tree.children() not in ([], first), "their process is replaced", 30)
+    place.wait_until(lambda: place.dead() == 2, "they are failed all the same")
+    place.wait_until(lambda: tree.children() not in ([], first), "their process is replaced")
     place.send("healthy", "last")
     place.drained()
 
@@ -727,7 +727,7 @@ def test_arguments_of_fifty_megabytes_pass_where_they_are_allowed_and_slow_nobod
         jobs.broker.close()
         """
     )
-    place.wait_until(lambda: len(place.notes("healthy")) == 5, "small jobs run beside a large one", 5)
+    place.wait_until(lambda: len(place.notes("healthy")) == 5, "small jobs run beside a large one")
     place.drained()
 
     assert place.notes("weighed") == [["weighed", "50000000", "1"]]
@@ -752,7 +752,7 @@ def test_a_result_of_thirty_megabytes_is_kept_or_fails_aloud_and_slows_nobody_do
     sent = large.send()
     others = [small.send() for _ in range(20)]
 
-    assert [message.get_result(block=True, timeout=5000) for message in others] == ["small"] * 20
+    assert [message.get_result(block=True, timeout=20_000) for message in others] == ["small"] * 20
     try:
         assert len(sent.get_result(block=True, timeout=20_000)) == 30_000_000
     except dramalite.ResultFailure as error:
@@ -774,9 +774,9 @@ def test_a_worker_serves_ten_thousand_queues(place):
     broker = place.broker()
     broker.enqueue_many([dramalite.Message(f"queue{number}", "job", (number,), {}, {}) for number in range(0, 10_000, 4)])
     place.worker(threads=4)
-    place.drained(60)
+    place.drained()
     place.send("job", "last")
-    place.wait_until(lambda: place.notes("ran", "last"), "the worker still hears of new work", 3)
+    place.wait_until(lambda: place.notes("ran", "last"), "the worker still hears of new work")
 
     assert len(place.notes("ran")) == 2501
 
@@ -795,7 +795,7 @@ def test_an_idle_worker_runs_what_comes_into_another_one_of_its_queues(place):
     place.wait_until(lambda: place.waiting() == 0, "the worker is idle")
     place.send("job", 1, queue="other")
 
-    place.wait_until(lambda: place.notes("ran", 1), "the worker finds the message", 5)
+    place.wait_until(lambda: place.notes("ran", 1), "the worker finds the message")
 
 
 @pytest.mark.parametrize("kinds", SPOILING, ids=", ".join)
@@ -807,10 +807,10 @@ def test_a_job_that_spoils_its_process_does_not_stop_the_next_ones(place, kinds)
     for number in range(5):
         place.send("healthy", number)
         place.send("misbehave", "base exception")
-    place.drained(15)
+    place.drained()
     tree.signal(signal.SIGTERM)
 
-    assert tree.wait(6) == 0, tree.tail()
+    assert tree.wait() == 0, tree.tail()
     assert place.runs("healthy") == {str(number): 1 for number in range(5)}
     assert place.runs("misbehave")["base_exception"] == 5
     assert tree.pids() == []

@@ -109,7 +109,7 @@ def restart_until_drained(place, most, sending):
     """Send, then run lone workers one after the other until nothing is left."""
     tree = place.start_script(RESTARTED, str(most), sending)
     place.wait_until(lambda: place.notes("sent") or not tree.alive(), "the messages are sent")
-    place.wait_until(lambda: not tree.alive() or place.waiting() == 0, "the workers die or are done", 5.0 * most)
+    place.wait_until(lambda: not tree.alive() or place.waiting() == 0, "the workers die or are done", 20.0 * most)
     assert tree.alive(), f"Still {place.waiting()} messages after {most} workers.\n{place.story()}"
     tree.kill_all()
 
@@ -139,7 +139,7 @@ def test_the_supervisor_outlives_all_kinds_of_poison_and_the_rest_goes_on(place)
         """
     )
     tree = place.worker(processes=2, threads=2)
-    place.drained(40)
+    place.drained()
     place.script("import jobs; jobs.innocent.send('afterwards')")
     place.wait_until(lambda: place.notes("end", "afterwards"), "the worker still works")
 
@@ -284,10 +284,10 @@ def test_a_hook_that_exits_over_a_dead_workers_message_does_not_end_the_worker(p
     place.script("import jobs; jobs.never_twice.send('kill')")
     assert place.start_script(LONE_WORKER).wait() == -9
     worker(broker)
-    wait_until(lambda: place.dead() == 1, "the dead worker's message is a dead letter", 5)
+    wait_until(lambda: place.dead() == 1, "the dead worker's message is a dead letter")
     place.send("dies_twice", 1)
 
-    wait_until(lambda: survived, "the worker goes on", 5)
+    wait_until(lambda: survived, "the worker goes on")
 
 
 @pytest.mark.torture

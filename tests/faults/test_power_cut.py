@@ -81,7 +81,7 @@ CALL = re.compile(
 )
 
 
-def recorded(place, *arguments, seconds=60):
+def recorded(place, *arguments, seconds=120):
     """Run a sender and return the calls on its files, in their order."""
     log = place.folder / "calls.log"
     command = ["strace", "-f", "--seccomp-bpf", "-qq", "-y", "-xx", "-s", "1000000", "-e", "signal=none"]

@@ -54,12 +54,12 @@ def restart_under_load(place, seed, *, restarts, messages, number=signal.SIGTERM
         place.wait_until(lambda: len(place.notes("start")) >= goal or not place.waiting(), "some jobs run")
         let_pass(draw.uniform(0, 0.1))
         tree.signal(number)
-        assert tree.wait(10) == 0, tree.tail()
+        assert tree.wait() == 0, tree.tail()
         assert tree.pids() == []
     place.worker(processes=2)
     for sender in senders:
-        assert sender.wait(60) == 0, sender.tail()
-    place.drained(60)
+        assert sender.wait() == 0, sender.tail()
+    place.drained()
 
 
 def assert_each_ran_once(place, accepted):
@@ -126,7 +126,7 @@ def test_a_stop_while_many_are_claimed_hands_them_back_in_their_order(place):
     tree = place.worker(threads=1)
     place.wait_until(lambda: len(place.notes("start")) >= 10, "some jobs run")
     tree.signal(signal.SIGTERM)
-    assert tree.wait(10) == 0
+    assert tree.wait() == 0
     place.worker(threads=1)
     place.drained()
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import dramalite
 import pytest
-from helpers import wait_until
+from helpers import DEADLINE, wait_until
 
 JOBS = """
     from pathlib import Path
@@ -65,9 +65,9 @@ def test_two_brokers_on_one_file_send_and_work_side_by_side(brokers, worker):
     for sender in senders:
         sender.start()
     for sender in senders:
-        sender.join(20)
+        sender.join(DEADLINE)
     for broker in brokers:
-        broker.join("default", timeout=20_000)
+        broker.join("default", timeout=DEADLINE * 1000)
 
     assert len(ran) == 160
     assert set(ran.values()) == {1}
@@ -81,7 +81,7 @@ def test_each_is_woken_by_what_the_other_sends(brokers, worker):
     worker(first)
     sender.send()
 
-    assert ran.wait(2)
+    assert ran.wait(DEADLINE)
 
 
 def test_closing_one_leaves_the_other_at_work(brokers, worker):
@@ -91,14 +91,14 @@ def test_closing_one_leaves_the_other_at_work(brokers, worker):
     def job(number):
         if number == 0:
             started.set()
-            assert release.wait(20)
+            assert release.wait(DEADLINE)
         ran.append(number)
 
     actor = dramalite.actor(job, broker=first)
     other = dramalite.actor(job, broker=second)
     worker(first)
     actor.send(0)
-    assert started.wait(10)
+    assert started.wait(DEADLINE)
     with dramalite.Worker(second, worker_threads=1):
         other.send(1)
         wait_until(lambda: ran == [1])
@@ -106,7 +106,7 @@ def test_closing_one_leaves_the_other_at_work(brokers, worker):
         other.send(number)
         second.close()
     release.set()
-    first.join("default", timeout=10_000)
+    first.join("default", timeout=DEADLINE * 1000)
 
     assert ran == [1, 0, 2, 3]
 
