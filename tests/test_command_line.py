@@ -69,6 +69,16 @@ JOBS = """
 """
 
 
+#: Has the worker note when it begins nothing any more, for it stops.
+TELLS = """
+    class Tells(dramalite.Middleware):
+        def before_worker_shutdown(self, broker, worker):
+            note("stopping")
+
+    broker.add_middleware(Tells())
+"""
+
+
 @pytest.fixture
 def place(tmp_path):
     with harness.new_place(tmp_path) as place:
@@ -750,14 +760,17 @@ def test_the_pid_file_goes_when_the_import_fails(place):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 @pytest.mark.parametrize("whole_group", [False, True], ids=["to the parent", "to everyone"])
 def test_a_graceful_stop_finishes_running_work_and_starts_no_more(place, number, whole_group):
+    place.jobs(JOBS + TELLS)
     tree = place.worker(threads=1)
-    place.send("work", 1, 0.25)
+    place.send("held", 1)
     started(place, 1)
     place.send("work", 2, 0)
     if whole_group:
         os.killpg(tree.pid, number)  # What Ctrl+C in a terminal does.
     else:
         tree.signal(number)
+    place.wait_until(lambda: place.notes("stopping"), "the worker knows")
+    (place.folder / "release").touch()
 
     assert tree.wait() == 0, tree.tail()
     assert place.notes("end", 1)

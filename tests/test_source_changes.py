@@ -41,12 +41,19 @@ def changes(tree):
     return re.findall(r"Reloading after a change of (\S+)\.\n", tree.output())
 
 
+def change(path):
+    """Change a file at once, so that nobody sees it half written, which would be a change of its own."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text("changed text")
+    new.replace(path)
+
+
 def change_unwatched_then(place, tree, unwatched, last):
     """Change what must go unnoticed, let the watch look, then change `last` and await that."""
     for path in unwatched:
-        path.write_text("changed text")
+        change(path)
     harness.let_pass(0.8)  # More than one look.
-    last.write_text("changed text")
+    change(last)
     place.wait_until(lambda: changes(tree), f"the change of {last} is seen")
 
 
@@ -68,7 +75,7 @@ def test_patterns_add_to_the_watched_files_and_take_from_them(place, source):
 
 def test_files_that_come_and_go_are_changes(place, source):
     tree = place.ready_worker("--watch", str(source))
-    make(source, "new.py")
+    change(source / "new.py")
     place.wait_until(lambda: changes(tree) == ["new.py"], "the new file is seen")
     (source / "old/b.py").unlink()
 

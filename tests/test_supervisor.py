@@ -73,6 +73,15 @@ JOBS = """
             return [forked]
 """
 
+#: Has the worker note when it begins nothing any more, for it stops.
+TELLS = """
+    class Tells(dramalite.Middleware):
+        def before_worker_shutdown(self, broker, worker):
+            note("stopping")
+
+    broker.add_middleware(Tells())
+"""
+
 FORKING_JOBS = JOBS + "\n    dramalite.get_broker().add_middleware(Forks())\n"
 
 
@@ -118,6 +127,7 @@ def test_sighup_starts_worker_processes_anew_under_the_same_supervisor(place, tm
 
 
 def test_a_reload_finishes_running_work_and_runs_new_code(place):
+    place.jobs("import threading\n" + textwrap.dedent(JOBS + TELLS))
     tree = place.ready_worker(threads=1)
     place.send("held", 1)
     place.wait_until(lambda: place.notes("held", 1), "the job runs")
@@ -128,7 +138,7 @@ def test_a_reload_finishes_running_work_and_runs_new_code(place):
             note("renewed", number)
     """)
     tree.signal(signal.SIGHUP)
-    place.wait_until(lambda: "Stopping worker process" in tree.output(), "the worker process knows")
+    place.wait_until(lambda: place.notes("stopping"), "the worker knows")
     (place.folder / "release").touch()
     place.wait_until(lambda: place.notes("renewed", 2), "the new code runs what waited")
 

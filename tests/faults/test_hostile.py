@@ -685,22 +685,24 @@ def test_a_job_that_ends_at_the_moment_of_its_limit_has_one_outcome_and_costs_no
             pass
         return "won"
 
-    meet = dramalite.actor(lambda: meeting.wait(10) and None, actor_name="meet", max_retries=0)
+    meet = dramalite.actor(lambda: meeting.wait(DEADLINE) and None, actor_name="meet", max_retries=0)
     draw = random.Random(count)
-    messages = broker.enqueue_many([races.message(draw.randrange(-1500, 3000)) for _ in range(count)])
+    outcomes, sent = Counter(), 0
     worker(broker, worker_threads=4)
-    broker.join("default", timeout=60_000)
-    outcomes = Counter()
-    for message in messages:
-        try:
-            outcomes[message.get_result()] += 1
-        except dramalite.ResultFailure as error:
-            outcomes[error.orig_exc_type] += 1
+    while len(outcomes) < 2 and sent < 10 * count:  # Once, unless the machine is so busy that all are late.
+        messages = broker.enqueue_many([races.message(draw.randrange(-1500, 3000)) for _ in range(count)])
+        sent += count
+        broker.join("default", timeout=60_000)
+        for message in messages:
+            try:
+                outcomes[message.get_result()] += 1
+            except dramalite.ResultFailure as error:
+                outcomes[error.orig_exc_type] += 1
     broker.enqueue_many([meet.message() for _ in range(4)])
-    meeting.wait(10)
-    broker.join("default", timeout=10_000)
+    meeting.wait(DEADLINE)
+    broker.join("default", timeout=DEADLINE * 1000)
 
-    assert outcomes.total() == count
+    assert outcomes.total() == sent
     assert outcomes.keys() == {"won", "TimeLimitExceeded"}
     assert len(broker.dead_letters) == outcomes["TimeLimitExceeded"]
 
