@@ -27,7 +27,7 @@ from helpers import wait_until  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
 #: Seconds that an example may take on a busy machine; then it is killed and its test fails.
-LIMIT_S = 60
+LIMIT_S = 120
 WORDS = "able baker charlie delta echo foxtrot golf hotel india juliett kilo lima mike".split()
 
 posix_only = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")

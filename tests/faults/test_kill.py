@@ -37,7 +37,7 @@ JOBS = """
     @dramalite.actor(max_retries=0)
     def drops_the_lock(number):
         open(os.environ["JOBS_DB"] + "-lock").close()  # As who packs the folder for a backup does.
-        note("dropped", number)
+        note("dropped", number, os.getpid())
         until(lambda: (HERE / "release").exists(), 60)
 
     @dramalite.actor(max_retries=0)
@@ -225,11 +225,19 @@ def test_an_idle_worker_that_drops_its_lock_again_and_again_is_not_taken_for_dea
     assert place.runs("start") == {"1": 1, "2": 1, "3": 1}
 
 
+def has_lock(pid, path):
+    """Whether that process holds a lock on the file, as Linux tells."""
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return any(pid in words and f":{os.stat(path).st_ino} " in " ".join(words) for words in locks)
+
+
 def test_a_job_that_opens_and_closes_the_side_file_is_not_taken_over(place, make_file_broker, worker):
     place.worker()
     place.send("drops_the_lock", 1)
     place.wait_until(lambda: place.notes("dropped", 1), "the job has closed the side file")
-    place.send("job", 2, delay=1200)  # When this one runs, the worker had time to notice.
+    pid = place.notes("dropped", 1)[0][2]
+    place.wait_until(lambda: has_lock(pid, f"{place.db}-lock"), "the worker has noticed, and taken the lock back")
+    place.send("job", 2)
     place.wait_until(lambda: place.notes("end", 2), "another job runs meanwhile")
     other, done = make_file_broker(), []
     seen = dramalite.actor(done.append, actor_name="seen", queue_name="other", broker=other)
