@@ -545,6 +545,15 @@ def _milliseconds(value: Any, what: str) -> int:
     return int(number)
 
 
+def _timeout_ms(timeout: float | timedelta | None) -> int | None:
+    """A timeout in milliseconds, 0 where it has passed already; None stays None."""
+    if timeout is None:
+        return None
+    if isinstance(timeout, (int, float)):
+        timeout = min(max(timeout, 0), _MAX_DURATION_MS)
+    return _milliseconds(timeout, "timeout")
+
+
 # ------------------------------------------------------------------------------------------
 # Logging
 #
@@ -966,7 +975,7 @@ class Message(Generic[_R]):
         *,
         backend: ResultBackend | None = None,
         block: bool = False,
-        timeout: int | None = None,
+        timeout: int | timedelta | None = None,
     ) -> _R:
         """Return what the actor returned.
 
@@ -979,7 +988,7 @@ class Message(Generic[_R]):
         return cast(_R, backend.get_result(self, block=block, timeout=timeout))
 
     async def get_result_async(
-        self, *, backend: ResultBackend | None = None, timeout: int | None = None
+        self, *, backend: ResultBackend | None = None, timeout: int | timedelta | None = None
     ) -> _R:
         """get_result(block=True) for coroutines, in any event loop; it holds no thread."""
         if backend is None:
@@ -1575,7 +1584,7 @@ class Broker:
         """Return a consumer of a queue; __next__ waits up to `timeout` milliseconds."""
         raise NotImplementedError
 
-    def join(self, queue_name: str, *, timeout: int | None = None) -> None:
+    def join(self, queue_name: str, *, timeout: int | timedelta | None = None) -> None:
         """Wait until the queue is empty and its work done; QueueJoinTimeout after `timeout` ms."""
         raise NotImplementedError
 
@@ -2314,7 +2323,7 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
         have_results = (_has_result(step, self.broker) for step in self.messages)
         return sum(itertools.takewhile(bool, have_results))
 
-    def get_result(self, *, block: bool = False, timeout: int | None = None) -> Any:
+    def get_result(self, *, block: bool = False, timeout: int | timedelta | None = None) -> Any:
         """Return the last step's result, a list if it is a group; see Message.get_result()."""
         if not self.messages:
             raise ValueError("An empty pipeline has no result.")
@@ -2327,7 +2336,7 @@ class pipeline:  # noqa: N801  (Dramatiq's name)
             raise
         return result
 
-    def get_results(self, *, block: bool = False, timeout: int | None = None) -> Iterator[Any]:
+    def get_results(self, *, block: bool = False, timeout: int | timedelta | None = None) -> Iterator[Any]:
         """Yield the result of each step, in order; `timeout` (ms) is for all of them together."""
         return _results_in_order(self.messages, self.broker, block, timeout)
 
@@ -2501,11 +2510,11 @@ class group:  # noqa: N801  (Dramatiq's name)
         """How many children have results, in any order; raises ResultFailure."""
         return sum(_has_result(child, self.broker) for child in self.children)
 
-    def get_results(self, *, block: bool = False, timeout: int | None = None) -> Iterator[Any]:
+    def get_results(self, *, block: bool = False, timeout: int | timedelta | None = None) -> Iterator[Any]:
         """Yield each child's result, in order: a pipeline's last, a group's as a list."""
         return _results_in_order(self.children, self.broker, block, timeout)
 
-    def wait(self, *, timeout: int | None = None) -> None:
+    def wait(self, *, timeout: int | timedelta | None = None) -> None:
         """Wait up to `timeout` milliseconds, 10,000 for each child if None, until all have results.
 
         Raises ResultTimeout, or ResultFailure for one that failed.
@@ -2578,9 +2587,10 @@ def _has_result(child: Message[Any] | pipeline | group, broker: Broker) -> bool:
 
 
 def _results_in_order(
-    children: Iterable[Any], broker: Broker, block: bool, timeout: int | None
+    children: Iterable[Any], broker: Broker, block: bool, timeout: int | timedelta | None
 ) -> Iterator[Any]:
     """Yield results one by one; a timeout is one deadline for all, None 10 s for each."""
+    timeout = _timeout_ms(timeout)
     deadline = None if timeout is None else broker.clock.monotonic() + timeout / 1000
     for child in children:
         if deadline is not None:
@@ -4301,7 +4311,8 @@ class _WatchedDatabase(_Database):
                 seen = self._changes
                 if is_done():
                     return True
-                left = _WATCH_POLL_S if self._is_listening and is_announced else nap
+                hears = is_announced and (self._is_listening or self.path is None)
+                left = _WATCH_POLL_S if hears else nap
                 nap = min(nap * 1.5, 0.02)
                 if deadline is not None:
                     left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
@@ -5061,26 +5072,26 @@ class ResultBackend:
         self.encoder = get_encoder() if encoder is None else encoder
         self.use_namespace_prefix_keys = use_namespace_prefix_keys
 
-    def get_result(self, message: Any, *, block: bool = False, timeout: int | None = None) -> Any:
+    def get_result(
+        self, message: Any, *, block: bool = False, timeout: int | timedelta | None = None
+    ) -> Any:
         """Return a message's result; reading does not consume it.
 
         With `block`, waits up to `timeout` milliseconds (10,000 if None), then raises
         ResultTimeout; without, raises ResultMissing.  Raises ResultUnavailable, and waits no
         longer, when there can't be one any more.  A stored failure raises ResultFailure.
         """
-        if timeout is None:
-            timeout = _DEFAULT_RESULT_TIMEOUT_MS
+        timeout_ms = _timeout_ms(_DEFAULT_RESULT_TIMEOUT_MS if timeout is None else timeout)
         search = _ResultSearch(self, message)
         if block:
-            self._wait(search, timeout)
+            self._wait(search, cast(int, timeout_ms))
         return search.outcome(ResultTimeout if block else ResultMissing)
 
-    async def get_result_async(self, message: Any, *, timeout: int | None = None) -> Any:
+    async def get_result_async(self, message: Any, *, timeout: int | timedelta | None = None) -> Any:
         """get_result(block=True) for coroutines: waits without holding a thread."""
-        if timeout is None:
-            timeout = _DEFAULT_RESULT_TIMEOUT_MS
+        timeout_ms = _timeout_ms(_DEFAULT_RESULT_TIMEOUT_MS if timeout is None else timeout)
         search = _ResultSearch(self, message)
-        await self._wait_async(search, timeout)
+        await self._wait_async(search, cast(int, timeout_ms))
         return search.outcome(ResultTimeout)
 
     def store_result(self, message: Any, result: Any, ttl: int) -> None:
@@ -5620,14 +5631,14 @@ class Barrier:
             self.backend.decr(self.key_events, 1, 0, self.ttl)
         return is_new
 
-    def wait(self, *, block: bool = True, timeout: int | None = None) -> bool:
+    def wait(self, *, block: bool = True, timeout: int | timedelta | None = None) -> bool:
         """Arrive; True for the last one, which lets the others go.
 
         The others wait up to `timeout` milliseconds, None for ever, and then return True; with
         block=False or after the time they return False.  Where no barrier is, True at once.
         """
         if self.backend.decr(self.key, 1, 1, self.ttl):
-            return block and self.backend.wait(self.key_events, timeout)
+            return block and self.backend.wait(self.key_events, _timeout_ms(timeout))
         self.backend.wait_notify(self.key_events, self.ttl)
         return True
 
@@ -5685,7 +5696,9 @@ class TimeLimit(Middleware):
     def __init__(self, *, time_limit: float | timedelta | None = 600_000, interval: int = 1000) -> None:
         self.logger = get_logger("dramalite.middleware.time_limit", type(self))
         self.time_limit = None if time_limit is None else _check_time_limit(time_limit, "time_limit")
-        self.interval_s = interval / 1000
+        self.interval_s = _milliseconds(interval, "interval") / 1000
+        if not self.interval_s:
+            raise ValueError("interval is 0; give 1 or more milliseconds.")
         self.forget()
         _forgetful.add(self)
 
@@ -6948,7 +6961,9 @@ class _EngineBroker(Broker):
         self._check_queue(queue_name)
         return _EngineConsumer(self, queue_name, prefetch, timeout)
 
-    def join(self, queue_name: str, *, timeout: int | None = None, fail_fast: bool | None = None) -> None:
+    def join(
+        self, queue_name: str, *, timeout: int | timedelta | None = None, fail_fast: bool | None = None
+    ) -> None:
         """Wait until a queue holds nothing that waits, is delayed or runs.
 
         With `fail_fast` (the default of a StubBroker) then raises what the queue's first dead
@@ -6957,11 +6972,12 @@ class _EngineBroker(Broker):
         declared.
         """
         queue_name = self._known_queue(queue_name)
-        seconds = None if timeout is None else timeout / 1000
+        timeout_ms = _timeout_ms(timeout)
+        seconds = None if timeout_ms is None else timeout_ms / 1000
         if not self._engine.watch(lambda: not self._engine.is_busy(queue_name), seconds):
             counts = self._engine.counts().get(queue_name, {})
             raise QueueJoinTimeout(
-                f"Queue {queue_name!r} is not done after {timeout} ms: {counts.get(_READY, 0)} wait, "
+                f"Queue {queue_name!r} is not done after {timeout_ms} ms: {counts.get(_READY, 0)} wait, "
                 f"{counts.get(_DELAYED, 0)} are delayed, {counts.get(_CLAIMED, 0)} run."
                 f"{'' if self._engine.has_worker() else ' No worker is running.'}"
             )
@@ -7934,14 +7950,18 @@ class _Dispatcher(_Exchanger):
 
     def _give_back(self) -> None:
         """Have the next write give back what was not started.  Call with _lock held."""
-        returned = [_Outcome(row, is_handed_back=True) for row in self._batch.rows]
-        for outcome in returned:
-            outcome.wakes.append((0, self._engine.bit(outcome.row.queue, outcome.row.actor)))
+        returned = [self._handed_back(row) for row in self._batch.rows]
         suspects = self._suspects - sum(outcome.row.crashes > 0 for outcome in returned)
         finished = self._finished + returned
         self._batch.skip_rest()
         # At once, for a signal handler's exception to come before or after, and nothing to be lost.
         self._finished, self._batch.rows, self._suspects = finished, [], suspects
+
+    def _handed_back(self, row: _Row) -> _Outcome:
+        """The outcome of a row that goes back to its queue, with a ring for those that may take it."""
+        outcome = _Outcome(row, is_handed_back=True)
+        outcome.wakes.append((0, self._engine.bit(row.queue, row.actor)))
+        return outcome
 
     # Waiting.
 
@@ -8054,7 +8074,7 @@ class _Dispatcher(_Exchanger):
                 reason = "It was still running when its worker stopped; it is not run again."
                 outcomes.append(fail(job.row, reason))
             else:
-                outcomes.append(_Outcome(job.row, is_handed_back=True))
+                outcomes.append(self._handed_back(job.row))
                 self.logger.warning(
                     "Message %s of %s is still running; it is handed back and will run again.",
                     job.row.message_id, job.row.actor,
@@ -8218,7 +8238,10 @@ class Worker:
             raise TypeError(f"{broker!r} can't be worked on here; give a broker of dramalite.")
         if isinstance(queues, str):
             raise TypeError(f"queues is {queues!r}; give a list of names.")
-        for value, name in ((worker_threads, "worker_threads"), (async_concurrency, "async_concurrency")):
+        for value, name in (
+            (worker_threads, "worker_threads"), (async_concurrency, "async_concurrency"),
+            (worker_timeout, "worker_timeout"),
+        ):  # fmt: skip
             if value < 1:
                 raise ValueError(f"{name} is {value!r}; give 1 or more.")
         if worker_threads + async_concurrency > _MAX_TRACKED:
@@ -8293,7 +8316,7 @@ class Worker:
             self._dispatcher = None
             raise
 
-    def stop(self, timeout: int = 600_000) -> None:
+    def stop(self, timeout: int | timedelta = 600_000) -> None:
         """Stop: what runs may finish within `timeout` milliseconds, else it is handed back.
 
         What is handed back runs again later; its outcome here, if it still comes, is dropped.
@@ -8302,11 +8325,11 @@ class Worker:
         While another program keeps the database locked, up to 30 s more may pass, and 1 s where a
         coroutine ignores that it is cancelled.  Another call with an earlier deadline brings it forward.
         """
-        timeout = min(timeout, _LONGEST_WAIT_S * 1000)
+        timeout_s = min(cast(int, _timeout_ms(timeout)) / 1000, _LONGEST_WAIT_S)
         if self._is_ours(threading.current_thread()):
             self._elsewhere(self.stop, timeout)
             return
-        deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
+        deadline = _SYSTEM_CLOCK.monotonic() + timeout_s
         own: _Stop | None = None
         try:
             with self._state_lock:
@@ -8322,7 +8345,7 @@ class Worker:
             if own is not None:
                 self._stop(cast(_Dispatcher, dispatcher), own)
             elif stopping is not None and not self._is_in_the_way(stopping):
-                stopping.wait(timeout / 1000 + _CANCEL_GRACE_S)
+                stopping.wait(timeout_s + _CANCEL_GRACE_S)
         finally:
             if own is not None:
                 if self._stopping is own:
@@ -10012,10 +10035,10 @@ class _WorkerProcess(_ChildProcess):
             known = ", ".join(sorted(declared)) or "none"
             self._logger.warning("No actor declares the queue %r of --queues; declared are: %s.", name, known)
         if not actors and not wanted - declared:
-            self._logger.warning(
-                "There is nothing to do: no actor is declared on this broker. If they are on another one, "
-                "name it: MODULE:BROKER."
-            )
+            hint = "If they are on another one, name it: MODULE:BROKER."
+            for name, _file in _other_copies():
+                hint = f"{name!r} is another copy of dramalite; if they are its, start `python -m {name} worker ...`."
+            self._logger.warning("There is nothing to do: no actor is declared on this broker. %s", hint)
 
     def _tell_forks(self, forks: list[str]) -> None:
         """Note the functions that middleware wants to run in processes of their own."""
@@ -10054,12 +10077,12 @@ class _WorkerProcess(_ChildProcess):
     def _await_kill(self, event: str) -> None:
         """While stopping: end the process on an order to do so at once, or soon without a supervisor.
 
-        A service manager may signal us beside the supervisor: that is not a second order.
+        What runs is handed back: it did not kill its process.  A service manager may signal us beside
+        the supervisor: that is not a second order.
         """
         while event not in ("kill", "orphaned"):
             event = self._next_event()
-        if event == "orphaned":
-            self._worker.stop(_ORPHAN_GRACE_MS)  # Hastens the stop that is under way.
+        self._worker.stop(_ORPHAN_GRACE_MS if event == "orphaned" else 0)  # Hastens the stop under way.
         os._exit(_EXIT_KILLED)
 
     def _import(self) -> _EngineBroker:
@@ -10084,6 +10107,8 @@ class _ForkProcess(_ChildProcess):
         module_name, _, path = self._namespace.child.partition(":")
         try:
             function = _find_attribute(_import_module(module_name), module_name, path)
+            if not callable(function):
+                raise _Unusable(f"'{self._namespace.child}' is not a function: {function!r}.")
         except _Unusable as error:
             self._logger.critical("%s", error)
             return self._fail_to_start(_EXIT_IMPORT)
@@ -10152,11 +10177,21 @@ class _Unusable(ImportError):
     """What the command line names is not there, or no use; the text says all."""
 
 
+def _enable_loggers() -> None:
+    """Undo what logging.config does to all loggers that are there, unless it is told not to."""
+    for name, logger in list(logging.Logger.manager.loggerDict.items()):
+        if name.partition(".")[0] == "dramalite" and isinstance(logger, logging.Logger):
+            logger.disabled = False
+
+
 def _import_module(name: str) -> types.ModuleType:
     import importlib
 
     try:
-        module = importlib.import_module(name)
+        try:
+            module = importlib.import_module(name)
+        finally:
+            _enable_loggers()
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # The module is there, and imports what is not.
@@ -10164,19 +10199,26 @@ def _import_module(name: str) -> types.ModuleType:
             f"There is no module {error.name!r} in {os.getcwd()!r}, nor where Python looks for others; "
             f"start the command in the folder that has it, or give that as --path."
         ) from None
-    ours = sys.modules[__name__]
-    for other in list(sys.modules.values()):
-        if not isinstance(other, types.ModuleType):  # None is in the place of one that is forbidden.
-            continue
-        attributes = object.__getattribute__(other, "__dict__")  # Not to load one that is lazy.
-        alias = attributes.get("__name__", "")
-        is_main = alias in ("__main__", "__mp_main__")
-        if other is not ours and not is_main and attributes.get("__file__") == ours.__file__:
+    for alias, file in _other_copies():
+        if file == sys.modules[__name__].__file__:
             raise _Unusable(
                 f"Module {name!r} imports dramalite as {alias!r}, but the command runs it as "
                 f"{__name__!r}; start it with `python -m {alias} worker ...`."
             )
     return module
+
+
+def _other_copies() -> Iterator[tuple[str, str | None]]:
+    """Name and file of each module that is a dramalite, and not this one."""
+    for module in list(sys.modules.values()):
+        if not isinstance(module, types.ModuleType):  # None is in the place of one that is forbidden.
+            continue
+        attributes = object.__getattribute__(module, "__dict__")  # Not to load one that is lazy.
+        name = attributes.get("__name__", "")
+        mark = attributes.get(_EngineBroker.__name__)
+        is_copy = isinstance(mark, type) and mark.__module__ == name
+        if is_copy and name not in (__name__, "__main__", "__mp_main__"):
+            yield name, attributes.get("__file__")
 
 
 def _find_attribute(module: types.ModuleType, module_name: str, path: str) -> Any:
@@ -10342,7 +10384,7 @@ _STABLE_AFTER_S = 30.0  # A death before that is an early one.
 _SAME_STOP_S = 0.1
 
 #: Seconds from the request to stop at once to SIGKILL.
-_KILL_GRACE_S = 1.0
+_KILL_GRACE_S = 3.0  # After an order to end at once, to hand back what runs.
 _STOP_GRACE_S = _BUSY_TIMEOUT_S + 5.0  # After the timeout of a stop, for the last word to the database.
 
 #: Seconds for the last lines to get to several log files, which a job's process may hold open.

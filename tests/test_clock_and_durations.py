@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import datetime
+import functools
 import time
 
 import pytest
@@ -76,3 +78,51 @@ def test_what_is_no_duration_is_refused_with_the_options_name(broker, given):
 def test_a_duration_out_of_bounds_is_refused_with_the_options_name(broker, given):
     with pytest.raises(ValueError, match="max_age"):
         dramalite.actor(print, actor_name="work", max_age=given)
+
+
+# Timeouts
+
+
+SECOND = datetime.timedelta(seconds=1)
+
+
+def times_out(wait):
+    """The error of a wait that is to last 1 s, of virtual time where it can."""
+    with pytest.raises((dramalite.ResultTimeout, dramalite.QueueJoinTimeout)):
+        wait(timeout=SECOND)
+    with pytest.raises(TypeError, match="timeout is '5'; give milliseconds"):
+        wait(timeout="5")
+
+
+def test_every_wait_takes_a_timedelta_and_refuses_what_is_no_time():
+    broker = dramalite.MemoryBroker()
+    work = dramalite.actor(lambda *args: 1, actor_name="work", store_results=True, broker=broker)
+    with dramalite.simulate(broker) as sim:
+        sent = work.send_with_options(delay=60_000)
+        members = dramalite.group([work.message(), work.message()]).run(delay=60_000)
+        steps = (work.message() | work.message()).run(delay=60_000)
+        before = sim.now
+        for wait in (
+            functools.partial(sent.get_result, block=True),
+            functools.partial(steps.get_result, block=True),
+            members.wait,
+            lambda timeout: list(members.get_results(block=True, timeout=timeout)),
+            lambda timeout: list(steps.get_results(block=True, timeout=timeout)),
+            lambda timeout: broker.join("default", timeout=timeout),
+            lambda timeout: asyncio.run(sent.get_result_async(timeout=timeout)),
+        ):
+            times_out(wait)
+        waited = sim.now - before
+
+    assert waited == 7 * SECOND
+
+
+def test_a_barrier_and_the_stop_of_a_worker_take_a_timedelta(broker):
+    backend = dramalite.SQLiteRateLimiterBackend(broker)
+    barrier = dramalite.Barrier(backend, "barrier", ttl=60_000)
+    worker = dramalite.Worker(broker, worker_threads=1)
+    worker.start()
+    worker.stop(timeout=datetime.timedelta(minutes=1))
+
+    assert barrier.create(parties=2)
+    assert barrier.wait(timeout=datetime.timedelta(milliseconds=1)) is False

@@ -392,6 +392,42 @@ def test_workers_without_actors_say_so(place):
     assert "No actor declares the queue 'mial' of --queues; declared are: none." in tree.output()
 
 
+CONFIGURES_LOGGING = """
+import logging.config
+
+logging.config.dictConfig({
+    "version": 1,
+    "handlers": {"own": {"class": "logging.StreamHandler"}},
+    "root": {"level": "INFO", "handlers": ["own"]},
+})
+"""
+
+
+def test_a_worker_goes_on_to_log_though_a_module_configures_logging(place):
+    (place.folder / "empty.py").write_text("import dramalite\n" + CONFIGURES_LOGGING)
+    tree = place.worker(module="empty")
+    place.wait_until(lambda: "There is nothing to do" in tree.output(), "the worker says what it is for")
+
+
+def test_a_worker_says_why_it_cannot_start_though_a_module_configures_logging(place):
+    (place.folder / "broken.py").write_text(CONFIGURES_LOGGING + "raise LookupError('not today')\n")
+    tree = place.worker(module="broken")
+
+    assert tree.wait() == 2
+    assert "LookupError: not today" in tree.output()
+
+
+def test_workers_without_actors_name_another_copy_of_dramalite_that_may_have_them(place):
+    vendored = place.folder / "vendored"
+    vendored.mkdir()
+    shutil.copy(harness.ROOT / "dramalite.py", vendored)
+    (place.folder / "tasks.py").write_text("from vendored import dramalite\n\ndramalite.actor(print)\n")
+    tree = place.worker(module="tasks")
+    place.wait_until(lambda: "There is nothing to do" in tree.output(), "the worker says what it is for")
+
+    assert "`python -m vendored.dramalite worker ...`" in tree.output()
+
+
 def test_workers_of_an_empty_module_say_so(place):
     (place.folder / "empty.py").write_text("import dramalite\n")
     tree = place.worker(module="empty")
@@ -848,6 +884,24 @@ def test_a_second_signal_stops_at_once_and_loses_nothing(place):
     place.worker()
     place.drained()
     assert place.runs("end") == {"1": 1}
+
+
+def test_what_a_second_signal_interrupts_is_no_message_that_kills_its_process(place):
+    tree = place.worker()
+    place.send("fragile", 1)  # One crash would be the end of it.
+    started(place, 1)
+    tree.signal(signal.SIGTERM)
+    place.wait_until(lambda: "SIGTERM" in tree.output(), "the worker says why it stops")
+    harness.let_pass(0.3)  # A second thought, not the echo of the first signal.
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait() == 1, tree.tail()
+    assert (place.waiting(), place.dead()) == (1, 0)
+    (place.folder / "release").touch()
+    place.worker()
+    place.drained()
+    assert place.runs("end") == {"1": 1}
+    assert place.dead() == 0
 
 
 def test_a_signal_during_the_start_stops_the_worker(place):

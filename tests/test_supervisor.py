@@ -299,6 +299,14 @@ def test_a_fork_function_does_not_wait_longer_than_it_is_told(place):
     place.wait_until(lambda: reloaded(tree) == 2, "both worker processes are ready")
 
 
+def test_a_fork_function_that_is_no_function_ends_the_start(place):
+    place.jobs("forked = 3")
+    tree = place.worker("--fork-function", "jobs:forked")
+
+    assert tree.wait() == 2
+    assert "'jobs:forked' is not a function: 3." in tree.output()
+
+
 def test_a_fork_function_that_returns_0_has_ended(place):
     tree = place.ready_worker("-f", "jobs:short", "-f", "jobs:forked")
     place.wait_until(lambda: "jobs:short has ended" in tree.output(), "its end is reported")

@@ -561,3 +561,9 @@ def test_nothing_is_watched_any_more_after_a_stop_that_gave_coroutines_up(broker
     started.stop(timeout=0)
 
     wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name == "dramalite-time-limit"])
+
+
+@pytest.mark.parametrize(("interval", "error"), [(0, ValueError), (-1, ValueError), ("1", TypeError)])
+def test_an_interval_that_makes_no_sense_is_refused(interval, error):
+    with pytest.raises(error, match="interval is"):
+        TimeLimit(interval=interval)

@@ -1631,3 +1631,9 @@ def test_a_job_that_a_stop_gave_up_before_its_actor_began_begins_once_only(broke
 
     assert begun_then == []
     assert begun == [1]
+
+
+@pytest.mark.parametrize("name", ["worker_threads", "async_concurrency", "worker_timeout"])
+def test_a_worker_refuses_numbers_that_make_no_sense(broker, name):
+    with pytest.raises(ValueError, match=f"{name} is 0"):
+        dramalite.Worker(broker, **{name: 0})
