@@ -868,9 +868,10 @@ def test_what_must_not_run_twice_and_outlasts_a_stop_becomes_a_dead_letter(place
     assert (place.waiting(), place.dead()) == (0, 1)
 
 
-def test_a_second_signal_stops_at_once_and_loses_nothing(place):
+@pytest.mark.parametrize("options", [{}, {"max_crashes": 1}], ids=["plain", "one crash would be its end"])
+def test_a_second_signal_stops_at_once_and_loses_nothing(place, options):
     tree = place.worker()
-    place.send("held", 1)
+    place.send("held", 1, **options)
     started(place, 1)
     tree.signal(signal.SIGTERM)
     place.wait_until(lambda: "SIGTERM" in tree.output(), "the worker says why it stops")
@@ -879,23 +880,6 @@ def test_a_second_signal_stops_at_once_and_loses_nothing(place):
 
     assert tree.wait() == 1, tree.tail()
     assert tree.pids() == []
-    assert place.waiting() == 1
-    (place.folder / "release").touch()
-    place.worker()
-    place.drained()
-    assert place.runs("end") == {"1": 1}
-
-
-def test_what_a_second_signal_interrupts_is_no_message_that_kills_its_process(place):
-    tree = place.worker()
-    place.send("fragile", 1)  # One crash would be the end of it.
-    started(place, 1)
-    tree.signal(signal.SIGTERM)
-    place.wait_until(lambda: "SIGTERM" in tree.output(), "the worker says why it stops")
-    harness.let_pass(0.3)  # A second thought, not the echo of the first signal.
-    tree.signal(signal.SIGTERM)
-
-    assert tree.wait() == 1, tree.tail()
     assert (place.waiting(), place.dead()) == (1, 0)
     (place.folder / "release").touch()
     place.worker()
