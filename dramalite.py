@@ -1502,7 +1502,8 @@ class Broker:
             except Exception as error:  # The others may hold locks or timers to release.
                 if isinstance(error, MiddlewareError) and name.startswith("before_"):
                     raise
-                self.logger.critical("Hook %s of %r failed; going on.", name, hook, exc_info=True)
+                owner = getattr(hook, "__self__", hook)
+                self.logger.critical("Hook %s of %r failed; going on.", name, owner, exc_info=True)
 
     def _hooks_named(self, name: str) -> tuple[Callable[..., None], ...]:
         """The methods of the middleware for a hook, also for one of the user's own."""
@@ -10024,13 +10025,15 @@ class _WorkerProcess(_ChildProcess):
         worker.stop(timeout)
         return _EXIT_OK
 
-    def _tell_what_for(self, broker: Broker) -> None:
+    def _tell_what_for(self, broker: _EngineBroker) -> None:
         """Log what the worker processes are for, and what looks like a mistake."""
         declared = broker.get_declared_queues()
         wanted = set(self._namespace.queues or declared)
         actors = [actor for actor in broker.actors.values() if actor.queue_name in wanted]
         queues = ", ".join(sorted(wanted & declared)) or "none"
         self._logger.info("At work on %r: %d actors, queues: %s.", broker, len(actors), queues)
+        if broker._engine.path is None:
+            self._logger.warning("%r lives in each process alone: what others send does not come here.", broker)
         for name in sorted(wanted - declared):
             known = ", ".join(sorted(declared)) or "none"
             self._logger.warning("No actor declares the queue %r of --queues; declared are: %s.", name, known)

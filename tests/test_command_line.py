@@ -392,6 +392,14 @@ def test_workers_without_actors_say_so(place):
     assert "No actor declares the queue 'mial' of --queues; declared are: none." in tree.output()
 
 
+def test_workers_on_a_broker_in_memory_say_that_nobody_else_reaches_it(place):
+    (place.folder / "alone.py").write_text("import dramalite\n\ndramalite.set_broker(dramalite.MemoryBroker())\n")
+    tree = place.worker(module="alone")
+    place.wait_until(lambda: "ready for action" in tree.output(), "the worker runs")
+
+    assert "lives in each process alone" in tree.output()
+
+
 CONFIGURES_LOGGING = """
 import logging.config
 
