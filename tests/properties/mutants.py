@@ -438,22 +438,37 @@ MUTANTS = [
     ),
     Mutant(
         "failed-members-counted-as-successes", "a group with failures succeeds", "groups_once",
-        "self._count(broker, membership, False, failed_group)",
-        "self._count(broker, membership, True, failed_group)",
+        "self._count(broker, membership, message_id, False, failed_group)",
+        "self._count(broker, membership, message_id, True, failed_group)",
+    ),
+    Mutant(
+        "members-count-again", "a member that is sent again counts again", "groups_once",
+        "           WHERE excluded.failed_at IS NULL AND dramalite_members.failed_at IS NOT NULL",
+        "           WHERE excluded.failed_at IS NULL",
+    ),
+    Mutant(
+        "late-successes-not-counted", "a group never succeeds whose dead member did so when sent again", "groups_once",
+        "UPDATE dramalite_groups SET unsuccessful = unsuccessful - 1 WHERE uuid = new.uuid;",
+        "UPDATE dramalite_groups SET unsuccessful = unsuccessful WHERE uuid = new.uuid;",
+    ),
+    Mutant(
+        "ends-told-again", "the end of a group is told whenever a member of it ends once more", "groups_once",
+        '_IS_OVER = "unended = 0 AND told < 1"',
+        '_IS_OVER = "unended = 0"',
     ),
     Mutant(
         "failed-inner-groups-not-counted", "a group never ends where a group inside it fails", "groups_once",
-        '                self._end(broker, data["options"], uuid)\n',
+        '                self._end(broker, data["message_id"], data["options"], uuid)\n',
         "                pass\n",
     ),
     Mutant(
         "inner-groups-counted-early", "a group ends before a group inside it has", "groups_once",
-        "WHERE uuid = ? AND unended = 0 AND unsuccessful > 0)",
+        "WHERE uuid = ? AND {_IS_OVER} AND unsuccessful > 0)",
         "WHERE uuid = ? AND unsuccessful > 0)",
     ),
     Mutant(
         "failed-pipelines-not-counted", "a group never ends where an early step fails", "groups_once",
-        '            self._end(broker, options["pipe_target"]["options"], failed_group)\n',
+        '            following = [target]\n',
         "            pass\n",
     ),
     Mutant(
@@ -521,8 +536,8 @@ MUTANTS = [
     ),
     Mutant(
         "surrogates-stored", "text that is none is accepted", "encoding",
-        '                if "\\\\ud" not in text:\n                    return text.encode("ascii")\n',
-        '                return text.encode("ascii")\n',
+        '                    if "\\\\ud" not in text:\n                        return text.encode("ascii")\n',
+        '                    return text.encode("ascii")\n',
     ),
 ]  # fmt: skip
 

@@ -90,6 +90,7 @@ class Plan:
     def __init__(self, broker):
         self.broker = broker
         self.leaves = []  # By number.
+        self.mended = set()  # Those that succeed from now on, whatever they did before.
         self.groups = []  # (the group, the numbers of its leaves).
         self.told = []  # (number of a group, what it told, the leaves that had succeeded by then).
         self.sim = None
@@ -102,7 +103,7 @@ class Plan:
                 raise ValueError("not yet")
             if leaf.end == "kill":
                 self.sim.crash()
-            if leaf.end != "ok":
+            if leaf.end != "ok" and number not in self.mended:
                 raise ArithmeticError if leaf.end == "dead" else dramalite.SkipMessage
             return [number, *received]
 
@@ -172,6 +173,35 @@ def test_crashes_neither_lose_nor_repeat_nor_hurry_what_a_group_tells(place, wor
     assert told(plan) == plan.expected()
     for number, what, done in plan.told:
         assert what == "end" or plan.groups[number][1] <= done
+
+
+resent = st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=6)
+
+
+@simulated
+@given(places, worlds, groups, resent)
+@example("memory", {}, Group([Leaf("dead"), Leaf("dead")], True, True), [(0, True), (0, True)])
+@example("memory", {}, Group([Group([Leaf("dead")], True, True), Leaf("skip")], True, True), [(0, False), (0, True)])
+def test_a_dead_member_that_is_sent_again_and_again_counts_once_and_once_it_succeeds(place, world, group, resent):
+    with open_broker(place) as broker:
+        plan = Plan(broker)
+        with dramalite.simulate(broker, **world) as plan.sim:
+            plan.build(group).run()
+            plan.sim.run_until_idle(max_steps=5000)
+            letters = list(broker.dead_letters)
+            for index, succeeds in resent if letters else ():
+                letter = letters[index % len(letters)]
+                if succeeds:
+                    plan.mended.add(letter.args[0])
+                broker.enqueue(letter.copy(options={"retries": 0}))
+                plan.sim.run_until_idle(max_steps=5000)
+
+    good = {number for number, leaf in enumerate(plan.leaves) if leaf.succeeds() or number in plan.mended}
+    wanted = Counter()
+    for number, (group, leaves) in enumerate(plan.groups):
+        wanted[number, "success"] = int(group.tells_success and leaves <= good)
+        wanted[number, "end"] = int(group.tells_end)
+    assert Counter(entry[:2] for entry in plan.told) == +wanted
 
 
 @simulated
