@@ -6551,9 +6551,12 @@ def _metrics_handler(render: Callable[[], str]) -> Any:
 _SIZE_SLACK = 1 << 18
 
 
-def _stand_in(queue: str, actor: str, message_id: str, time_ms: int, reason: str) -> Message[Any]:
+class _StandIn(Message[Any]):
     """A message in place of bytes that are none; it can't be sent again."""
-    return Message(queue, actor, (), {}, {"traceback": reason, "is_damaged": True}, message_id, time_ms)
+
+
+def _stand_in(queue: str, actor: str, message_id: str, time_ms: int, reason: str) -> _StandIn:
+    return _StandIn(queue, actor, (), {}, {"traceback": reason}, message_id, time_ms)
 
 
 def _targets(pairs: Iterable[tuple[str, str]]) -> str:
@@ -6830,7 +6833,7 @@ class _EngineBroker(Broker):
             message = message._message
         if not isinstance(message, Message):
             raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
-        if "is_damaged" in message.options:
+        if isinstance(message, _StandIn):
             raise ValueError(
                 f"Message {message.message_id} for actor {message.actor_name!r} stands for bytes that can't be "
                 f"decoded: what its arguments were is not known, so it can't be sent again."
