@@ -549,9 +549,10 @@ def _timeout_ms(timeout: float | timedelta | None) -> int | None:
     """A timeout in milliseconds, 0 where it has passed already; None stays None."""
     if timeout is None:
         return None
-    if isinstance(timeout, (int, float)):
-        timeout = min(max(timeout, 0), _MAX_DURATION_MS)
-    return _milliseconds(timeout, "timeout")
+    number = timeout.total_seconds() * 1000 if hasattr(timeout, "total_seconds") else timeout
+    if isinstance(number, (int, float)):
+        number = min(max(number, 0), _MAX_DURATION_MS)
+    return _milliseconds(number, "timeout")
 
 
 # ------------------------------------------------------------------------------------------
@@ -852,6 +853,8 @@ class Message(Generic[_R]):
 
     #: The broker that made or sent this message, for get_result(); not part of its value.
     _broker: Broker | None
+    #: It stands, as a dead letter, for bytes that are no message: it can't be sent again.
+    is_damaged: ClassVar[bool] = False
     _field_defaults: ClassVar[dict[str, Any]] = {}
     __match_args__ = (
         "queue_name", "actor_name", "args", "kwargs", "options", "message_id", "message_timestamp",
@@ -2437,8 +2440,11 @@ class group:  # noqa: N801  (Dramatiq's name)
         self._check()
         counter, successor = self._counter(), self.successor
         callbacks = list(self.completion_callbacks)
-        children, sources = self._told_to_store(), None
+        sources = None
         uuid = _new_message_id(self.broker.clock.time_ms(), self.broker._entropy())
+        if successor is not None:
+            self._check_chains()  # Before anything is sent.
+        children = self._storing_children()
         if successor is not None:
             last = [_chain(child)[-1] for child in children]
             sources = [[message.queue_name, message.actor_name, message.message_id] for message in last]
@@ -2447,7 +2453,8 @@ class group:  # noqa: N801  (Dramatiq's name)
         membership = {"group_completion_uuid": uuid, "group_completion_callbacks": callbacks}
         if self.end_callbacks:
             membership["group_end_callbacks"] = self.end_callbacks
-        children = [_with_membership(child, membership) for child in children]
+        seen: collections.Counter[str] = collections.Counter()
+        children = [_with_membership(child, membership, seen) for child in children]
         if count or sources is not None:
             counter.create(self.broker, uuid, count, sources)
         if not count:  # All of nothing has succeeded.
@@ -2456,30 +2463,25 @@ class group:  # noqa: N801  (Dramatiq's name)
                 self.broker.enqueue(message, delay=_delay_after_group(message))
         return children
 
-    def _told_to_store(self) -> list[Any]:
-        """The children; before a step, copies that keep their results for it.
-
-        Raises TypeError where one is more than a pipeline of messages, which can't be waited for.
-        """
-        if self.successor is None:
-            return self.children
-        return [_storing_results(child) for child in self._checked_children()]
-
-    def _checked_children(self) -> list[Any]:
+    def _check_chains(self) -> None:
+        """Raise TypeError where a child of a step is more than a pipeline of messages."""
         for child in self.children:
             if not _chain(child) or not all(isinstance(step, Message) for step in _chain(child)):
                 raise TypeError(
                     f"{child} can't be in a group that is a step of a pipeline; give messages, or "
                     f"pipelines of messages."
                 )
-        return self.children
+
+    def _storing_children(self) -> list[Any]:
+        """The children; before a step, copies that keep their results for it."""
+        return self.children if self.successor is None else list(map(_storing_results, self.children))
 
     def describe(self) -> dict[str, Any]:
         """This group as data for the step before it; see restore()."""
-        self._checked_children()
+        self._check_chains()
         successor = self.successor
         return {
-            "chains": [[step.asdict() for step in _chain(child)] for child in self._told_to_store()],
+            "chains": [[step.asdict() for step in _chain(child)] for child in self._storing_children()],
             "completion_callbacks": self.completion_callbacks,
             "end_callbacks": self.end_callbacks,
             "successor": None if successor is None else successor.asdict(),
@@ -2524,34 +2526,33 @@ class group:  # noqa: N801  (Dramatiq's name)
             pass
 
 
-def _with_membership(child: Any, membership: dict[str, Any]) -> Any:
-    """A copy of a group's child whose members count for the group."""
+def _with_membership(child: Any, membership: dict[str, Any], seen: collections.Counter[str]) -> Any:
+    """A copy of a group's child whose members count for the group; `seen` has the ids of those so far."""
     if isinstance(child, Message):
+        seen[child.message_id] += 1
+        if seen[child.message_id] > 1:
+            membership = {**membership, "group_occurrence": seen[child.message_id]}
         if "group_completion_uuid" not in child.options:
             return child.copy(options=membership)
         further = [*child.options.get("group_further", []), membership]
         return child.copy(options={"group_further": further})
     if isinstance(child, pipeline):
         steps = [*child.messages]
-        if steps:
-            last = _last_member(steps)
-            steps[last] = _with_membership(steps[last], membership)
+        for index in reversed(range(len(steps))):  # The last one that is no empty group.
+            if _count_members(steps[index]):
+                steps[index] = _with_membership(steps[index], membership, seen)
+                break
         return pipeline(steps, broker=child.broker)
     copied = child.copy()
-    copied.children = [_with_membership(member, membership) for member in child.children]
+    copied.children = [_with_membership(member, membership, seen) for member in child.children]
     return copied
-
-
-def _last_member(steps: list[Any]) -> int:
-    """The index of a pipeline's step whose end is the pipeline's: no empty group, if there is another."""
-    return next((index for index in reversed(range(len(steps))) if _count_members(steps[index])), 0)
 
 
 def _count_members(child: Any) -> int:
     if isinstance(child, Message):
         return 1
     if isinstance(child, pipeline):
-        return _count_members(child.messages[_last_member(child.messages)]) if child.messages else 0
+        return next(filter(None, map(_count_members, reversed(child.messages))), 0)
     return sum(map(_count_members, child.children))
 
 
@@ -3245,18 +3246,18 @@ _CREATE_GROUP = """
     INSERT INTO dramalite_groups (uuid, unsuccessful, unended, sources) VALUES (?, ?, ?, ?)"""
 
 # A member counts again only where it has failed and, sent once more, succeeds.
-_COUNT_MEMBER = """
+_COUNT_MEMBER_IF = """
     INSERT INTO dramalite_members (uuid, message_id, failed_at)
     SELECT uuid, ?, ? FROM dramalite_groups WHERE uuid = ? {}
         ON CONFLICT DO UPDATE SET failed_at = NULL
            WHERE excluded.failed_at IS NULL AND dramalite_members.failed_at IS NOT NULL"""
 
+_COUNT_MEMBER = _COUNT_MEMBER_IF.format("")
+
 # The same where a group inside, of the uuid given last, has ended without success just now.
-_COUNT_MEMBER_AFTER_GROUP = _COUNT_MEMBER.format(f"""
+_COUNT_MEMBER_AFTER_GROUP = _COUNT_MEMBER_IF.format(f"""
        AND EXISTS (SELECT 1 FROM dramalite_groups
                     WHERE uuid = ? AND {_IS_OVER} AND unsuccessful > 0)""")
-_COUNT_MEMBER = _COUNT_MEMBER.format("")
-
 _NOTE_TOLD = """
     UPDATE dramalite_groups SET told = 1 + (unsuccessful = 0) WHERE uuid = ? AND unended = 0"""
 
@@ -3380,7 +3381,7 @@ _OLD = (
     (
         "dramalite_groups",
         "uuid",
-        """uuid < :first_uuid AND (unended = 0 AND failed_at < :long_ago
+        """uuid < :first_uuid AND (unended = 0 AND (failed_at < :long_ago OR unsuccessful = 0)
             OR NOT EXISTS (SELECT 1 FROM dramalite_messages))""",
     ),
 )
@@ -4940,14 +4941,15 @@ class _Engine(_SenderDatabase):
         """Tell whether messages of a queue wait, are delayed or run."""
         return bool(self._read(_IS_BUSY, {"queue": queue})[0][0])
 
-    def body_with(self, message_id: str, sent_ms: int) -> bytes | None:
+    def body_with(self, message_id: str, sent_ms: int, *, in_all: bool) -> bytes | None:
         """The stored message that is still to be run, or holds the one that is as a later step; None if none.
 
-        One that was sent after a time (ms since 1970) is found without a look at the whole table.
+        One that was sent after a time (ms since 1970) is found without a look at the whole table, which
+        comes last, and only for `in_all`.
         """
         texts = {message_id.encode("utf-8", "replace"), json.dumps(message_id)[1:-1].encode()}
         conditions = [("message_id = ?", message_id), *(("instr(body, ?)", text) for text in texts)]
-        for since in (sent_ms * 1000, 0):  # The clock may have been set back meanwhile.
+        for since in (sent_ms * 1000, 0) if in_all else (sent_ms * 1000,):
             for condition, value in conditions:
                 sql = f"SELECT body FROM dramalite_messages WHERE id >= ? AND {condition} LIMIT 1"
                 if rows := self._read(sql, (since, value)):
@@ -5239,18 +5241,24 @@ class SQLiteResultBackend(ResultBackend):
         is_idle = is_here and not self.broker._engine.has_worker()
         return f"No worker is running on {self.broker!r}." if is_idle else ""
 
+    def _keeps(self, options: Mapping[str, Any]) -> bool:
+        """Tell whether the result of a message with these options is kept."""
+        return any(item.concerns(options) for item in self.broker.middleware if isinstance(item, Results))
+
     def _why_never(self, message: Any) -> str | None:
         broker = self.broker
         if getattr(message, "_broker", None) not in (None, broker):
             return None  # It is elsewhere; only its result is to come here.
-        sent_ms = _time_of_message_id(message.message_id) - _CLOCK_SLACK_MS
-        body = broker._engine.body_with(message.message_id, sent_ms)
         actor = broker.actors.get(message.actor_name)
-        if actor is not None:
-            stored = {} if body is None else _stored_options(body, message.message_id)
-            options = {**actor.options, **message.options, **stored}
-            if not any(item.concerns(options) for item in broker.middleware if isinstance(item, Results)):
-                return "its actor stores none; give the actor store_results=True."
+        options = None if actor is None else {**actor.options, **message.options}
+        must_store = options is None or self._keeps(options)
+        sent_ms = _time_of_message_id(message.message_id) - _CLOCK_SLACK_MS
+        # All is looked at for a clock that was set back meanwhile, which takes long.
+        body = broker._engine.body_with(message.message_id, sent_ms, in_all=must_store)
+        if body is not None and options is not None:
+            must_store = self._keeps({**options, **_stored_options(body, message.message_id)})
+        if not must_store:
+            return "its actor stores none; give the actor store_results=True."
         if body is not None:
             return None
         death = broker._engine.cause_of_death(message.message_id)
@@ -5973,7 +5981,11 @@ class Pipelines(Middleware):
     ) -> None:
         target = message.options.get("pipe_target")
         group_data = message.options.get("pipe_group")
-        if exception is not None or message.failed or not (target or group_data):
+        if exception is not None or message.failed:
+            return
+        if "pipe_results" in message.options:
+            self._forget_group(broker, message.options["pipe_results"])
+        if not (target or group_data):
             return
         try:
             if group_data:
@@ -6002,8 +6014,13 @@ class Pipelines(Middleware):
             return
         if not self._ignores_result(broker, message._message):
             message.args = (*message.args, self._results_of(broker, message, group))
-            message._message = message._message._replace(args=message.args)
-        del message.options["pipe_results"]
+        options = {name: value for name, value in message.options.items() if name != "pipe_results"}
+        told = message._message._replace(args=message.args, options=options)
+        if _fits(told, cast("_EngineBroker", broker).max_message_size):  # Else it asks again each time.
+            message._message, message.options = told, options
+            self._forget_group(broker, group)
+
+    def _forget_group(self, broker: Broker, group: str | list[list[str]]) -> None:
         if isinstance(group, str):
             cast("_EngineBroker", broker)._write(_FORGET_GROUP, (group,))
 
@@ -6042,6 +6059,14 @@ class Pipelines(Middleware):
                 actor.actor_name,
             )
         return True
+
+
+def _fits(message: Message[Any], max_size: int) -> bool:
+    """Tell whether a message can be stored."""
+    try:
+        return len(message.encode()) <= max_size
+    except (TypeError, ValueError):
+        return False
 
 
 def _only_fits_without(fn: Callable[..., Any], message: Message[Any]) -> bool:
@@ -6130,7 +6155,8 @@ class GroupCallbacks(Middleware):
     ) -> None:  # fmt: skip
         """Count a member; where a group inside is given, only if that ended without success."""
         uuid = membership["group_completion_uuid"]
-        values = message_id, None if succeeded else broker.clock.time_ms(), uuid
+        member = f"{message_id} {membership['group_occurrence']}" if "group_occurrence" in membership else message_id
+        values = member, None if succeeded else broker.clock.time_ms(), uuid
         if failed_group is None:
             broker._write(_COUNT_MEMBER, values)
         else:
@@ -6552,7 +6578,9 @@ _SIZE_SLACK = 1 << 18
 
 
 class _StandIn(Message[Any]):
-    """A message in place of bytes that are none; it can't be sent again."""
+    """A message in place of bytes that are none."""
+
+    is_damaged = True
 
 
 def _stand_in(queue: str, actor: str, message_id: str, time_ms: int, reason: str) -> _StandIn:
@@ -6833,7 +6861,7 @@ class _EngineBroker(Broker):
             message = message._message
         if not isinstance(message, Message):
             raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
-        if isinstance(message, _StandIn):
+        if message.is_damaged:
             raise ValueError(
                 f"Message {message.message_id} for actor {message.actor_name!r} stands for bytes that can't be "
                 f"decoded: what its arguments were is not known, so it can't be sent again."
@@ -7039,7 +7067,7 @@ class _EngineBroker(Broker):
         like = "".join(f", {k}={v!r}" for k, v in asked.items())
         there = "".join(f"\n    {message} {message.options}" for message in pending[:20])
         raise AssertionError(
-            f"There should be {'a message' if times is None else f'{times} messages'} pending like {name!r}{like}; "
+            f"There should be {'a message' if times in (None, 1) else f'{times} messages'} pending like {name!r}{like}; "
             f"{len(found)} of {len(pending)} are:{there or ' none is pending.'}"
         )
 
@@ -8055,6 +8083,7 @@ class _Dispatcher(_Exchanger):
         """Send the threads home, after claim_no_more()."""
         with self._lock:
             self.is_stopping = True
+            self._slot.sleep_until(0)  # Rings are for others now.
             self._give_back()  # What was claimed after that, for resume() came in between.
             if not self.running:
                 self._settled.notify_all()
@@ -8386,6 +8415,7 @@ class Worker:
                 thread.join(min(left, _DEADLINE_LOOK_S))
         fail = self._processor.fail
         cancelled = [job for job in dispatcher.give_up_running(fail) if job.context is not None]
+        dispatcher.write()  # Before any wait, in which the process may be ended.
         for job in cancelled:
             _interrupt(job.runner, Shutdown)
         dispatcher.await_ends(cancelled, _CANCEL_GRACE_S)
@@ -9960,6 +9990,8 @@ class _ChildProcess(abc.ABC):
         with contextlib.suppress(OSError):  # Closed by a job: then we are cut off all the same.
             while order := os.read(control, 64):
                 for word in order.decode("ascii").split():
+                    if word == "kill" and not self._has_started:
+                        os._exit(_EXIT_KILLED)
                     self._events.put(word)
                     if word == "stop":
                         timeout = min(self._namespace.worker_shutdown_timeout, _IMPORT_GRACE_MS)
@@ -10097,6 +10129,7 @@ class _WorkerProcess(_ChildProcess):
         module = _import_module(module_name)
         broker = _find_broker(module, module_name, attribute) if attribute else get_broker()
         broker.emit_after("process_boot")
+        _enable_loggers()
         for name in self._namespace.modules:
             _import_module(name)
         if not isinstance(broker, _EngineBroker):
