@@ -913,6 +913,9 @@ class Message(Generic[_R]):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._astuple()
 
+    def __copy__(self) -> Message[_R]:
+        return self._replace()
+
     def __str__(self) -> str:
         shown = [repr(arg) for arg in self.args]
         shown += [f"{name}={value!r}" for name, value in self.kwargs.items()]
@@ -1951,6 +1954,7 @@ class Actor(Generic[_P, _R]):
         #: The function if it is `async def`; workers then run it without holding a thread.
         self.coroutine_fn = function if _is_coroutine_function(function) else None
         self.fn: Callable[_P, _R] = fn if self.coroutine_fn is None else async_to_sync(function)
+        self._made_fn = self.fn  # Somebody may put another one in its place.
         self.broker = broker
         self.actor_name = actor_name
         self.queue_name = queue_name
@@ -1962,6 +1966,8 @@ class Actor(Generic[_P, _R]):
     def _check_name(self, broker: Broker) -> None:
         if not isinstance(self.actor_name, str):
             raise TypeError(f"actor_name is {self.actor_name!r}; give a str.")
+        if "\0" in self.actor_name:  # SQLite would cut it off there.
+            raise ValueError(f"actor_name is {self.actor_name!r}; give one without a null character.")
         if self.actor_name in broker.actors:
             raise ValueError(f"An actor named {self.actor_name!r} is already registered.")
 
@@ -2582,6 +2588,11 @@ def _has_result(child: Message[Any] | pipeline | group, broker: Broker) -> bool:
     if not isinstance(child, Message):
         return child.completed
     backend = broker.get_results_backend()
+    if backend._has_own_way():
+        with contextlib.suppress(ResultMissing):
+            backend.get_result(child)
+            return True
+        return False
     value = backend._get(backend._key(child))  # Whether one may still come takes long to find out.
     if value is not Missing:
         backend.unwrap_result(value)
@@ -5093,9 +5104,17 @@ class ResultBackend:
     async def get_result_async(self, message: Any, *, timeout: int | timedelta | None = None) -> Any:
         """get_result(block=True) for coroutines: waits without holding a thread."""
         timeout_ms = _timeout_ms(_DEFAULT_RESULT_TIMEOUT_MS if timeout is None else timeout)
+        if self._has_own_way():
+            import asyncio
+
+            return await asyncio.to_thread(self.get_result, message, block=True, timeout=timeout_ms)
         search = _ResultSearch(self, message)
         await self._wait_async(search, cast(int, timeout_ms))
         return search.outcome(ResultTimeout)
+
+    def _has_own_way(self) -> bool:
+        """Tell whether a subclass gets results otherwise than by _get()."""
+        return type(self).get_result is not ResultBackend.get_result
 
     def store_result(self, message: Any, result: Any, ttl: int) -> None:
         """Keep a result for `ttl` milliseconds."""
@@ -5264,6 +5283,8 @@ class SQLiteResultBackend(ResultBackend):
         death = broker._engine.cause_of_death(message.message_id)
         if death is not None:
             return f"it is a dead letter: {death}"
+        if type(get_encoder()) not in (JSONEncoder, PickleEncoder):
+            return None  # As a later step, its id may stand in a message in another form.
         return (
             "it is not in the database. It has ended and its result was not kept or has expired, "
             "an earlier step of its pipeline failed, it was dropped from its queue, or it was "
@@ -5439,6 +5460,13 @@ class RateLimiterBackend:
         """Wake those that wait for a key, and for `ttl` milliseconds those that come to wait."""
         raise NotImplementedError
 
+    def _count(self, key: str, maximum: int, ttl: int) -> bool:
+        """Add 1 to a number, which may not be there yet, up to the maximum."""
+        return self.add(key, 1, ttl) or self.incr(key, 1, maximum, ttl)
+
+    def _forget_notice(self, key: str, ttl: int) -> None:
+        """Have those that come to wait do so, whatever wait_notify() told before, where that can be."""
+
 
 class SQLiteRateLimiterBackend(RateLimiterBackend):
     """Counters in the database of a broker; the default broker if None."""
@@ -5451,6 +5479,9 @@ class SQLiteRateLimiterBackend(RateLimiterBackend):
 
     def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
         return self._add(key, amount, ttl, lambda value: value <= maximum)
+
+    def _count(self, key: str, maximum: int, ttl: int) -> bool:
+        return self.incr(key, 1, maximum, ttl)
 
     def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
         return self._add(key, -amount, ttl, lambda value: value >= minimum)
@@ -5480,6 +5511,9 @@ class SQLiteRateLimiterBackend(RateLimiterBackend):
 
     def wait_notify(self, key: str, ttl: int) -> None:
         self.broker._engine.change_limit(key, lambda _old: 1, ttl)
+
+    def _forget_notice(self, key: str, ttl: int) -> None:
+        self.decr(key, 1, 0, ttl)
 
 
 class StubRateLimiterBackend(SQLiteRateLimiterBackend):
@@ -5565,7 +5599,7 @@ class ConcurrentRateLimiter(RateLimiter):
         for number in range(self.limit):
             ends_at = _clock_of(self.backend).time_ms() + self.ttl
             key = f"{self.key}#{number}" if number else self.key
-            if self.backend.incr(key, 1, 1, self.ttl):
+            if self.backend._count(key, 1, self.ttl):
                 return functools.partial(self._give_back, key, ends_at)
         return None
 
@@ -5591,7 +5625,7 @@ class BucketRateLimiter(RateLimiter):
 
     def _acquire(self) -> bool:
         now = _clock_of(self.backend).time_ms()
-        return self.backend.incr(f"{self.key}@{now - now % self.bucket}", 1, self.limit, self.bucket)
+        return self.backend._count(f"{self.key}@{now - now % self.bucket}", self.limit, self.bucket)
 
 
 #: Parts of a window that are counted one by one: it is exact to one of them, and to no second.
@@ -5636,8 +5670,8 @@ class Barrier:
         """Set the barrier up for so many; False if it exists already."""
         _check_limit("parties", parties)
         is_new = self.backend.add(self.key, parties, self.ttl)
-        if is_new:  # What told those that waited at one before may still be there.
-            self.backend.decr(self.key_events, 1, 0, self.ttl)
+        if is_new:
+            self.backend._forget_notice(self.key_events, self.ttl)
         return is_new
 
     def wait(self, *, block: bool = True, timeout: int | timedelta | None = None) -> bool:
@@ -5730,7 +5764,7 @@ class TimeLimit(Middleware):
         runner = _runner.id()
         self.leave(runner)  # Of one whose hooks were kept from it, or whose thread was given up.
         limit = _truthy_option(message, "time_limit", self.time_limit)
-        if limit is None or limit == math.inf:
+        if limit is None or not limit < math.inf:  # Nor NaN, which may be stored.
             return
         deadline = self._deadlines[runner] = broker.clock.monotonic() + limit / 1000
         if broker.clock.is_virtual:
@@ -5799,7 +5833,7 @@ class TimeLimit(Middleware):
                 earliest = min(list(self._deadlines.values()), default=math.inf)
                 # What is late still runs hooks: to be looked at again when its actor has begun.
                 self._wakes_at = min(max(earliest, now + _LATE_LOOK_S), now + self.interval_s)
-                self._lock.wait(max(0.0, self._wakes_at - clock.monotonic()))
+                self._lock.wait(min(max(0.0, self._wakes_at - clock.monotonic()), _LONGEST_WAIT_S))
 
     def _exceed(self, runner: int, now: float) -> None:
         with _interrupt_lock:  # Which the body can't be left without.
@@ -6036,7 +6070,7 @@ class Pipelines(Middleware):
         except (ResultError, RuntimeError) as error:  # The latter where the broker keeps none.
             message.fail()
             raise SkipMessage(f"The results of the group before can't be had: {error}") from error
-        except BrokerError as error:  # Not to be run without them, but again.
+        except Exception as error:  # A backend is foreign code.  Not to be run without them, but again.
             raise MiddlewareError(f"The results of the group before can't be read: {error}") from error
 
     def _ignores_result(self, broker: Broker, successor: Message[Any]) -> bool:
@@ -6574,7 +6608,7 @@ def _metrics_handler(render: Callable[[], str]) -> Any:
 # Between rows of the engine and messages.
 # ------------------------------------------------------------------------------------------
 #: Bytes that a retry may add to a message of max_message_size, or a callback that carries it.
-_SIZE_SLACK = 1 << 18
+_SIZE_SLACK = 1 << 19
 
 
 class _StandIn(Message[Any]):
@@ -6632,8 +6666,7 @@ class _EngineConsumer(Consumer):
         self._claimed: dict[int, tuple[MessageProxy, _Row]] = {}  # By id() of the proxy.
 
     def __next__(self) -> MessageProxy | None:
-        if self._is_closed:
-            raise ConnectionClosed(f"The consumer of queue {self._queue!r} was closed.")
+        self._check_open()
         if not self._broker._engine.watch(self._claim, self._timeout_s, is_announced=False):
             return None
         return next(reversed(self._claimed.values()))[0]
@@ -6652,7 +6685,14 @@ class _EngineConsumer(Consumer):
             self._claimed[id(proxy)] = proxy, row
         return bool(rows)
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConnectionClosed(f"The consumer of queue {self._queue!r} was closed.")
+        if self._pid != os.getpid():
+            raise ConnectionClosed(f"The consumer of queue {self._queue!r} is the parent's; make one after the fork.")
+
     def _finish(self, row: _Row, effects: Iterable[tuple[str, tuple[Any, ...]]]) -> None:
+        self._check_open()
         outcome = _Outcome(row)
         outcome.effects.extend(effects)
         self._broker._engine.exchange(self._slot, [outcome])
@@ -6671,6 +6711,7 @@ class _EngineConsumer(Consumer):
             self._broker._remember_dead(self._queue, message)
 
     def requeue(self, messages: Iterable[MessageProxy]) -> None:
+        self._check_open()
         keys = [id(message) for message in messages if id(message) in self._claimed]
         self._broker._engine.hand_back(self._slot, [self._claimed[key][1] for key in keys])
         for key in keys:
@@ -6679,12 +6720,13 @@ class _EngineConsumer(Consumer):
     def close(self) -> None:
         if self._pid != os.getpid() or self._is_closed:  # In a forked child all is the parent's.
             return
-        self._is_closed = True
         try:
             self.requeue([proxy for proxy, _row in self._claimed.values()])
         except BaseException:
             self._slot.abandon()  # What could not be given back is a dead worker's now.
             raise
+        finally:
+            self._is_closed = True
         self._slot.release()
 
 
@@ -6861,6 +6903,12 @@ class _EngineBroker(Broker):
             message = message._message
         if not isinstance(message, Message):
             raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
+        if not (
+            type(message.kwargs) is type(message.options) is dict
+            and type(message.queue_name) is type(message.actor_name) is str
+            and type(message.message_timestamp) is int
+        ):  # It was made by hand.
+            self._check_message(message)
         if message.is_damaged:
             raise ValueError(
                 f"Message {message.message_id} for actor {message.actor_name!r} stands for bytes that can't be "
@@ -6872,6 +6920,12 @@ class _EngineBroker(Broker):
         if self._hooks["before_enqueue"]:
             self.emit_before("enqueue", message, delay)
         return message, self._row(message, self._encode(message))
+
+    def _check_message(self, message: Message[Any]) -> None:
+        try:
+            _check_fields(message.asdict())
+        except TypeError as error:
+            raise TypeError(f"Message for actor {message.actor_name!r}: {error}") from None
 
     def _delayed(self, message: Message[_R], delay: int | timedelta) -> Message[_R]:
         """The message as it waits for its time."""
@@ -6979,6 +7033,14 @@ class _EngineBroker(Broker):
             self._engine.store(statement, values)
         else:
             self._collecting.outcome.effects.append((statement, values))
+
+    def _send_collected(self, outcome: _Outcome) -> None:
+        """Store what hooks before an actor have sent: it must not wait for the actor, nor be lost with it."""
+        sent = [values for statement, values in outcome.effects if statement == _INSERT]
+        if sent:
+            outcome.effects[:] = [effect for effect in outcome.effects if effect[0] != _INSERT]
+            outcome.wakes.clear()
+            self._engine.insert(sent)
 
     def _forget_collected(self) -> None:
         """Drop what was collected of a success that is none after all."""
@@ -7263,10 +7325,12 @@ class _Plan:
     def __init__(self, broker: Broker, options: dict[str, Any]) -> None:
         self.hooks = broker._hooks  # All, and those the plan was made of.
         self.options = dict(options)
-        self.before = self.hooks["before_process_message"]
-        if all(hook.__module__ == __name__ for hook in self.before):  # Others may set options.
-            self.before = broker._hooks_for("before_process_message", options)
-        self.after = broker._hooks_for("after_process_message", options)
+        self.before, self.after = (
+            broker._hooks_for(name, options)
+            if all(hook.__module__ == __name__ for hook in self.hooks[name])
+            else self.hooks[name]  # Foreign ones may set options.
+            for name in ("before_process_message", "after_process_message")
+        )
         #: Somebody keeps what the actor returns.
         self.is_kept = any(
             isinstance(item, (Results, Callbacks)) and item.concerns(options)
@@ -7330,6 +7394,12 @@ class _Processor:
                 self._logger.debug("Received message %s with id %r.", message, message.message_id)
             job.has_begun = True  # First: who gives it up does so before he asks.
             if not message.failed and not job.is_given_up:
+                if job.outcome.effects:
+                    try:
+                        broker._send_collected(job.outcome)
+                    except BrokerError as error:
+                        job.exception = error
+                        return None
                 args = message.args
                 if args and type(args[0]) is dict and _is_message_data(args[0]):
                     args = (MessageData(args[0]), *args[1:])  # A callback's, with attributes.
@@ -7518,8 +7588,9 @@ class _Processor:
 # ------------------------------------------------------------------------------------------
 def _needs_no_thread(actor: Actor[Any, Any] | None) -> bool:
     """Tell whether a worker runs an actor as a coroutine."""
-    is_async = getattr(actor, "coroutine_fn", None) is not None
-    return is_async and type(actor).__call__ is Actor.__call__
+    if actor is None or getattr(actor, "coroutine_fn", None) is None:
+        return False
+    return type(actor).__call__ is Actor.__call__ and actor.fn is actor._made_fn
 
 
 class _Targets:

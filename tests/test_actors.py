@@ -1159,3 +1159,8 @@ def test_perform_may_be_async(broker, worker):
 
     assert done == [1]
     assert Fetch(2) == 2
+
+
+def test_a_name_that_sqlite_would_cut_is_refused(broker):
+    with pytest.raises(ValueError, match="without a null character"):
+        dramalite.actor(print, actor_name="a\0b")

@@ -1296,3 +1296,34 @@ def test_a_dead_letter_whose_bytes_are_no_message_cannot_be_sent_again(make_file
         with pytest.raises(ValueError, match="can't be decoded"):
             broker.enqueue(message)
     assert ran == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"message_timestamp": 1.5}, {"kwargs": None}, {"options": None}, {"actor_name": None}, {"queue_name": 3}],
+    ids=str,
+)
+def test_a_message_made_by_hand_that_could_not_be_read_back_is_refused(broker, changes):
+    broker.declare_queue("default")
+    fields = {**Message("default", "work", (), {}, {}).asdict(), **changes}
+    with pytest.raises(TypeError, match=next(iter(changes))):
+        broker.enqueue(Message(**fields))
+    assert broker.pending() == []
+
+
+def test_a_consumer_belongs_to_the_process_that_made_it(make_file_broker, monkeypatch):
+    broker = make_file_broker()
+    dramalite.actor(print, actor_name="work").send_with_options(args=(1,))
+    consumer = broker.consume("default", timeout=0)
+    message = next(consumer)
+    own = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: own + 1)  # As in a forked child.
+    for use in (lambda: next(consumer), lambda: consumer.ack(message), lambda: consumer.requeue([message])):
+        with pytest.raises(dramalite.ConnectionClosed, match="after the fork"):
+            use()
+    consumer.close()
+    monkeypatch.undo()
+    consumer.ack(message)
+    consumer.close()
+
+    assert broker.pending() == []

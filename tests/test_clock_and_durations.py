@@ -90,12 +90,14 @@ def times_out(wait):
     """The error of a wait that is to last 1 s, of virtual time where it can."""
     with pytest.raises((dramalite.ResultTimeout, dramalite.QueueJoinTimeout)):
         wait(timeout=SECOND)
+    with pytest.raises((dramalite.ResultTimeout, dramalite.QueueJoinTimeout)):
+        wait(timeout=datetime.timedelta(days=-1))  # Over already.
     with pytest.raises(TypeError, match="timeout is '5'; give milliseconds"):
         wait(timeout="5")
 
 
-def test_every_wait_takes_a_timedelta_and_refuses_what_is_no_time():
-    broker = dramalite.MemoryBroker()
+def test_every_wait_takes_a_timedelta_and_refuses_what_is_no_time(make_broker):
+    broker = make_broker()
     work = dramalite.actor(lambda *args: 1, actor_name="work", store_results=True, broker=broker)
     with dramalite.simulate(broker) as sim:
         sent = work.send_with_options(delay=60_000)

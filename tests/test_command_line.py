@@ -23,6 +23,8 @@ from harness import kill  # noqa: E402
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes through /proc")
 
 JOBS = """
+    import asyncio
+    import contextlib
     import logging
     from pathlib import Path
 
@@ -38,6 +40,14 @@ JOBS = """
     def held(number):
         note("start", number, os.getpid(), time.monotonic())
         until(lambda: (HERE / "release").exists())
+        note("end", number)
+
+    @dramalite.actor(max_retries=0)
+    async def stubborn(number):
+        note("start", number, os.getpid(), time.monotonic())
+        while not (HERE / "release").exists():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(0.02)
         note("end", number)
 
     @dramalite.actor(max_retries=0, max_crashes=1)
@@ -879,8 +889,9 @@ def test_what_must_not_run_twice_and_outlasts_a_stop_becomes_a_dead_letter(place
 @pytest.mark.parametrize("options", [{}, {"max_crashes": 1}], ids=["plain", "one crash would be its end"])
 def test_a_second_signal_stops_at_once_and_loses_nothing(place, options):
     tree = place.worker()
+    place.send("stubborn", 2, **options)  # What can't be cancelled is no reason to lose the other.
     place.send("held", 1, **options)
-    started(place, 1)
+    started(place, 2)
     tree.signal(signal.SIGTERM)
     place.wait_until(lambda: "SIGTERM" in tree.output(), "the worker says why it stops")
     harness.let_pass(0.3)  # A second thought, not the echo of the first signal.
@@ -888,11 +899,11 @@ def test_a_second_signal_stops_at_once_and_loses_nothing(place, options):
 
     assert tree.wait() == 1, tree.tail()
     assert tree.pids() == []
-    assert (place.waiting(), place.dead()) == (1, 0)
+    assert (place.waiting(), place.dead()) == (2, 0)
     (place.folder / "release").touch()
     place.worker()
     place.drained()
-    assert place.runs("end") == {"1": 1}
+    assert place.runs("end") == {"1": 1, "2": 1}
     assert place.dead() == 0
 
 

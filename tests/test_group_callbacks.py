@@ -719,6 +719,20 @@ def test_a_dead_member_of_a_group_inside_completes_both_groups_once_it_succeeds(
 
 
 @pytest.mark.parametrize("end", [1, "fail"])
+def test_members_of_one_id_count_each(broker, member, tell, told, end):
+    base = member.message(1)
+    inside = group([base, base])
+    members = group([base, base.copy(args=(2,)), base.copy(args=(end,)), pipeline([member.message(3), base]), inside])
+    members.add_completion_callback(tell.message("done"))
+    members.add_completion_callback(tell.message("ended"), whatever=True)
+    inside.add_completion_callback(tell.message("inside done"))
+    members.run()
+    run(broker)
+
+    assert sorted(told) == (["ended", "inside done"] if end == "fail" else ["done", "ended", "inside done"])
+
+
+@pytest.mark.parametrize("end", [1, "fail"])
 def test_an_empty_group_at_the_end_of_a_pipeline_leaves_the_end_to_the_step_before(
     broker, member, tell, told, end
 ):
@@ -834,6 +848,49 @@ def test_a_step_after_a_group_has_its_input_in_every_retry_and_as_a_dead_letter(
 
     assert seen == [("end", [[1], [2]])] * 4
     assert letter.args == ("end", [[1], [2]])
+
+
+def test_a_step_after_a_group_is_retried_though_its_input_is_too_large_for_a_message(broker):
+    big = dramalite.actor(lambda: "x" * 300_000, actor_name="big")
+    seen = []
+
+    @dramalite.actor(max_retries=3)
+    def last(results):
+        seen.append(len(results))
+        if len(seen) < 3:
+            raise ValueError("not yet")
+
+    with dramalite.simulate(broker) as sim:
+        (group([big.message() for _ in range(5)]) | last.message()).run()
+        sim.run_until_idle()
+        outcomes = [event.outcome for event in sim.events if event.actor == "last"]
+
+    assert outcomes == ["retry", "retry", "done"]
+    assert seen == [5, 5, 5]
+
+
+def test_counts_of_groups_whose_step_never_took_its_input_are_not_kept_for_ever(
+    make_file_broker, worker, clock, tmp_path
+):
+    broker = make_file_broker(clock=clock)
+    step = dramalite.actor(lambda *args: None, actor_name="step")
+    old = dramalite.actor(lambda *args: None, actor_name="old", max_age=1)
+    step.send_with_options(delay=60 * 24 * HOUR)  # The database is never empty.
+    (group([step.message(1)]) | old.message_with_options(delay=5000)).run()
+
+    def groups():
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+            return connection.execute("SELECT unsuccessful FROM dramalite_groups").fetchall()
+
+    worker(broker)
+    wait_until(lambda: groups() == [(0,)])
+    clock.advance(6000)
+    wait_until(lambda: len(broker.dead_letters) == 1)
+    before = groups()
+    clock.advance(8 * 24 * HOUR)
+    wait_until(lambda: groups() == [])
+
+    assert before == [(0,)]
 
 
 def test_what_a_step_after_a_group_was_told_of_its_members_goes_with_it(make_file_broker, worker, tmp_path):

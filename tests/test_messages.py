@@ -1,5 +1,6 @@
 """Messages: what they are, how they compare, copy, print and travel."""
 
+import copy
 import dataclasses
 import datetime
 import uuid
@@ -266,3 +267,12 @@ def test_a_proxy_is_not_failed_until_fail_is_called(message):
     proxy.fail()
 
     assert (before, proxy.failed) == (False, True)
+
+
+def test_a_copy_knows_its_broker(broker):
+    sent = dramalite.actor(lambda: 42, actor_name="work", store_results=True).send()
+    dramalite.set_broker(dramalite.Broker(middleware=[]))  # Where nobody knows of the result.
+    broker.drain()
+
+    assert copy.copy(sent) == sent
+    assert copy.copy(sent).get_result() == 42

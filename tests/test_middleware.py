@@ -657,3 +657,79 @@ def test_worker_thread_hooks_run_on_that_thread(make_broker):
     assert [moment for moment, _, _ in seen] == ["boot", "shutdown"]
     assert [thread.ident for _, thread, _ in seen] == [ident for _, _, ident in seen]
     assert threading.get_ident() not in {ident for _, _, ident in seen}
+
+
+class Announces(dramalite.Middleware):
+    """Sends a message before each job of an actor."""
+
+    def __init__(self, announced, notice):
+        self.announced, self.notice = announced, notice
+
+    def before_process_message(self, broker, message):
+        if message.actor_name == self.announced.actor_name:
+            self.notice.send(message.message_id)
+
+
+def test_what_a_hook_sends_before_a_job_need_not_wait_for_its_end(broker, worker):
+    told = threading.Event()
+    job = dramalite.actor(lambda: told.wait(DEADLINE) or 1 / 0, actor_name="job", max_retries=0)
+    notice = dramalite.actor(lambda _id: told.set(), actor_name="notice")
+    broker.add_middleware(Announces(job, notice))
+    job.send()
+    worker(broker, worker_threads=2)
+    broker.join("default", timeout=DEADLINE * 1000, fail_fast=False)
+
+    assert broker.dead_letters == []
+
+
+def test_what_a_hook_sends_before_a_job_is_not_lost_with_it(make_broker):
+    broker = make_broker()
+    job = dramalite.actor(lambda: sim.crash(), actor_name="job", on_crash="fail")
+    notices = []
+    notice = dramalite.actor(notices.append, actor_name="notice")
+    broker.add_middleware(Announces(job, notice))
+    with dramalite.simulate(broker) as sim:
+        sent = job.send()
+        sim.run_until_idle()
+        outcomes = [event.outcome for event in sim.events if event.actor == "job"]
+
+    assert outcomes[-1] == "dead"
+    assert notices == [sent.message_id]
+
+
+def test_a_hook_after_the_actor_may_set_what_built_in_middleware_heeds(broker, worker):
+    got = []
+    job = dramalite.actor(lambda: 42, actor_name="job")
+    following = dramalite.actor(got.append, actor_name="following")
+
+    class Chains(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            if message.actor_name == "job":
+                message.options["pipe_target"] = following.message().asdict()
+
+    broker.add_middleware(Chains())
+    job.send()
+    worker(broker)
+    broker.join("default", timeout=DEADLINE * 1000)
+
+    assert got == [42]
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_function_that_a_hook_has_wrapped_is_the_one_that_runs(broker, worker, is_async):
+    ran = []
+
+    class Wraps(dramalite.Middleware):
+        def before_declare_actor(self, broker, actor):
+            inner = actor.fn
+            actor.fn = lambda *args: ran.append("outside") or inner(*args)
+
+    async def coroutine():
+        ran.append("inside")
+
+    broker.add_middleware(Wraps())
+    dramalite.actor(coroutine if is_async else lambda: ran.append("inside"), actor_name="job").send()
+    worker(broker)
+    broker.join("default", timeout=DEADLINE * 1000)
+
+    assert ran == ["outside", "inside"]

@@ -575,20 +575,31 @@ def test_a_limiter_of_ones_own_needs_to_take_only(backend):
 
 
 class OwnBackend(RateLimiterBackend):
-    """Counters in a dict, without times."""
+    """Counters in a dict, without times; as those of Memcached, only add() makes one."""
 
     def __init__(self):
         self.numbers = {}
 
+    def add(self, key, value, ttl):
+        return key not in self.numbers and self._set(key, value, lambda _value: True)
+
     def incr(self, key, amount, maximum, ttl):
-        return self._set(key, self.numbers.get(key, 0) + amount, lambda value: value <= maximum)
+        return key in self.numbers and self._set(key, self.numbers[key] + amount, lambda value: value <= maximum)
 
     def decr(self, key, amount, minimum, ttl):
-        return self._set(key, self.numbers.get(key, 0) - amount, lambda value: value >= minimum)
+        return self._set(key, self.numbers[key] - amount, lambda value: value >= minimum)
 
     def incr_and_sum(self, key, keys, amount, maximum, ttl):
         total = sum(self.numbers.get(key, 0) for key in keys())
-        return total + amount <= maximum and self.incr(key, amount, maximum, ttl)
+        if total + amount > maximum:
+            return False
+        return self.add(key, amount, ttl) or self.incr(key, amount, maximum, ttl)
+
+    def wait(self, key, timeout):
+        return key in self.numbers
+
+    def wait_notify(self, key, ttl):
+        self.numbers[key] = 1
 
     def _set(self, key, value, is_good):
         if is_good(value):
@@ -608,6 +619,15 @@ class OwnBackend(RateLimiterBackend):
 def test_limiters_work_on_a_backend_of_ones_own(limiter):
     with limiter.acquire():
         assert acquired(limiter) is False
+
+
+def test_a_barrier_works_on_a_backend_of_ones_own():
+    barrier = Barrier(OwnBackend(), "key")
+
+    assert barrier.create(parties=2)
+    assert not barrier.create(parties=2)
+    assert barrier.wait(block=False) is False
+    assert barrier.wait() is True
 
 
 # In actors

@@ -1,5 +1,6 @@
 """Results: storing what actors return, reading it back, and knowing when there will be none."""
 
+import asyncio
 import contextlib
 import datetime
 import hashlib
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import pytest
@@ -907,3 +909,71 @@ def test_a_result_that_will_never_come_is_told_with_the_reason_of_the_dead_lette
 
     with pytest.raises(ResultUnavailable, match="dead letter: ActorNotFound: nobody"):
         message.get_result(block=True, timeout=PATIENCE)
+
+
+class RedisLikeBackend(DictBackend):
+    """A backend that gets results in a way of its own, as Dramatiq's for Redis does."""
+
+    def get_result(self, message, *, block=False, timeout=None):
+        try:
+            return self.unwrap_result(self.values[self.build_message_key(message)])
+        except KeyError:
+            raise dramalite.ResultMissing(message) from None
+
+    def _get(self, key):
+        raise NotImplementedError
+
+
+def test_a_backend_may_get_results_in_its_own_way(make_stub_broker, worker):
+    broker = make_stub_broker(middleware=[Results(backend=RedisLikeBackend())])
+    work = storing(lambda number: number)
+    members = dramalite.group([work.message(1), work.message(2)])
+    before = members.completed_count
+    members.run()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert (before, members.completed_count, members.completed) == (0, 2, True)
+    assert asyncio.run(members.children[0].get_result_async(timeout=PATIENCE)) == 1
+
+
+def test_a_step_whose_results_cannot_be_read_just_now_is_run_again(make_stub_broker, worker):
+    class Shaky(DictBackend):
+        looks = 0
+
+        def _get(self, key):
+            Shaky.looks += 1
+            if Shaky.looks == 1:
+                raise ConnectionError("away")
+            return super()._get(key)
+
+    broker = make_stub_broker(
+        middleware=[*[m() for m in dramalite.default_middleware], dramalite.GroupCallbacks(), Results(backend=Shaky())]
+    )
+    got = []
+    work = dramalite.actor(lambda number: number, actor_name="work")
+    step = dramalite.actor(lambda results=None: got.append(results), actor_name="step", min_backoff=0)
+    (dramalite.group([work.message(1), work.message(2)]) | step.message()).run()
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+
+    assert got == [[1, 2]]
+
+
+class Zipping(dramalite.JSONEncoder):
+    def encode(self, data):
+        return zlib.compress(super().encode(data))
+
+    def decode(self, data):
+        return super().decode(zlib.decompress(data))
+
+
+def test_waiting_goes_on_for_a_later_step_whose_id_an_encoder_hides(make_broker):
+    dramalite.set_encoder(Zipping())
+    broker = make_broker()
+    work = storing(lambda *args: 42)
+    pipe = (work.message() | work.message()).run()
+
+    assert times_out(pipe.get_result)
+    broker.drain()
+    assert pipe.get_result() == 42

@@ -386,8 +386,8 @@ MUTANTS = [
     ),
     Mutant(
         "successor-of-failures", "each failed attempt sends the next step", "chains",
-        "        if exception is not None or message.failed or not (target or group_data):\n",
-        "        if not (target or group_data):\n",
+        "        if exception is not None or message.failed:\n            return\n        if \"pipe_results\"",
+        "        if \"pipe_results\"",
     ),
     Mutant(
         "successor-at-once", "delays of later steps are ignored", "chains",
