@@ -5464,6 +5464,10 @@ class RateLimiterBackend:
         """Add 1 to a number, which may not be there yet, up to the maximum."""
         return self.add(key, 1, ttl) or self.incr(key, 1, maximum, ttl)
 
+    def _untaken(self, keys: list[str]) -> list[str]:
+        """The keys whose numbers may be 0: all, where to look is no cheaper than to try."""
+        return keys
+
     def _forget_notice(self, key: str, ttl: int) -> None:
         """Have those that come to wait do so, whatever wait_notify() told before, where that can be."""
 
@@ -5482,6 +5486,9 @@ class SQLiteRateLimiterBackend(RateLimiterBackend):
 
     def _count(self, key: str, maximum: int, ttl: int) -> bool:
         return self.incr(key, 1, maximum, ttl)
+
+    def _untaken(self, keys: list[str]) -> list[str]:
+        return [key for key, number in zip(keys, self.broker._engine.limits(keys), strict=True) if not number]
 
     def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
         return self._add(key, -amount, ttl, lambda value: value >= minimum)
@@ -5596,9 +5603,9 @@ class ConcurrentRateLimiter(RateLimiter):
         self.ttl = _milliseconds(ttl, "ttl")
 
     def _take(self) -> Callable[[], object] | None:
-        for number in range(self.limit):
+        keys = [self.key, *(f"{self.key}#{number}" for number in range(1, self.limit))]
+        for key in self.backend._untaken(keys):
             ends_at = _clock_of(self.backend).time_ms() + self.ttl
-            key = f"{self.key}#{number}" if number else self.key
             if self.backend._count(key, 1, self.ttl):
                 return functools.partial(self._give_back, key, ends_at)
         return None
