@@ -130,7 +130,10 @@ def main():
     for path in paths:
         if not path.exists():
             parser.error(f"{path} does not exist.")
-    db, state = open_index(paths, args.state)
+    try:
+        db, state = open_index(paths, args.state)
+    except (OSError, sqlite3.Error) as error:
+        parser.error(f"There can be no index in this folder: {error}; give another one by --state.")
     dramalite.set_broker(dramalite.SQLiteBroker(state / "queue.db"))
     print(f"Counting words in {', '.join(map(str, paths))}\n  queue, index and log: {state}", flush=True)
     with closing(db), socket.create_server(("127.0.0.1", 0)) as starter:
