@@ -1028,6 +1028,24 @@ def _check_fields(fields: Any) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}, not a {kind.__name__}")
 
 
+def _check_sendable(message: Message[Any]) -> None:
+    """Raise TypeError for one that could not be read back, ValueError for one that stands for damaged bytes."""
+    if not (
+        type(message.kwargs) is type(message.options) is dict
+        and type(message.queue_name) is type(message.actor_name) is str
+        and type(message.message_timestamp) is int
+    ):  # It was made by hand.
+        try:
+            _check_fields(message.asdict())
+        except TypeError as error:
+            raise TypeError(f"Message for actor {message.actor_name!r}: {error}") from None
+    if message.is_damaged:
+        raise ValueError(
+            f"Message {message.message_id} for actor {message.actor_name!r} stands for bytes that can't be "
+            f"decoded: what its arguments were is not known, so it can't be sent again."
+        )
+
+
 class MessageData(dict[str, Any]):
     """A message as callbacks get it: Dramatiq's dict, whose fields are attributes as well."""
 
@@ -1090,7 +1108,8 @@ class MessageProxy:
 #
 # A middleware overrides the hooks it needs; the broker calls before_* hooks in the order of
 # its list and after_* hooks in reverse.  A hook that nobody overrides costs nothing.
-# Whatever hooks enqueue while a worker processes a message is committed with its outcome.
+# What hooks enqueue while a worker processes a message is committed with its outcome; what those
+# before its actor do, before that begins.
 # ------------------------------------------------------------------------------------------
 class MiddlewareError(Exception):
     """Raised by a before_* hook to refuse; it reaches the caller."""
@@ -2256,6 +2275,8 @@ def _checked_children(children: Any, what: str) -> list[Any]:
                 f"{child!r} can't be part of a {what}; give messages, as made by actor.message(...), "
                 f"pipelines or groups."
             )
+        if isinstance(child, Message):
+            _check_sendable(child)
     return checked
 
 
@@ -2393,6 +2414,7 @@ class group:  # noqa: N801  (Dramatiq's name)
         """
         if not isinstance(message, (Message, MessageProxy)):
             raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
+        _check_sendable(message._message if isinstance(message, MessageProxy) else message)
         (self.end_callbacks if whatever else self.completion_callbacks).append(message.asdict())
 
     def run(self, *, delay: int | timedelta | None = None) -> group:
@@ -3158,8 +3180,7 @@ _MEMBERS_SCHEMA = (
     ) WITHOUT ROWID""",
     """CREATE TRIGGER dramalite_member_ended AFTER INSERT ON dramalite_members BEGIN
         UPDATE dramalite_groups
-           SET unsuccessful = unsuccessful - (new.failed_at IS NULL), unended = unended - 1,
-               failed_at = coalesce(new.failed_at, failed_at)
+           SET unsuccessful = unsuccessful - (new.failed_at IS NULL), unended = unended - 1
          WHERE uuid = new.uuid;
     END""",
     """CREATE TRIGGER dramalite_member_succeeded AFTER UPDATE ON dramalite_members BEGIN
@@ -3212,7 +3233,7 @@ _SCHEMA = (
         uuid TEXT PRIMARY KEY,
         unsuccessful INTEGER NOT NULL, -- members that have not succeeded yet
         unended INTEGER NOT NULL,      -- members that are still to be run
-        failed_at INTEGER,             -- when one last failed, milliseconds since 1970
+        ended_at INTEGER,              -- when one last ended, once all have; milliseconds since 1970
         told INTEGER NOT NULL DEFAULT 0,  -- to callbacks: 1 that all have ended, 2 that with success
         sources TEXT                   -- for the step after it: a JSON list of [queue, actor, message id]
     ) WITHOUT ROWID""",
@@ -3233,6 +3254,7 @@ _UPGRADES = {
     # Its results had other keys; they are kept for minutes only.
     1: ("DROP TABLE dramalite_results", *_RESULTS_SCHEMA),
     2: (
+        "ALTER TABLE dramalite_groups RENAME COLUMN failed_at TO ended_at",
         "ALTER TABLE dramalite_groups ADD COLUMN told INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE dramalite_groups ADD COLUMN sources TEXT",
         *_MEMBERS_SCHEMA,
@@ -3270,7 +3292,7 @@ _COUNT_MEMBER_AFTER_GROUP = _COUNT_MEMBER_IF.format(f"""
        AND EXISTS (SELECT 1 FROM dramalite_groups
                     WHERE uuid = ? AND {_IS_OVER} AND unsuccessful > 0)""")
 _NOTE_TOLD = """
-    UPDATE dramalite_groups SET told = 1 + (unsuccessful = 0) WHERE uuid = ? AND unended = 0"""
+    UPDATE dramalite_groups SET told = 1 + (unsuccessful = 0), ended_at = ? WHERE uuid = ? AND unended = 0"""
 
 # The step after it still needs the sources.
 _END_GROUP = "DELETE FROM dramalite_groups WHERE uuid = ? AND unsuccessful = 0 AND sources IS NULL"
@@ -3392,7 +3414,7 @@ _OLD = (
     (
         "dramalite_groups",
         "uuid",
-        """uuid < :first_uuid AND (unended = 0 AND (failed_at < :long_ago OR unsuccessful = 0)
+        """uuid < :first_uuid AND (unended = 0 AND ended_at < :long_ago
             OR NOT EXISTS (SELECT 1 FROM dramalite_messages))""",
     ),
 )
@@ -5114,7 +5136,7 @@ class ResultBackend:
 
     def _has_own_way(self) -> bool:
         """Tell whether a subclass gets results otherwise than by _get()."""
-        return type(self).get_result is not ResultBackend.get_result
+        return type(self)._get is ResultBackend._get
 
     def store_result(self, message: Any, result: Any, ttl: int) -> None:
         """Keep a result for `ttl` milliseconds."""
@@ -5460,17 +5482,6 @@ class RateLimiterBackend:
         """Wake those that wait for a key, and for `ttl` milliseconds those that come to wait."""
         raise NotImplementedError
 
-    def _count(self, key: str, maximum: int, ttl: int) -> bool:
-        """Add 1 to a number, which may not be there yet, up to the maximum."""
-        return self.add(key, 1, ttl) or self.incr(key, 1, maximum, ttl)
-
-    def _untaken(self, keys: list[str]) -> list[str]:
-        """The keys whose numbers may be 0: all, where to look is no cheaper than to try."""
-        return keys
-
-    def _forget_notice(self, key: str, ttl: int) -> None:
-        """Have those that come to wait do so, whatever wait_notify() told before, where that can be."""
-
 
 class SQLiteRateLimiterBackend(RateLimiterBackend):
     """Counters in the database of a broker; the default broker if None."""
@@ -5483,12 +5494,6 @@ class SQLiteRateLimiterBackend(RateLimiterBackend):
 
     def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
         return self._add(key, amount, ttl, lambda value: value <= maximum)
-
-    def _count(self, key: str, maximum: int, ttl: int) -> bool:
-        return self.incr(key, 1, maximum, ttl)
-
-    def _untaken(self, keys: list[str]) -> list[str]:
-        return [key for key, number in zip(keys, self.broker._engine.limits(keys), strict=True) if not number]
 
     def decr(self, key: str, amount: int, minimum: int, ttl: int) -> bool:
         return self._add(key, -amount, ttl, lambda value: value >= minimum)
@@ -5519,15 +5524,26 @@ class SQLiteRateLimiterBackend(RateLimiterBackend):
     def wait_notify(self, key: str, ttl: int) -> None:
         self.broker._engine.change_limit(key, lambda _old: 1, ttl)
 
-    def _forget_notice(self, key: str, ttl: int) -> None:
-        self.decr(key, 1, 0, ttl)
-
 
 class StubRateLimiterBackend(SQLiteRateLimiterBackend):
     """Counters in memory, for tests."""
 
     def __init__(self) -> None:
         super().__init__(MemoryBroker(middleware=[]))
+
+
+def _count_up(backend: RateLimiterBackend, key: str, maximum: int, ttl: int) -> bool:
+    """Add 1 to a number up to a maximum; those written for Dramatiq make one by add() alone."""
+    if isinstance(backend, SQLiteRateLimiterBackend):
+        return backend.incr(key, 1, maximum, ttl)
+    return backend.add(key, 1, ttl) or backend.incr(key, 1, maximum, ttl)
+
+
+def _untaken(backend: RateLimiterBackend, keys: list[str]) -> list[str]:
+    """The keys whose numbers may be 0: all, where to look is no cheaper than to try."""
+    if not isinstance(backend, SQLiteRateLimiterBackend):
+        return keys
+    return [key for key, number in zip(keys, backend.broker._engine.limits(keys), strict=True) if not number]
 
 
 class RateLimiter:
@@ -5604,9 +5620,9 @@ class ConcurrentRateLimiter(RateLimiter):
 
     def _take(self) -> Callable[[], object] | None:
         keys = [self.key, *(f"{self.key}#{number}" for number in range(1, self.limit))]
-        for key in self.backend._untaken(keys):
+        for key in _untaken(self.backend, keys):
             ends_at = _clock_of(self.backend).time_ms() + self.ttl
-            if self.backend._count(key, 1, self.ttl):
+            if _count_up(self.backend, key, 1, self.ttl):
                 return functools.partial(self._give_back, key, ends_at)
         return None
 
@@ -5632,7 +5648,7 @@ class BucketRateLimiter(RateLimiter):
 
     def _acquire(self) -> bool:
         now = _clock_of(self.backend).time_ms()
-        return self.backend._count(f"{self.key}@{now - now % self.bucket}", self.limit, self.bucket)
+        return _count_up(self.backend, f"{self.key}@{now - now % self.bucket}", self.limit, self.bucket)
 
 
 #: Parts of a window that are counted one by one: it is exact to one of them, and to no second.
@@ -5677,8 +5693,8 @@ class Barrier:
         """Set the barrier up for so many; False if it exists already."""
         _check_limit("parties", parties)
         is_new = self.backend.add(self.key, parties, self.ttl)
-        if is_new:
-            self.backend._forget_notice(self.key_events, self.ttl)
+        if is_new and isinstance(self.backend, SQLiteRateLimiterBackend):
+            self.backend.decr(self.key_events, 1, 0, self.ttl)  # What told those that waited before.
         return is_new
 
     def wait(self, *, block: bool = True, timeout: int | timedelta | None = None) -> bool:
@@ -6058,7 +6074,8 @@ class Pipelines(Middleware):
         options = {name: value for name, value in message.options.items() if name != "pipe_results"}
         told = message._message._replace(args=message.args, options=options)
         if _fits(told, cast("_EngineBroker", broker).max_message_size):  # Else it asks again each time.
-            message._message, message.options = told, options
+            del message.options["pipe_results"]
+            message._message = told._replace(options=message.options)
             self._forget_group(broker, group)
 
     def _forget_group(self, broker: Broker, group: str | list[list[str]]) -> None:
@@ -6209,7 +6226,7 @@ class GroupCallbacks(Middleware):
                 self._end(broker, data["message_id"], data["options"], uuid)
         for data in membership.get("group_end_callbacks", ()):
             broker._write_after_group(Message(**data), uuid, _IS_OVER)
-        broker._write(_NOTE_TOLD, (uuid,))
+        broker._write(_NOTE_TOLD, (broker.clock.time_ms(), uuid))
         broker._write(_END_GROUP, (uuid,))
 
 
@@ -6910,29 +6927,13 @@ class _EngineBroker(Broker):
             message = message._message
         if not isinstance(message, Message):
             raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
-        if not (
-            type(message.kwargs) is type(message.options) is dict
-            and type(message.queue_name) is type(message.actor_name) is str
-            and type(message.message_timestamp) is int
-        ):  # It was made by hand.
-            self._check_message(message)
-        if message.is_damaged:
-            raise ValueError(
-                f"Message {message.message_id} for actor {message.actor_name!r} stands for bytes that can't be "
-                f"decoded: what its arguments were is not known, so it can't be sent again."
-            )
+        _check_sendable(message)
         if delay is not None:
             message = self._delayed(message, delay)
         self._check_queue(message.queue_name)
         if self._hooks["before_enqueue"]:
             self.emit_before("enqueue", message, delay)
         return message, self._row(message, self._encode(message))
-
-    def _check_message(self, message: Message[Any]) -> None:
-        try:
-            _check_fields(message.asdict())
-        except TypeError as error:
-            raise TypeError(f"Message for actor {message.actor_name!r}: {error}") from None
 
     def _delayed(self, message: Message[_R], delay: int | timedelta) -> Message[_R]:
         """The message as it waits for its time."""
@@ -7042,12 +7043,19 @@ class _EngineBroker(Broker):
             self._collecting.outcome.effects.append((statement, values))
 
     def _send_collected(self, outcome: _Outcome) -> None:
-        """Store what hooks before an actor have sent: it must not wait for the actor, nor be lost with it."""
-        sent = [values for statement, values in outcome.effects if statement == _INSERT]
-        if sent:
-            outcome.effects[:] = [effect for effect in outcome.effects if effect[0] != _INSERT]
-            outcome.wakes.clear()
-            self._engine.insert(sent)
+        """Store what hooks before an actor have sent: it must not wait for the actor, nor be lost with it.
+
+        While the database is in trouble it does: then it is written with the outcome.
+        """
+        with contextlib.suppress(BrokerError):
+            for effect in [effect for effect in outcome.effects if effect[0] == _CREATE_GROUP]:
+                self._engine.store(*effect)
+                outcome.effects.remove(effect)
+            rows = [values for statement, values in outcome.effects if statement == _INSERT]
+            if rows:
+                self._engine.insert(rows)
+                outcome.effects[:] = [effect for effect in outcome.effects if effect[0] != _INSERT]
+                outcome.wakes.clear()
 
     def _forget_collected(self) -> None:
         """Drop what was collected of a success that is none after all."""
@@ -7399,14 +7407,10 @@ class _Processor:
         else:
             if actor.logger.isEnabledFor(logging.DEBUG):
                 self._logger.debug("Received message %s with id %r.", message, message.message_id)
+            if job.outcome.effects and not message.failed:
+                broker._send_collected(job.outcome)
             job.has_begun = True  # First: who gives it up does so before he asks.
             if not message.failed and not job.is_given_up:
-                if job.outcome.effects:
-                    try:
-                        broker._send_collected(job.outcome)
-                    except BrokerError as error:
-                        job.exception = error
-                        return None
                 args = message.args
                 if args and type(args[0]) is dict and _is_message_data(args[0]):
                     args = (MessageData(args[0]), *args[1:])  # A callback's, with attributes.
@@ -8493,7 +8497,6 @@ class Worker:
                 thread.join(min(left, _DEADLINE_LOOK_S))
         fail = self._processor.fail
         cancelled = [job for job in dispatcher.give_up_running(fail) if job.context is not None]
-        dispatcher.write()  # Before any wait, in which the process may be ended.
         for job in cancelled:
             _interrupt(job.runner, Shutdown)
         dispatcher.await_ends(cancelled, _CANCEL_GRACE_S)
@@ -9953,6 +9956,9 @@ _EXIT_OK, _EXIT_KILLED, _EXIT_IMPORT, _EXIT_CONNECTION, _EXIT_PID_FILE = range(5
 
 #: Milliseconds that running messages get in a worker process whose supervisor is gone,
 _ORPHAN_GRACE_MS = 1000
+
+#: Seconds for the last word to the database, where a process is to end at once.
+_STOP_SLACK_S = 1.0
 _IMPORT_GRACE_MS = 5000  # and the imports of one that is told to stop.
 
 #: Seconds between two looks whether this process is still fit for work.
@@ -10014,6 +10020,7 @@ class _ChildProcess(abc.ABC):
         self._logger = get_logger("dramalite", f"{kind}({namespace.child})")
         self._events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._has_started = False
+        self._is_importing = True  # Nothing runs that is to be handed back.
 
     def run(self) -> NoReturn:
         """Work until told to stop; ends the process, for threads left by jobs must not hold it."""
@@ -10068,7 +10075,7 @@ class _ChildProcess(abc.ABC):
         with contextlib.suppress(OSError):  # Closed by a job: then we are cut off all the same.
             while order := os.read(control, 64):
                 for word in order.decode("ascii").split():
-                    if word == "kill" and not self._has_started:
+                    if word == "kill" and self._is_importing:
                         os._exit(_EXIT_KILLED)
                     self._events.put(word)
                     if word == "stop":
@@ -10116,6 +10123,7 @@ class _WorkerProcess(_ChildProcess):
             worker_threads=namespace.threads,
             async_concurrency=namespace.async_concurrency,
         )
+        self._is_importing = False
         worker.describe_death = self._describe_death
         worker.on_stuck = lambda: self._events.put("retire")
         try:
@@ -10198,7 +10206,8 @@ class _WorkerProcess(_ChildProcess):
         """
         while event not in ("kill", "orphaned"):
             event = self._next_event()
-        self._worker.stop(_ORPHAN_GRACE_MS if event == "orphaned" else 0)  # Hastens the stop under way.
+        self._worker.stop(_ORPHAN_GRACE_MS if event == "orphaned" else 0)  # Hastens the stop under way,
+        _SYSTEM_CLOCK.sleep(_STOP_SLACK_S)  # after which the main thread ends the process, unless that hangs.
         os._exit(_EXIT_KILLED)
 
     def _import(self) -> _EngineBroker:
@@ -10232,7 +10241,7 @@ class _ForkProcess(_ChildProcess):
         except BaseException:  # The user's modules are foreign code.
             self._logger.exception("%s can't be imported.", self._namespace.child)
             return self._fail_to_start(_EXIT_IMPORT)
-        self._has_started = True
+        self._has_started, self._is_importing = True, False
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_OK))
         threading.Thread(target=self._end_when_told, daemon=True).start()
         try:

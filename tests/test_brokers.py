@@ -1293,8 +1293,14 @@ def test_a_dead_letter_whose_bytes_are_no_message_cannot_be_sent_again(make_file
     (letter,) = broker.dead_letters
 
     for message in (letter, letter.copy(options={"retries": 0})):
-        with pytest.raises(ValueError, match="can't be decoded"):
-            broker.enqueue(message)
+        for use in (
+            broker.enqueue,
+            lambda message: dramalite.pipeline([wipe.message(), message]),
+            lambda message: dramalite.group([]).add_completion_callback(message),
+        ):
+            with pytest.raises(ValueError, match="can't be decoded"):
+                use(message)
+    assert letter.is_damaged
     assert ran == []
 
 

@@ -893,6 +893,34 @@ def test_counts_of_groups_whose_step_never_took_its_input_are_not_kept_for_ever(
     assert before == [(0,)]
 
 
+def test_a_group_is_not_forgotten_while_its_step_waits_however_old_it_is(make_file_broker, worker, clock, tmp_path):
+    broker = make_file_broker(clock=clock)
+    got = []
+    step = dramalite.actor(lambda *args: 1, actor_name="step")
+    end = dramalite.actor(got.append, actor_name="end")
+    kept = dramalite.actor(lambda: 1, actor_name="kept", store_results=True, result_ttl=8 * 24 * HOUR + HOUR // 2)
+    kept.send()
+
+    def rows(query):
+        with contextlib.closing(sqlite3.connect(tmp_path / "queue.db")) as connection:
+            return connection.execute(query).fetchall()
+
+    groups, results = "SELECT unsuccessful FROM dramalite_groups", "SELECT 1 FROM dramalite_results"
+    worker(broker)
+    wait_until(lambda: rows(results))
+    pipeline([group([step.message()]), end.message_with_options(delay=HOUR)]).run(delay=8 * 24 * HOUR)
+    clock.advance(8 * 24 * HOUR + 1000)
+    wait_until(lambda: rows(groups) == [(0,)])
+    clock.advance(3 * HOUR // 4)
+    wait_until(lambda: len(rows(results)) == 1)  # What is too old was deleted.
+    before = rows(groups)
+    clock.advance(HOUR)
+    broker.join("default", timeout=PATIENCE)
+
+    assert before == [(0,)]
+    assert got == [[1]]
+
+
 def test_what_a_step_after_a_group_was_told_of_its_members_goes_with_it(make_file_broker, worker, tmp_path):
     broker = make_file_broker()
     step = dramalite.actor(lambda *args: None, actor_name="step")

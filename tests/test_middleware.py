@@ -682,6 +682,25 @@ def test_what_a_hook_sends_before_a_job_need_not_wait_for_its_end(broker, worker
     assert broker.dead_letters == []
 
 
+def test_a_group_that_a_hook_sends_before_a_job_is_whole_before_its_end(broker, worker):
+    told = threading.Event()
+    job = dramalite.actor(lambda: told.wait(DEADLINE) or 1 / 0, actor_name="job", max_retries=0)
+    part = dramalite.actor(lambda: 1, actor_name="part")
+    end = dramalite.actor(lambda results: results == [1] and told.set(), actor_name="end", max_retries=0)
+
+    class FansOut(dramalite.Middleware):
+        def before_process_message(self, broker, message):
+            if message.actor_name == "job":
+                (dramalite.group([part.message()]) | end.message()).run()
+
+    broker.add_middleware(FansOut())
+    job.send()
+    worker(broker, worker_threads=2)
+    broker.join("default", timeout=DEADLINE * 1000, fail_fast=False)
+
+    assert broker.dead_letters == []
+
+
 def test_what_a_hook_sends_before_a_job_is_not_lost_with_it(make_broker):
     broker = make_broker()
     job = dramalite.actor(lambda: sim.crash(), actor_name="job", on_crash="fail")

@@ -607,6 +607,9 @@ class OwnBackend(RateLimiterBackend):
         return is_good(value)
 
 
+Duck = type("Duck", (), {name: value for name, value in vars(OwnBackend).items() if name != "__dict__"})
+
+
 @pytest.mark.parametrize(
     "limiter",
     [
@@ -621,8 +624,15 @@ def test_limiters_work_on_a_backend_of_ones_own(limiter):
         assert acquired(limiter) is False
 
 
-def test_a_barrier_works_on_a_backend_of_ones_own():
-    barrier = Barrier(OwnBackend(), "key")
+def test_a_limiter_works_on_what_only_looks_like_a_backend():
+    limiter = ConcurrentRateLimiter(Duck(), "key")
+    with limiter.acquire():
+        assert acquired(limiter) is False
+
+
+@pytest.mark.parametrize("backend", [OwnBackend, Duck])
+def test_a_barrier_works_on_a_backend_of_ones_own(backend):
+    barrier = Barrier(backend(), "key")
 
     assert barrier.create(parties=2)
     assert not barrier.create(parties=2)

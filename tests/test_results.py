@@ -911,17 +911,21 @@ def test_a_result_that_will_never_come_is_told_with_the_reason_of_the_dead_lette
         message.get_result(block=True, timeout=PATIENCE)
 
 
-class RedisLikeBackend(DictBackend):
+class RedisLikeBackend(ResultBackend):
     """A backend that gets results in a way of its own, as Dramatiq's for Redis does."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = {}
+
+    def _store(self, key, value, ttl):
+        self.values[key] = value
 
     def get_result(self, message, *, block=False, timeout=None):
         try:
             return self.unwrap_result(self.values[self.build_message_key(message)])
         except KeyError:
             raise dramalite.ResultMissing(message) from None
-
-    def _get(self, key):
-        raise NotImplementedError
 
 
 def test_a_backend_may_get_results_in_its_own_way(make_stub_broker, worker):

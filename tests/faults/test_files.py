@@ -236,7 +236,7 @@ def test_a_database_of_an_earlier_schema_is_brought_up_to_date_with_what_waits(p
     assert place.query("SELECT value FROM dramalite_meta WHERE key = 'schema_version'") == [(mine,)]
     assert {name: sql.split("(")[0] for name, sql in place.query(tables)} == new
     assert place.query("SELECT message_id, key FROM dramalite_results") == []
-    assert place.query("SELECT unsuccessful, unended, told, sources FROM dramalite_groups") == [(3, 2, 0, None)]
+    assert place.query("SELECT unsuccessful, unended, ended_at, told, sources FROM dramalite_groups") == [(3, 2, None, 0, None)]
     assert len(place.notes("ran")) == 3
     assert place.sound()
 
