@@ -16,6 +16,9 @@ from helpers import DEADLINE
 
 PATIENCE = DEADLINE * 1000
 
+#: An interrupt may strike in a callback of Python's own, for a weak reference or a collection, and end there.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 def busy(seconds=DEADLINE):
     """Keep a thread busy, in small steps so that an interrupt gets in between."""

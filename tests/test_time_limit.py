@@ -18,6 +18,9 @@ from helpers import DEADLINE, wait_until
 PATIENCE = DEADLINE * 1000
 MINUTE = 60_000
 
+#: A limit may strike in a callback of Python's own, for a weak reference or a collection, and end there.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture
 def log():
