@@ -17,10 +17,10 @@ from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
 
-#: What breaks files and kills who writes them.
-ON_DISK = ("faults",)
+#: What breaks files and kills who writes them; with the properties it takes about as long as each other share.
+ON_DISK = ("faults", "properties")
 
-#: What else starts most of the processes.  Either of these takes about as long as all the rest.
+#: What else starts most of the processes.
 STARTERS = ("test_command_line.py", "test_supervisor.py", "test_examples.py", "test_layout.py", "wire")
 
 #: A folder in memory, where the system has one, and how much there must be free.
