@@ -205,7 +205,8 @@ def test_a_dead_member_that_is_sent_again_and_again_counts_once_and_once_it_succ
 
 
 @simulated
-@given(places, worlds, groups)
+@given(places, worlds, groups | groups_of_mixed_chains)
+@example("memory", {}, Group([Chain([Group([Leaf(), Leaf()], False, False), Leaf()])], True, True))
 def test_the_end_is_told_when_nothing_of_the_group_is_left(place, world, group):
     plan = run(place, world, group)
     ended = {}  # By leaf: the index of its last event.
