@@ -2468,12 +2468,11 @@ class group:  # noqa: N801  (Dramatiq's name)
         self._check()
         counter, successor = self._counter(), self.successor
         callbacks = list(self.completion_callbacks)
-        sources = None
+        children, sources = self.children, None
         uuid = _new_message_id(self.broker.clock.time_ms(), self.broker._entropy())
         if successor is not None:
             self._check_chains()  # Before anything is sent.
-        children = self._storing_children()
-        if successor is not None:
+            children = self._storing_children()
             last = [_chain(child)[-1] for child in children]
             sources = [[message.queue_name, message.actor_name, message.message_id] for message in last]
             callbacks.append(successor.copy(options={"pipe_results": uuid}).asdict())
@@ -3258,10 +3257,9 @@ _UPGRADES = {
         "ALTER TABLE dramalite_groups ADD COLUMN told INTEGER NOT NULL DEFAULT 0",
         "ALTER TABLE dramalite_groups ADD COLUMN sources TEXT",
         *_MEMBERS_SCHEMA,
+        f"UPDATE dramalite_meta SET value = {_SCHEMA_VERSION} WHERE key = 'schema_version'",
     ),
 }
-
-_SET_VERSION = f"UPDATE dramalite_meta SET value = {_SCHEMA_VERSION} WHERE key = 'schema_version'"
 
 _INSERT = """
     INSERT INTO dramalite_messages (id, state, queue, actor, priority, eta, crashes, crash_limit,
@@ -3291,6 +3289,7 @@ _COUNT_MEMBER = _COUNT_MEMBER_IF.format("")
 _COUNT_MEMBER_AFTER_GROUP = _COUNT_MEMBER_IF.format(f"""
        AND EXISTS (SELECT 1 FROM dramalite_groups
                     WHERE uuid = ? AND {_IS_OVER} AND unsuccessful > 0)""")
+
 _NOTE_TOLD = """
     UPDATE dramalite_groups SET told = 1 + (unsuccessful = 0), ended_at = ? WHERE uuid = ? AND unended = 0"""
 
@@ -3760,7 +3759,7 @@ class _Connections:
     def _make_schema(self, connection: sqlite3.Connection) -> None:
         version = self._check_schema(connection)
         upgrades = [_UPGRADES[old] for old in range(version, _SCHEMA_VERSION)] if version else [_SCHEMA]
-        for statement in itertools.chain(*upgrades, [_SET_VERSION]):
+        for statement in itertools.chain(*upgrades):
             connection.execute(statement)
 
     def _check_schema(self, connection: sqlite3.Connection) -> int:
@@ -9956,10 +9955,10 @@ _EXIT_OK, _EXIT_KILLED, _EXIT_IMPORT, _EXIT_CONNECTION, _EXIT_PID_FILE = range(5
 
 #: Milliseconds that running messages get in a worker process whose supervisor is gone,
 _ORPHAN_GRACE_MS = 1000
+_IMPORT_GRACE_MS = 5000  # and the imports of one that is told to stop.
 
 #: Seconds for the last word to the database, where a process is to end at once.
 _STOP_SLACK_S = 1.0
-_IMPORT_GRACE_MS = 5000  # and the imports of one that is told to stop.
 
 #: Seconds between two looks whether this process is still fit for work.
 _WATCH_S = 1.0
@@ -10509,8 +10508,8 @@ _STABLE_AFTER_S = 30.0  # A death before that is an early one.
 #: Signals to stop that come within so many seconds are one request.
 _SAME_STOP_S = 0.1
 
-#: Seconds from the request to stop at once to SIGKILL.
-_KILL_GRACE_S = 3.0  # After an order to end at once, to hand back what runs.
+#: Seconds from the request to stop at once to SIGKILL; in them what runs is handed back.
+_KILL_GRACE_S = 3.0
 _STOP_GRACE_S = _BUSY_TIMEOUT_S + 5.0  # After the timeout of a stop, for the last word to the database.
 
 #: Seconds for the last lines to get to several log files, which a job's process may hold open.
