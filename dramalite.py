@@ -501,13 +501,16 @@ class Clock:
     #: Time stands still until it is told to pass, and nobody can wait for it: see simulate().
     is_virtual = False
 
+    #: Out of reach for those that freeze the `time` module, in tests: no wait would end.
+    _monotonic = staticmethod(time.monotonic)
+
     def time_ms(self) -> int:
         """Wall time, milliseconds since 1970."""
         return time.time_ns() // 1_000_000
 
     def monotonic(self) -> float:
         """Seconds since some moment, never going back."""
-        return time.monotonic()
+        return self._monotonic()
 
     def process_time(self) -> float:
         """Seconds that this process has spent on processors."""
@@ -4467,6 +4470,10 @@ class _ValueDatabase(_WatchedDatabase):
         """The ids of all messages, dead letters too."""
         return {message_id for (message_id,) in self._read(_MESSAGE_IDS)}
 
+    def last_sent_ms(self) -> int:
+        """When the last message was sent that is there, milliseconds since 1970, rounded up; or 0."""
+        return -(-int(self._read("SELECT coalesce(max(id), 0) FROM dramalite_messages")[0][0]) // 1000)
+
     def has_values(self) -> bool:
         """Tell whether there are results or groups."""
         return bool(self._read(_HAS_VALUES)[0][0])
@@ -4755,6 +4762,10 @@ _KEPT_MS = 7 * 24 * 3600 * 1000
 #: Seconds for which a worker must be unknown to count as dead, where it left no slot.
 _UNKNOWN_S = 2.5
 
+#: Transactions in which a worker deletes, each second, up to 1,000 rows of a table that have been kept
+#: for long enough: more than it stores meanwhile.
+_MOST_PRUNINGS = 25
+
 #: In place of a data_version(), where another look is due in any case.
 _NO_VERSION = -1
 
@@ -4988,13 +4999,13 @@ class _Engine(_SenderDatabase):
                     return cast(bytes, rows[0][0])
         return None
 
-    def bodies(self) -> list[bytes]:
-        """The messages that wait or run, in their order, then those that are delayed."""
-        rows = self._read(
-            """SELECT body FROM dramalite_messages
+    def bodies(self) -> list[tuple[bytes, int]]:
+        """The messages that wait or run, in their order, then those that are delayed; each with
+        the time when it was stored, or came due (ms since 1970)."""
+        return self._read(
+            """SELECT body, id / 1000 FROM dramalite_messages
                 ORDER BY eta IS NOT NULL, coalesce(eta, priority), id"""
         )
-        return [body for (body,) in rows]
 
     def counts(self) -> dict[str, dict[int, int]]:
         """How many messages each queue holds, by state."""
@@ -5042,8 +5053,7 @@ class _Engine(_SenderDatabase):
         long_ago = now - _KEPT_MS
         values = {"now": now, "long_ago": long_ago, "first_uuid": _new_message_id(long_ago, bytes(10))}
         looks = [f"EXISTS (SELECT 1 FROM {table} WHERE {is_old})" for table, _key, is_old in _OLD]
-        if not self._read(f"SELECT {' OR '.join(looks)}", values)[0][0]:
-            return
+        look = f"SELECT {' OR '.join(looks)}"
 
         def delete(connection: sqlite3.Connection) -> None:
             for table, key, is_old in _OLD:
@@ -5053,7 +5063,10 @@ class _Engine(_SenderDatabase):
                     values,
                 )
 
-        self._commit("work", delete)
+        for _ in range(_MOST_PRUNINGS):
+            if not self._read(look, values)[0][0]:
+                return
+            self._commit("work", delete)
 
 
 def _take_back(
@@ -6808,6 +6821,9 @@ _MAX_MESSAGE_SIZE = 1 << 20
 #: Dead letters of a queue that a broker in memory remembers with their exceptions.
 _MAX_BURIED = 10_000
 
+#: Dead letters of a queue whose tracebacks keep the variables of what failed, for debuggers.
+_MOST_WITH_FRAMES = 100
+
 
 class _Collecting(threading.local):
     """The outcome that this thread collects into, if it does."""
@@ -7100,7 +7116,7 @@ class _EngineBroker(Broker):
 
         Raises DecodeError if one of them can't be read.
         """
-        return [Message.decode(body) for body in self._engine.bodies()]
+        return [Message.decode(body) for body, _stored_ms in self._engine.bodies()]
 
     def assert_sent(
         self,
@@ -7121,7 +7137,7 @@ class _EngineBroker(Broker):
         __tracebackhide__ = True  # For pytest: the caller's line is what counts.
         name = getattr(actor, "actor_name", actor)
         wait = None if delay is None else _milliseconds(delay, "delay")
-        pending = self.pending()
+        pending = [(Message.decode(body), stored_ms) for body, stored_ms in self._engine.bodies()]
         wanted = {
             "args": None if args is None else tuple(_as_stored(list(args))),
             "kwargs": None if kwargs is None else _as_stored(dict(kwargs)),
@@ -7129,10 +7145,10 @@ class _EngineBroker(Broker):
         options = _as_stored(_check_options(options, name))
         found = [
             message
-            for message in pending
+            for message, stored_ms in pending
             if message.actor_name == name
             and all(v is None or getattr(message, field) == v for field, v in wanted.items())
-            and (wait is None or _was_delayed(message, wait))
+            and (wait is None or _was_delayed(message, stored_ms, wait))
             and options.items() <= message.options.items()
         ]
         if bool(found) if times is None else len(found) == times:
@@ -7141,7 +7157,7 @@ class _EngineBroker(Broker):
         if wait is not None:
             asked["delay"] = wait
         like = "".join(f", {k}={v!r}" for k, v in asked.items())
-        there = "".join(f"\n    {message} {message.options}" for message in pending[:20])
+        there = "".join(f"\n    {message} {message.options}" for message, _stored_ms in pending[:20])
         raise AssertionError(
             f"There should be {'a message' if times in (None, 1) else f'{times} messages'} pending like {name!r}{like}; "
             f"{len(found)} of {len(pending)} are:{there or ' none is pending.'}"
@@ -7164,6 +7180,10 @@ class _EngineBroker(Broker):
             letters = self._buried[queue]
             letters.append(letter)
             del letters[:-_MAX_BURIED]
+            if len(letters) > _MOST_WITH_FRAMES:
+                _clear_frames(letters[-_MOST_WITH_FRAMES - 1]._exception)
+        else:
+            letter.clear_exception()
 
     @property
     def dead_letters_by_queue(self) -> dict[str, list[MessageProxy]]:
@@ -7183,15 +7203,33 @@ class _EngineBroker(Broker):
         self._engine.close()
 
 
+def _clear_frames(exception: BaseException | None) -> None:
+    """Drop the variables in an exception's tracebacks, and with them files, connections and data."""
+    from traceback import clear_frames
+
+    pending, seen = [exception], set()
+    while pending:
+        error = pending.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            clear_frames(error.__traceback__)
+            pending += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
+
+
 def _as_stored(value: Any) -> Any:
     """What an argument or option comes back as."""
     return _encoder.decode(_encoder.encode(value))
 
 
-def _was_delayed(message: Message[Any], wait: int) -> bool:
-    """Tell whether a message was sent with this delay in milliseconds, to the second."""
+def _was_delayed(message: Message[Any], stored_ms: int, wait: int) -> bool:
+    """Tell whether a message was sent with this delay in milliseconds, to the second.
+
+    It may have been made long before it was stored, as a pipeline's step is, or be due by now.
+    """
     eta = message.options.get("eta")
-    return eta is not None and 0 <= eta - message.message_timestamp - wait <= 1000
+    return eta is not None and any(
+        abs(eta - since - wait) <= 1000 for since in (message.message_timestamp, stored_ms)
+    )
 
 
 # ------------------------------------------------------------------------------------------
@@ -7469,6 +7507,12 @@ class _Processor:
             self.drop(job)
             self._logger.critical("A hook failed on message %s.", job.row.message_id, exc_info=True)
         return job.outcome
+
+    def leave(self, runner: int) -> None:
+        """Tell those that watch what runs that it does not any more, where no after hook tells them."""
+        for item in self._broker.middleware:
+            if isinstance(item, (TimeLimit, ShutdownNotifications)):
+                item.leave(runner or threading.get_ident())
 
     def drop(self, job: _Job) -> None:
         """Make a dead letter of a job that could not be processed."""
@@ -8500,7 +8544,7 @@ class Worker:
             _interrupt(job.runner, Shutdown)
         dispatcher.await_ends(cancelled, _CANCEL_GRACE_S)
         for job in cancelled:
-            self._leave(job.runner)
+            self._processor.leave(job.runner)
         self._tick.ring()
         self._maintainer.join()
         dispatcher.close()
@@ -8610,7 +8654,7 @@ class Worker:
                     job = None
             except BaseException:  # From a hook or from here, not from a job: no thread is lost.
                 if job is not None:
-                    self._leave(job.runner)
+                    self._processor.leave(job.runner)
                     if not job.is_given_up:
                         self._processor.drop(job)
                 with contextlib.suppress(Exception):  # The log itself may be what failed.
@@ -8627,7 +8671,7 @@ class Worker:
             if os.getpid() != self._pid:
                 os._exit(0)  # The job forked and its child returned here: there it ends.
         if not dispatcher.may_conclude(job):
-            self._leave(job.runner)
+            self._processor.leave(job.runner)
             return False
         if job.context is None:
             self._processor.conclude(job)
@@ -8636,12 +8680,6 @@ class Worker:
         if job.row.crash_limit == 1:  # It may not run again if the process dies now.
             dispatcher.write_at_once(job)
         return True
-
-    def _leave(self, runner: int) -> None:
-        """Tell those that watch what runs that it does not any more, where no after hook tells them."""
-        for item in self.broker.middleware:
-            if isinstance(item, (TimeLimit, ShutdownNotifications)):
-                item.leave(runner or threading.get_ident())
 
     def _start_coroutine(self, job: _Job, dispatcher: _Dispatcher) -> bool:
         """Call the before hooks here, the actor on the event loop, the rest in any thread.
@@ -8942,6 +8980,7 @@ class _VirtualThread:
         raise _Crash
 
     def forget(self) -> None:
+        self.worker.processor.leave(self.runner)
         self.job = self.wakes_at = None
         self.is_running = self.is_dead = False
 
@@ -8974,10 +9013,13 @@ class _VirtualWorker:
         """Take back what dead workers held; return what became dead letters by that."""
         self.must_recover = False
         engine = self._broker._engine
-        crashed, _is_news = engine.recover(self.slot)
+        slot = self.slot
+        crashed, _is_news = engine.recover(slot)
         outcomes = [self.processor.crash(row, "") for row, _pid in crashed]
+        if self.slot is not slot:  # A hook had this worker crash: all that is another one's now.
+            return []
         if outcomes:
-            engine.exchange(self.slot, outcomes)
+            engine.exchange(slot, outcomes)
         self._targets.look_for_strangers()
         engine.prune()
         return outcomes
@@ -9003,6 +9045,7 @@ class _VirtualWorker:
 
     def give_back(self, job: _Job) -> None:
         """Cut a job off, now."""
+        self.processor.leave(_runner.id())
         self._broker._engine.exchange(self.slot, [self.cut_off(job)])
         self.seen = None
 
@@ -9077,8 +9120,11 @@ class _VirtualClock(Clock):
 
     def __init__(self, world: Simulation, now_ms: int) -> None:
         self._world = world
-        self._start_ms = now_ms
-        self.now_ms = now_ms
+        self.start(now_ms)
+
+    def start(self, now_ms: int) -> None:
+        """Begin at a time, in milliseconds since 1970."""
+        self._start_ms = self.now_ms = now_ms
 
     def time_ms(self) -> int:
         return self.now_ms
@@ -9155,7 +9201,7 @@ def _make_virtual_loop(clock: _VirtualClock) -> asyncio.AbstractEventLoop:
             if timeout is not None and timeout <= 0:
                 return super().select(timeout)
             # What real threads do takes no time, unless they wait for it to pass: then one wait shows.
-            is_real = loop.calls > 0 or (timeout is None and (len(self.get_map()) > 1 or _has_threads()))
+            is_real = loop.calls > 0 or len(self.get_map()) > 1 or (timeout is None and _has_threads())
             ready = super().select(loop.patience_s if is_real else 0)
             if ready:
                 loop.patience_s = _REAL_WAIT_S
@@ -9281,13 +9327,15 @@ class _Takeover:
     """A broker in the hands of a simulation."""
 
     def __init__(
-        self, broker: _EngineBroker, clock: _VirtualClock, seed: int, engine: _Engine | None
-    ) -> None:
+        self, broker: _EngineBroker, clock: _VirtualClock, seed: int, engine: _Engine | None,
+        may_start_later: bool,
+    ) -> None:  # fmt: skip
         from random import Random
 
         self._broker = broker
         self._clock = clock
         self.engine = engine  # In place of the broker's own.
+        self._may_start_later = may_start_later
         self._jitter = Random(f"jitter {seed}")
         self._ids = Random(f"ids {seed}")
         self._has_past = False  # There is something, perhaps of a simulation with the same seed:
@@ -9298,14 +9346,24 @@ class _Takeover:
         broker = self._broker
         if broker._is_simulated:
             raise RuntimeError("This broker is worked on already, by a simulation.")
-        if self.engine is None:
-            self._taken = broker._engine.message_ids()
-            self._has_past = bool(self._taken) or broker._engine.has_values()
+        broker._is_simulated = True  # First, for threads that try at the same time.
+        try:
+            if self.engine is None:
+                self._look_at_past(broker._engine)
+        except BaseException:
+            broker._is_simulated = False
+            raise
         self._saved = broker.clock, broker.random, broker._entropy, broker._engine, broker._buried
         broker.clock, broker.random, broker._entropy = self._clock, self._jitter, self._new_entropy
         if self.engine is not None:
             broker._engine, broker._buried = self.engine, collections.defaultdict(list)
-        broker._is_simulated = True
+
+    def _look_at_past(self, engine: _Engine) -> None:
+        """Note what an engine holds, and begin no earlier than the last message in it was sent."""
+        self._taken = engine.message_ids()
+        self._has_past = bool(self._taken) or engine.has_values()
+        if self._may_start_later:
+            self._clock.start(max(self._clock.now_ms, engine.last_sent_ms()))
 
     def end(self) -> None:
         """Give the broker back as it was."""
@@ -9452,6 +9510,9 @@ def _datetime(time_ms: int) -> datetime:
 _MOST_STEPS = 100_000
 _MOST_MS = 366 * 86_400_000
 
+#: Where a simulation begins, if it is not told: 2026-01-01 in UTC.
+_SIMULATION_START_MS = 1_767_225_600_000
+
 
 class Simulation:
     """A broker's work in virtual time; made by simulate()."""
@@ -9461,7 +9522,7 @@ class Simulation:
         broker: _EngineBroker,
         engine: _Engine | None,
         seed: int,
-        start_ms: int,
+        start_ms: int | None,
         sizes: tuple[int, int],
         choose: Callable[[list[SimulatedStep]], SimulatedStep] | None,
     ) -> None:
@@ -9470,8 +9531,8 @@ class Simulation:
         self.broker = broker
         #: What has happened, in the order in which it was committed.
         self.events: list[SimulatedEvent] = []
-        self._clock = _VirtualClock(self, start_ms)
-        self._takeover = _Takeover(broker, self._clock, seed, engine)
+        self._clock = _VirtualClock(self, _SIMULATION_START_MS if start_ms is None else start_ms)
+        self._takeover = _Takeover(broker, self._clock, seed, engine, may_start_later=start_ms is None)
         self._choose = choose
         self._schedule = Random(f"schedule {seed}")
         self._sizes = sizes
@@ -9481,6 +9542,7 @@ class Simulation:
         self._outer: tuple[Any, ...] = (None, None, None)  # What this thread is outside of this simulation.
         self._naps = 0  # How often jobs have let time pass, in this step.
         self._latest_ms = math.inf  # A job that lets it pass beyond this is ended.
+        self._pid = os.getpid()
 
     # Looking.
 
@@ -9610,7 +9672,10 @@ class Simulation:
 
     def __exit__(self, *_error: object) -> None:
         try:
-            self._end_workers()
+            if self._pid == os.getpid():
+                self._end_workers()
+            else:
+                self._workers.clear()  # They and their threads are the parent's.
         finally:
             self._restore()
 
@@ -9689,9 +9754,12 @@ class Simulation:
         return True
 
     def _check_begun(self) -> None:
+        if self._pid != os.getpid():
+            raise RuntimeError("The simulation is that of the process from which this one was forked; make another one.")
         if _virtual.world is not self:
             raise RuntimeError(
-                "The simulation has not begun, or is over, or another one is inside; use it in its `with`."
+                "The simulation has not begun, or is over, or another one is inside, or this is another thread "
+                "than its own: use it in its `with`, and wait for nothing of it in threads that jobs start."
             )
 
     def _steps(self) -> list[SimulatedStep]:
@@ -9886,9 +9954,6 @@ class Simulation:
 #
 # What simulate() takes, checked where it is given.
 # ------------------------------------------------------------------------------------------
-#: Where a simulation begins, if it is not told: 2026-01-01 in UTC.
-_SIMULATION_START_MS = 1_767_225_600_000
-
 #: Workers, and threads of each, that a simulation may have.
 _MOST_VIRTUAL = 64
 
@@ -9917,8 +9982,8 @@ def simulate(
     Without a `broker` the default one's actors run on an empty database in memory; a broker that
     is given is worked on as it is, a file with what it holds.  Jobs take no time, but for
     simulated_work(), broker.clock.sleep() and what coroutines await of asyncio's timers; with
-    more than one virtual thread others run meanwhile.  Time starts at `start` (2026-01-01 UTC); a
-    datetime without a time zone counts as UTC.
+    more than one virtual thread others run meanwhile.  Time starts at `start`: 2026-01-01 UTC, or
+    when the last message was sent that the broker holds; a datetime without a time zone counts as UTC.
 
     No hooks of a worker's start and stop are called, rate limits of an earlier simulation of the
     same broker hold on, and backends of another broker (StubResultBackend, say) keep real time.
@@ -9934,8 +9999,8 @@ def simulate(
     if choose is not None and not callable(choose):
         raise TypeError(f"choose is {choose!r}; give a function that returns one of the steps it is given.")
     engine = _Engine(None, "full", lambda: world.clock) if broker is None else None
-    start_ms = _SIMULATION_START_MS if start is None else _time_ms(start, "start")
-    if start_ms < 0:
+    start_ms = None if start is None else _time_ms(start, "start")
+    if start_ms is not None and start_ms < 0:
         raise ValueError(f"start is {start!r}; give a time after 1970.")
     return Simulation(world, engine, seed, start_ms, (workers, threads), choose)
 

@@ -1,12 +1,15 @@
 """The brokers in a file and in memory: storing, order, delays, join, flush and dead letters."""
 
 import contextlib
+import gc
+import logging
 import os
 import sqlite3
 import stat
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -1013,6 +1016,54 @@ def test_dead_letters_are_kept_for_seven_days(make_file_broker, clock, worker):
     wait_until(lambda: len(broker.dead_letters) == 0)
 
     assert kept == 1
+
+
+class Data:
+    """Something that a failing actor has in its variables."""
+
+
+def fail_with_data(broker, worker, count):
+    """Let an actor fail so often; returns weak references to what it had in its variables."""
+    seen = []
+
+    @dramalite.actor(max_retries=0)
+    def fail():
+        data = Data()
+        seen.append(weakref.ref(data))
+        try:
+            raise KeyError
+        except KeyError:
+            raise ValueError from None
+
+    for _ in range(count):
+        fail.send()
+    worker(broker)
+    wait_until(lambda: len(broker.dead_letters) == count)
+    return seen
+
+
+def test_dead_letters_in_a_file_keep_nothing_of_what_failed(make_file_broker, worker):
+    gc.disable()
+    logging.disable()  # pytest keeps the records, with what they tell of.
+    try:
+        seen = fail_with_data(make_file_broker(), worker, 20)
+        wait_until(lambda: sum(ref() is not None for ref in seen) <= 1)  # The worker's last job.
+    finally:
+        logging.disable(logging.NOTSET)
+        gc.enable()
+
+
+def test_dead_letters_in_memory_keep_the_variables_of_the_last_ones_only(clean_state, worker):
+    broker = dramalite.MemoryBroker()
+    clean_state.callback(broker.close)
+    dramalite.set_broker(broker)
+
+    seen = fail_with_data(broker, worker, 150)
+    gc.collect()
+
+    assert 1 <= sum(ref() is not None for ref in seen) <= 101
+    assert seen[0]() is None
+    assert seen[-1]() is not None
 
 
 def test_flush_all_forgets_dead_letters_and_later_ones_are_kept(broker, worker):

@@ -128,3 +128,13 @@ def test_a_barrier_and_the_stop_of_a_worker_take_a_timedelta(broker):
 
     assert barrier.create(parties=2)
     assert barrier.wait(timeout=datetime.timedelta(milliseconds=1)) is False
+
+
+def test_waits_end_where_a_test_has_frozen_the_time_module(make_stub_broker, monkeypatch):
+    broker = make_stub_broker()
+    dramalite.actor(print, actor_name="work").send(1)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    with pytest.raises(dramalite.QueueJoinTimeout):
+        broker.join("default", timeout=50)

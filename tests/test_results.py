@@ -981,3 +981,18 @@ def test_waiting_goes_on_for_a_later_step_whose_id_an_encoder_hides(make_broker)
     assert times_out(pipe.get_result)
     broker.drain()
     assert pipe.get_result() == 42
+
+
+def test_a_worker_forgets_more_results_at_once_than_it_stores_meanwhile(make_file_broker, clock):
+    broker = make_file_broker(clock=clock)
+    backend = dramalite.SQLiteResultBackend(broker=broker)
+    actor = dramalite.actor(print, actor_name="work")
+    for _ in range(2500):
+        backend.store_result(actor.message(), 1, 1000)
+    clock.advance(2000)
+    with dramalite.simulate(broker, start=datetime.datetime(2030, 1, 1)) as sim:
+        sim.step()  # In which it looks after the file.
+    with contextlib.closing(sqlite3.connect(broker.path)) as connection:
+        left = connection.execute("SELECT count(*) FROM dramalite_results").fetchone()
+
+    assert left == (0,)

@@ -7,6 +7,8 @@ import contextlib
 import contextvars
 import gc
 import logging
+import os
+import socket
 import sys
 import threading
 import time
@@ -858,6 +860,121 @@ def test_a_paused_worker_that_crashes_is_replaced_by_one_that_works(broker, work
     assert outcomes(sim) == ["done"]
 
 
+def test_delayed_messages_from_before_the_simulation_are_due_after_their_delay(make_broker, clock):
+    broker = make_broker(clock=clock)
+    clock.advance(timedelta(days=3 * 366).total_seconds() * 1000)  # Longer than a simulation may take.
+    sent_at = clock.time_ms()
+    work = dramalite.actor(lambda: None, actor_name="work", max_age=120_000)
+    work.send_with_options(delay=60_000)
+    with dramalite.simulate(broker) as sim:
+        began = sim.now.timestamp() * 1000
+        sim.run_until_idle()
+
+    assert sent_at <= began <= sent_at + 1
+    assert [(event.outcome, event.started_ms) for event in sim.events] == [("done", sent_at + 60_000)]
+
+
+def test_a_start_that_is_given_holds_for_messages_from_before_too(make_broker, clock):
+    broker = make_broker(clock=clock)
+    dramalite.actor(lambda: None, actor_name="work").send()
+    with dramalite.simulate(broker, start=START) as sim:
+        assert sim.now == START
+
+
+def test_of_two_threads_that_simulate_a_broker_at_once_one_is_refused(make_broker):
+    for _ in range(10):
+        broker, entered, raised = make_broker(), [], []
+        both = threading.Barrier(2, timeout=DEADLINE)
+
+        def simulate():
+            both.wait()
+            try:
+                with dramalite.simulate(broker):
+                    entered.append(1)
+                    both.wait()
+            except RuntimeError as error:
+                raised.append(str(error))
+                both.wait()
+
+        threads = [threading.Thread(target=simulate) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(DEADLINE)
+
+        assert (len(entered), len(raised)) == (1, 1)
+        assert not broker.clock.is_virtual
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="There is no fork here.")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_forked_child_is_told_that_the_simulation_is_its_parents(broker, work, threads):
+    with dramalite.simulate(broker, threads=threads) as sim:
+        work.send(1)
+        sim.step()
+        work.send(1)
+        child = os.fork()
+        if child == 0:
+            try:
+                with pytest.raises(RuntimeError, match="forked"):
+                    sim.run_until_idle()
+                sim.__exit__()
+                os._exit(1 if broker.clock.is_virtual else 0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(child, 0)
+        sim.run_until_idle()
+
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert outcomes(sim) == ["done", "done"]
+
+
+@pytest.mark.parametrize("end", ["crash", "leave"])
+def test_nothing_is_watched_for_a_job_that_its_simulation_left(broker, end):
+    runners = []
+
+    @dramalite.actor
+    def work():
+        runners.append(threading.get_ident())
+        dramalite.simulated_work(1000)
+
+    (limit,) = [item for item in broker.middleware if isinstance(item, dramalite.TimeLimit)]
+    with dramalite.simulate(broker, threads=3) as sim:
+        for _ in range(3):
+            work.send()
+        while len(runners) < 3:
+            sim.step()
+        watched = [limit.deadline(runner) for runner in runners]
+        if end == "crash":
+            sim.crash()
+
+            assert [limit.deadline(runner) for runner in runners] == [None] * 3
+
+    assert None not in watched
+    assert [limit.deadline(runner) for runner in runners] == [None] * 3
+
+
+def test_a_hook_that_has_the_worker_crash_over_a_dead_letter_makes_one_of_it(broker, work):
+    class CrashOnce(dramalite.Middleware):
+        has_crashed = False
+
+        def after_nack(self, broker, message):
+            if not self.has_crashed:
+                self.has_crashed = True
+                sim.crash()
+
+    broker.add_middleware(CrashOnce())
+    with dramalite.simulate(broker, threads=2) as sim:
+        work.send_with_options(args=(1000,), max_crashes=1)
+        sim.run_until(START + timedelta(milliseconds=500))
+        sim.crash()
+        sim.run_until_idle()
+
+    assert outcomes(sim) == ["crashed", "dead"]
+    assert len(broker.dead_letters) == 1
+
+
 # What has no end
 
 
@@ -1492,6 +1609,38 @@ def test_what_a_coroutine_leaves_behind_is_cancelled(broker):
         sim.run_until_idle()
 
     assert (outcomes(sim), sorted(ended)) == (["done"], ["generator", "task"])
+
+
+def answer_late(listener):
+    """Answer one connection, after a moment of real time."""
+    connection, _address = listener.accept()
+
+    def answer():
+        with connection:
+            connection.sendall(b"hi\n")
+
+    threading.Timer(0.1, answer).start()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_timeout_leaves_a_connection_the_real_time_that_it_takes(broker, threads):
+    @dramalite.actor(max_retries=0)
+    async def fetch(port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        try:
+            return (await asyncio.wait_for(reader.readline(), 30)).decode()
+        finally:
+            writer.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = threading.Thread(target=answer_late, args=(listener,), daemon=True)
+        server.start()
+        fetch.send(listener.getsockname()[1])
+        with dramalite.simulate(broker, threads=threads) as sim:
+            sim.run_until_idle()
+        server.join(DEADLINE)
+
+    assert [(event.outcome, event.result) for event in sim.events] == [("done", "hi\n")]
 
 
 # Before, after and beside

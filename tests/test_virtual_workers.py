@@ -327,3 +327,32 @@ def test_the_failure_says_what_was_asked_for_and_what_there_is(broker, note):
 def test_nothing_sent_fails_as_well(broker, note):
     with pytest.raises(AssertionError, match="none"):
         broker.assert_sent(note)
+
+
+def test_a_step_of_a_pipeline_was_sent_with_its_delay_though_it_was_made_long_before(broker, note):
+    @dramalite.actor
+    def work():
+        dramalite.simulated_work(5000)
+
+    with dramalite.simulate(broker) as sim:
+        (work.message() | note.message_with_options(args=(1,), pipe_ignore=True, delay=60_000)).run()
+        sim.advance(30_000)
+
+        broker.assert_sent(note, args=(1,), delay=60_000)
+        with pytest.raises(AssertionError, match="delay=90000"):
+            broker.assert_sent(note, delay=90_000)
+
+
+def test_drain_leaves_nothing_to_watch_where_ctrl_c_ended_it(broker):
+    import threading
+
+    @dramalite.actor
+    def interrupted():
+        raise KeyboardInterrupt
+
+    (limit,) = [item for item in broker.middleware if isinstance(item, dramalite.TimeLimit)]
+    interrupted.send()
+    with pytest.raises(KeyboardInterrupt):
+        broker.drain()
+
+    assert limit.deadline(threading.get_ident()) is None
