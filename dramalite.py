@@ -67,6 +67,7 @@ Contents
     Simulated events
     Simulation
     Beginning a simulation
+    Process logs
     Child processes
     Source changes
     Pid files
@@ -3909,7 +3910,10 @@ class _Connections:
     def _describe(self, error: Exception) -> str:
         """What SQLite's error means for the user, and what to do."""
         text = str(error)
-        for sign, advice in _SQLITE_ADVICE:
+        advices: Iterable[tuple[str, str]] = _SQLITE_ADVICE
+        if self.path is not None and os.path.isfile(self.path) and os.path.getsize(self.path) <= _PAGE_SIZE:
+            advices = (_ADVICE_FOR_NEW, *_SQLITE_ADVICE)
+        for sign, advice in advices:
             if sign in text:
                 return f"The database {self.path!r} {advice} (SQLite says: {text})"
         return f"The database {self.path!r} can't be used: {text} ({type(error).__name__})."
@@ -3927,6 +3931,13 @@ _SQLITE_ADVICE = (
                   "`sqlite3 FILE .recover`"),
     ("disk I/O error", "met an I/O error: a full disk, a quota, or failing hardware; nothing was "
                        "stored"),
+)  # fmt: skip
+
+#: And where the file holds nothing yet: one that was deleted alone has left its log, and the log's index.
+_ADVICE_FOR_NEW = (
+    "disk I/O error", "met an I/O error and holds nothing: if it was deleted while FILE-wal and FILE-shm were "
+                      "in use, restart all programs that use it, or delete these as well; else the disk "
+                      "is full or failing"
 )  # fmt: skip
 
 
@@ -6457,9 +6468,11 @@ class Prometheus(Middleware):
     def __init__(self, *, http_host: str | None = None, http_port: int | None = None) -> None:
         self.logger = get_logger("dramalite.middleware.prometheus", type(self))
         self.http_host = http_host or os.environ.get("dramatiq_prom_host", "127.0.0.1")
-        self.http_port = int(os.environ.get("dramatiq_prom_port", 9191)) if http_port is None else http_port
-        if not 0 <= self.http_port <= 65535:
-            raise ValueError(f"http_port is {self.http_port!r}; give a port from 0 to 65535.")
+        port: Any = os.environ.get("dramatiq_prom_port", 9191) if http_port is None else http_port
+        if not (str(port).isdecimal() and int(port) <= 65535):
+            name = "dramatiq_prom_port of the environment" if http_port is None else "http_port"
+            raise ValueError(f"{name} is {port!r}; give a port from 0 to 65535.")
+        self.http_port = int(port)
         self._started: dict[int, float] = {}  # By runner: monotonic seconds.
         self._lock = threading.Lock()  # Guards all below.
         self._counts: dict[tuple[str, str, str, float], float] = collections.defaultdict(float)
@@ -6566,19 +6579,24 @@ class Prometheus(Middleware):
 
     def _serve(self, broker: Broker, stop: threading.Event) -> None:
         """Flush once a second; answer requests as soon as the port is free."""
+        import socket
         from http.server import ThreadingHTTPServer
+
+        class Server(ThreadingHTTPServer):
+            address_family = socket.AF_INET6 if ":" in self.http_host else socket.AF_INET
 
         handler = _metrics_handler(lambda: self.render(broker))
         server: ThreadingHTTPServer | None = None
-        has_failed = False
+        has_failed = is_in_trouble = False
         while True:
             if server is None:
                 try:
-                    server = ThreadingHTTPServer((self.http_host, self.http_port), handler)
-                except OSError as error:  # As a rule, another process of ours answers.
+                    server = Server((self.http_host, self.http_port), handler)
+                except (OSError, UnicodeError) as error:  # As a rule, another process of ours answers.
                     if not has_failed:
+                        is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
                         self.logger.log(
-                            logging.INFO if error.errno == errno.EADDRINUSE else logging.ERROR,
+                            logging.INFO if is_taken else logging.ERROR,
                             "http://%s:%d can't be served here, which is tried again each second: %s.",
                             self.http_host, self.http_port, error,
                         )  # fmt: skip
@@ -6588,8 +6606,11 @@ class Prometheus(Middleware):
             is_over = stop.wait(_METRICS_TICK_S)
             try:
                 self.flush(broker)
+                is_in_trouble = False
             except BrokerError as error:
-                self.logger.warning("The metrics are kept for later: %s", error)
+                if not is_in_trouble:
+                    self.logger.warning("The metrics are kept for later: %s", error)
+                is_in_trouble = True
             if is_over:
                 break
         if server is not None:
@@ -6617,6 +6638,8 @@ def _metrics_handler(render: Callable[[], str]) -> Any:
     from http.server import BaseHTTPRequestHandler
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = 5  # Seconds: who says nothing for so long holds a thread and a descriptor no longer.
+
         def handle(self) -> None:
             with contextlib.suppress(ConnectionError):  # Who asked has gone.
                 super().handle()
@@ -7571,7 +7594,9 @@ class _Processor:
             return
         message.stuff_exception(exception)
         if isinstance(exception, SkipMessage):
-            self._logger.warning("Message %s was skipped: %s", message, exception)
+            self._logger.warning(
+                "Message %s of %s was skipped: %s", message.message_id, message.actor_name, exception
+            )
             if not message.failed:
                 message.clear_exception()
             broker.emit_after("skip_message", message)
@@ -7603,7 +7628,8 @@ class _Processor:
         if isinstance(exception, RateLimitExceeded):
             self._logger.debug("Rate limit exceeded in message %s: %s.", message, text)
         elif throws and isinstance(exception, throws):
-            self._logger.info("Failed to process message %s with expected exception %s.", message, text)
+            name = f"{message.message_id} of {message.actor_name}"  # Arguments may be secret, and long.
+            self._logger.info("Failed to process message %s with expected exception %s.", name, text)
         elif not isinstance(exception, Retry) and self._logger.isEnabledFor(logging.ERROR):
             record = self._logger.makeRecord(
                 self._logger.name, logging.ERROR, __file__, sys._getframe().f_lineno,
@@ -10006,6 +10032,72 @@ def simulate(
 
 
 # ------------------------------------------------------------------------------------------
+# Process logs
+#
+# What the command line's processes log: to one descriptor, which they share.
+# ------------------------------------------------------------------------------------------
+#: Tries of a process to be alone in writing to the log, and the pause between them.
+_TURN_TRIES = 200
+_TURN_NAP_S = 0.005
+
+
+class _SafeFormatter(logging.Formatter):
+    """Control characters are escaped and further lines indented: none can pass for another line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _storable(super().format(record)).replace("\n", "\n    ")
+
+
+class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
+    """A log that can't be written does not stop the work; entries of several processes stay whole."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(
+            open(descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
+        )
+        self._descriptor = descriptor
+
+    def emit(self, record: logging.LogRecord) -> None:
+        has_turn = _take_turn(self._descriptor)
+        try:
+            super().emit(record)
+        finally:
+            if has_turn:
+                with contextlib.suppress(OSError):
+                    _unlock_byte(self._descriptor, 0)
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
+        if not (self.stream.closed or isinstance(sys.exc_info()[1], OSError)):
+            super().handleError(record)
+
+
+def _take_turn(descriptor: int) -> bool:
+    """Lock what is no file, where the writes of several processes would be mixed; False if it can't be."""
+    with contextlib.suppress(OSError):
+        if not (_WINDOWS or stat.S_ISREG(os.fstat(descriptor).st_mode)):
+            for _ in range(_TURN_TRIES):
+                if _try_lock_byte(descriptor, 0):
+                    return True
+                _SYSTEM_CLOCK.sleep(_TURN_NAP_S)  # Not for ever: a process may be stopped while it has it.
+    return False
+
+
+def _set_up_logging(verbose: int, descriptor: int) -> None:
+    """Log to a descriptor."""
+    handler = _SafeHandler(descriptor)
+    handler.setFormatter(_SafeFormatter(_LOG_FORMAT))
+    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
+
+
+def _redirect(target: int, *descriptors: int) -> None:
+    """Have standard descriptors stand for the file that `target` does, and need that no longer."""
+    for descriptor in descriptors:
+        os.dup2(target, descriptor)
+    if target > 2:
+        os.close(target)
+
+
+# ------------------------------------------------------------------------------------------
 # Child processes
 #
 # What the command line's supervisor starts: worker processes, which import the user's modules
@@ -10039,37 +10131,6 @@ _CHILDREN_NOTE, _FORKS_NOTE, _FAILURES_NOTE = "children", "forks", "failures"
 _ALIVE_NOTE = "alive"
 
 
-class _SafeFormatter(logging.Formatter):
-    """Control characters are escaped and further lines indented: none can pass for another line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return _storable(super().format(record)).replace("\n", "\n    ")
-
-
-class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """A log that can't be written does not stop the work."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
-        if not isinstance(sys.exc_info()[1], (OSError, ValueError)):
-            super().handleError(record)
-
-
-def _set_up_logging(verbose: int, descriptor: int) -> None:
-    """Log to a descriptor."""
-    stream = open(descriptor, "w", encoding="utf-8", errors="backslashreplace", buffering=1, closefd=False)
-    handler = _SafeHandler(stream)
-    handler.setFormatter(_SafeFormatter(_LOG_FORMAT))
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.INFO, handlers=[handler])
-
-
-def _redirect(target: int, *descriptors: int) -> None:
-    """Have standard descriptors stand for the file that `target` does, and need that no longer."""
-    for descriptor in descriptors:
-        os.dup2(target, descriptor)
-    if target > 2:
-        os.close(target)
-
-
 _is_child_process = False
 
 
@@ -10091,6 +10152,8 @@ class _ChildProcess(abc.ABC):
         global _is_child_process
         _is_child_process = True
         self._detach_from_terminal()
+        if self._namespace.watch is not None:  # A .pyc file hides a second change within its second.
+            sys.dont_write_bytecode = True
         if not self._namespace.skip_logging:
             # To a descriptor of our own, which a job can't close by closing sys.stderr.
             _set_up_logging(self._namespace.verbose, os.dup(2))
@@ -10230,12 +10293,12 @@ class _WorkerProcess(_ChildProcess):
 
     def _tell_forks(self, forks: list[str]) -> None:
         """Note the functions that middleware wants to run in processes of their own."""
-        draft = self._note(f"{_FORKS_NOTE}-{self._namespace.child}")
+        draft = self._note(f"draft-{self._namespace.child}")
         # The supervisor and its folder are gone; or, on Windows, it just reads what another one told.
         with contextlib.suppress(FileNotFoundError, PermissionError):
             with open(draft, "w", encoding="utf-8") as file:
                 file.write("\n".join(forks))
-            os.replace(draft, self._note(_FORKS_NOTE))
+            os.replace(draft, self._note(f"{_FORKS_NOTE}{self._namespace.reloads}"))
 
     def _describe_death(self, pid: int) -> str:
         """How a process died, as its supervisor writes down in these moments; "" for a stranger."""
@@ -10461,9 +10524,12 @@ def _watch_sources(
 
     def watch() -> None:
         nonlocal seen
+        look_s = 0.0
         while True:
-            _SYSTEM_CLOCK.sleep(_WATCH_INTERVAL_S)
+            _SYSTEM_CLOCK.sleep(max(_WATCH_INTERVAL_S, 10 * look_s))  # A large folder takes a tenth of a CPU.
+            began = _SYSTEM_CLOCK.monotonic()
             files = _watched_files(folder, include, exclude)
+            look_s = _SYSTEM_CLOCK.monotonic() - began
             changed = files.items() ^ seen.items()
             seen = files
             if changed:
@@ -10477,16 +10543,18 @@ def _watched_files(folder: str, include: list[str], exclude: list[str]) -> dict[
     import fnmatch
 
     def matches(path: str, patterns: list[str]) -> bool:
-        return any(fnmatch.fnmatch(path, "*/" + pattern.lstrip("/")) for pattern in patterns)
+        return any(fnmatch.fnmatch(f"/{path}", "*/" + pattern.lstrip("/")) for pattern in patterns)
 
     found = {}
+    whole = [pattern for pattern in exclude if pattern.endswith("*")]  # Those that leave nothing of a folder.
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name != "__pycache__"]
-        for path in (os.path.join(parent, name) for name in names):
+        below = os.path.join(os.path.relpath(parent, folder), "") if parent != folder else ""
+        folders[:] = [n for n in folders if n != "__pycache__" and not matches(f"{below}{n}/", whole)]
+        for path in (below + name for name in names):
             if matches(path, include) and not matches(path, exclude):
                 with contextlib.suppress(OSError):  # Gone already.
-                    status = os.stat(path)
-                    found[os.path.relpath(path, folder)] = (status.st_mtime_ns, status.st_size)
+                    status = os.stat(os.path.join(folder, path))
+                    found[path] = (status.st_mtime_ns, status.st_size)
     return found
 
 
@@ -10657,13 +10725,28 @@ class _Supervisor:
         except _PidFileError as error:
             self._logger.critical("%s", error)
             return _EXIT_PID_FILE
+        except _NoTemporaryFolder as error:
+            self._logger.critical("%s", error)
+            return _EXIT_IMPORT
         finally:
             self._close_logs()
 
     def _open_logs(self) -> None:
         """Send standard output and error to the log files, children's too."""
         paths = self._namespace.log_file
-        files = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) for path in paths]
+        files: list[int] = []
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        if self._reloads:  # To wait for a FIFO's reader would keep all signals waiting.
+            flags |= getattr(os, "O_NONBLOCK", 0)
+        try:
+            for path in paths:
+                files.append(os.open(path, flags, 0o644))
+                if not _WINDOWS:
+                    os.set_blocking(files[-1], True)
+        except OSError:
+            for descriptor in files:
+                os.close(descriptor)
+            raise
         if not files:
             return
         target, self._copier = files[0], None
@@ -10754,7 +10837,9 @@ class _Supervisor:
         child.restart_at = None
         child.after_stop = ""
         child.started_at = _SYSTEM_CLOCK.monotonic()
-        told = {**vars(self._namespace), "child": child.name, "notes": self._notes}
+        told = {
+            **vars(self._namespace), "child": child.name, "notes": self._notes, "reloads": self._reloads
+        }  # fmt: skip
         environment = {**os.environ, _CHILD_VARIABLE: json.dumps(told, default=str)}
         started: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
 
@@ -10783,15 +10868,13 @@ class _Supervisor:
 
     def _await_forks(self) -> None:
         """Start the fork functions once a worker process runs, or the time for that is over."""
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(os.path.join(self._notes, _FORKS_NOTE))
         timeout_s = self._namespace.worker_fork_timeout / 1000
         self._forks_due = _SYSTEM_CLOCK.monotonic() + timeout_s
 
     def _start_forks(self) -> None:
         self._forks_due = None
         functions = list(self._namespace.fork_function)
-        note = os.path.join(self._notes, _FORKS_NOTE)
+        note = self._forks_note()
         with contextlib.suppress(FileNotFoundError), open(note, encoding="utf-8") as file:
             functions += file.read().split()
         for name in dict.fromkeys(functions) if not self._stops else ():
@@ -10848,7 +10931,11 @@ class _Supervisor:
 
     def _has_booted(self) -> bool:
         """Tell whether a worker process has started to work, since the last reload if there was one."""
-        return os.path.exists(os.path.join(self._notes, _FORKS_NOTE))
+        return os.path.exists(self._forks_note())
+
+    def _forks_note(self) -> str:
+        """The note by worker processes that were started since the last reload: others have older code."""
+        return os.path.join(self._notes, f"{_FORKS_NOTE}{self._reloads}")
 
     def _reload(self, reason: str) -> None:
         """Have the children stop, and others with the code as it is now take their places."""
@@ -10908,6 +10995,10 @@ def _open_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # The lowest number that is free.
 
 
+class _NoTemporaryFolder(Exception):
+    """There is no place for notes; the text says why."""
+
+
 @contextlib.contextmanager
 def _notes_folder() -> Iterator[str]:
     """Make a folder for notes; remove those of supervisors that were killed."""
@@ -10918,7 +11009,13 @@ def _notes_folder() -> Iterator[str]:
         for entry in os.scandir(tempfile.gettempdir()):
             if entry.name.startswith("dramalite-") and _is_left_behind(entry.path):
                 shutil.rmtree(entry.path, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix="dramalite-", ignore_cleanup_errors=True) as folder:
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="dramalite-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise _NoTemporaryFolder(
+            f"No temporary folder can be made: {error}; have the environment's TMPDIR name a writable one."
+        ) from error
+    with temporary as folder:
         descriptor = os.open(os.path.join(folder, _ALIVE_NOTE), os.O_CREAT | os.O_RDWR, 0o600)
         try:
             with contextlib.suppress(OSError):
@@ -11150,6 +11247,8 @@ def main(args: list[str] | argparse.Namespace | None = None) -> int:
             f"--threads {namespace.threads} and --async-concurrency {namespace.async_concurrency} are more "
             f"than {_MAX_TRACKED} together; use more --processes instead."
         )
+    if not sys.executable:
+        parser.error("this Python does not know where it is (sys.executable is empty); start it by its path.")
     return _Supervisor(namespace, *_child_command(args is None)).run()
 
 

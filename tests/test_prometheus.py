@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import http.server
@@ -445,18 +446,71 @@ def test_a_port_that_is_taken_is_waited_for_while_work_goes_on(served, worker, p
 def test_a_port_that_cannot_be_served_is_told_of_once(served, worker, port, caplog, monkeypatch, error, level):
     tries = []
 
-    def fail(*_args):
+    def fail(_server):
         tries.append(1)
         raise OSError(error, os.strerror(error))
 
     caplog.set_level(logging.INFO, "dramalite")
-    monkeypatch.setattr("http.server.ThreadingHTTPServer", fail)
+    monkeypatch.setattr("http.server.ThreadingHTTPServer.server_bind", fail)
     worker(served)
     wait_until(lambda: len(tries) > 1)
     told = [record for record in caplog.records if str(port) in record.getMessage()]
 
     assert [record.levelname for record in told] == [level]
     assert os.strerror(error) in told[0].getMessage()
+
+
+def test_metrics_that_cannot_be_stored_are_told_of_once(served, worker, port, caplog, monkeypatch):
+    tries = []
+
+    def fail(_broker):
+        tries.append(1)
+        raise dramalite.BrokerError("the disk is full")
+
+    (prometheus,) = [item for item in served.middleware if isinstance(item, Prometheus)]
+    monkeypatch.setattr(prometheus, "flush", fail)
+    worker(served)
+    wait_until(lambda: len(tries) > 2)
+
+    assert caplog.text.count("kept for later") == 1
+    monkeypatch.undo()
+
+
+@pytest.mark.torture
+def test_who_connects_and_says_nothing_is_hung_up_on(served, worker, port):
+    worker(served)
+    wait_until(lambda: ask(port))
+    with socket.create_connection(("127.0.0.1", port), DEADLINE) as silent:
+        assert silent.recv(1) == b""
+
+
+def test_metrics_are_served_over_ipv6_too(make_stub_broker, worker, port):
+    try:
+        with socket.create_server(("::1", port), family=socket.AF_INET6):
+            pass
+    except OSError:
+        pytest.skip("There is no IPv6 here.")
+    broker = make_stub_broker()
+    broker.add_middleware(Prometheus(http_host="::1", http_port=port))
+    worker(broker)
+
+    def answer():
+        with contextlib.suppress(ConnectionRefusedError):
+            with socket.create_connection(("::1", port), DEADLINE) as connection:
+                connection.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                return connection.recv(100)
+
+    wait_until(answer)
+    assert b" 200 " in answer()
+
+
+@pytest.mark.parametrize("value", ["", "abc", "-1", "70000"])
+def test_a_port_in_the_environment_that_is_none_is_named(monkeypatch, value):
+    monkeypatch.setenv("dramatiq_prom_port", value)
+
+    with pytest.raises(ValueError, match="dramatiq_prom_port") as raised:
+        Prometheus()
+    assert repr(value) in str(raised.value)
 
 
 def test_the_endpoint_stays_until_the_last_worker_of_a_broker_has_stopped(served, worker, port):
@@ -471,8 +525,10 @@ def test_the_endpoint_stays_until_the_last_worker_of_a_broker_has_stopped(served
 
 
 def test_a_worker_stops_though_another_one_starts_meanwhile(served, worker, monkeypatch):
-    go_on, server = threading.Event(), http.server.ThreadingHTTPServer
-    monkeypatch.setattr("http.server.ThreadingHTTPServer", lambda *args: go_on.wait(DEADLINE) and server(*args))
+    go_on, bind = threading.Event(), http.server.ThreadingHTTPServer.server_bind
+    monkeypatch.setattr(
+        "http.server.ThreadingHTTPServer.server_bind", lambda server: go_on.wait(DEADLINE) and bind(server)
+    )
     stopping = threading.Thread(target=worker(served).stop, daemon=True)
     stopping.start()
     stopping.join(0.03)

@@ -80,3 +80,28 @@ def test_files_that_come_and_go_are_changes(place, source):
     (source / "old/b.py").unlink()
 
     place.wait_until(lambda: changes(tree) == ["new.py", "old/b.py"], "the removal is seen")
+
+
+def test_patterns_are_not_for_what_is_above_the_folder(place, source):
+    home = source / "build" / "project"
+    make(home, "a.py", "build/b.py")
+    tree = place.ready_worker("--watch", str(home), "-x", "build/*", "-i", "project/*")
+    make(home, "page.html")
+    change_unwatched_then(place, tree, [home / "build/b.py"], home / "a.py")
+
+    assert changes(tree) == ["a.py"]
+
+
+def test_a_second_change_within_its_second_is_not_hidden_by_compiled_code(place, source):
+    place.jobs("""
+        import sys
+
+        @dramalite.actor
+        def tell():
+            note("writes", not sys.dont_write_bytecode)
+    """)
+    place.ready_worker("--watch", str(source), PYTHONDONTWRITEBYTECODE="")
+    place.send("tell")
+
+    place.wait_until(lambda: place.notes("writes"), "the job runs")
+    assert place.runs("writes") == {"False": 1}

@@ -6,8 +6,10 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -194,6 +196,57 @@ def test_broken_code_at_a_reload_ends_the_worker_with_2(place):
 
     assert tree.wait() == 2, tree.tail()
     assert "broken" in tree.output()
+
+
+@pytest.mark.parametrize("watch", [False, True])
+def test_code_that_breaks_while_a_process_imports_the_old_one_is_no_crash(place, watch):
+    place.jobs("note('importing')\nuntil(lambda: os.path.exists('go'))")
+    tree = place.worker(*(["--watch", str(place.folder)] if watch else []))
+    place.wait_until(lambda: place.notes("importing"), "the process imports its module")
+    (place.folder / "jobs.new").write_text("raise ValueError('broken')\n")
+    os.replace(place.folder / "jobs.new", place.folder / "jobs.py")
+    if not watch:
+        tree.signal(signal.SIGHUP)
+    place.wait_until(lambda: "Reloading" in tree.output(), "the supervisor reloads")
+    (place.folder / "go").touch()
+
+    if watch:
+        place.wait_until(lambda: "waits for the next change" in tree.output(), "the failure is reported")
+    else:
+        assert tree.wait() == 2, tree.tail()
+    assert "died with" not in tree.output()
+
+
+def test_a_supervisor_whose_log_nobody_reads_any_more_reloads_and_stops(place, tmp_path):
+    log = tmp_path / "log"
+    os.mkfifo(log)
+    tree = place.worker("--log-file", str(log))
+    reader = os.open(log, os.O_RDONLY)
+    read = b""
+    while b"ready" not in read:
+        read += os.read(reader, 1 << 16)
+    os.close(reader)
+    tree.signal(signal.SIGHUP)
+    tree.signal(signal.SIGTERM)
+
+    tree.wait()
+
+
+def test_a_log_file_that_cannot_be_opened_anew_costs_no_descriptors(place, tmp_path):
+    logs = [tmp_path / "a.log", tmp_path / "b.log"]
+    tree = place.worker(*(word for log in logs for word in ("--log-file", str(log))))
+    place.wait_until(lambda: logs[0].exists() and "ready" in logs[0].read_text(), "the worker is ready")
+    logs[1].unlink()
+    logs[1].mkdir()
+    counts = []
+    for number in range(1, 4):
+        tree.signal(signal.SIGHUP)
+        place.wait_until(lambda number=number: logs[0].read_text().count("can't be opened anew") == number, "it is said")
+        open_files = [os.readlink(path) for path in Path(f"/proc/{tree.pid}/fd").iterdir() if path.is_symlink()]
+        counts.append(open_files.count(str(logs[0])))
+        place.wait_until(lambda number=number: logs[0].read_text().count("ready") == number + 1, "it goes on")
+
+    assert counts == [1, 1, 1]
 
 
 def test_a_reload_needs_no_notes_that_a_cleaner_of_old_files_left(place, tmp_path):
@@ -524,6 +577,86 @@ def test_a_log_file_that_cannot_be_opened_ends_with_2(place, tmp_path):
 
     assert tree.wait() == 2
     assert "log file" in tree.output()
+
+
+def test_long_entries_of_several_processes_stay_whole_in_a_pipe(place):
+    place.jobs("""
+        import logging
+
+        @dramalite.actor
+        def talk(letter):
+            note("talk", letter)
+            until(lambda: noted("talk") == 2)
+            for _ in range(150):
+                logging.getLogger("talk").info("<%s>", letter * 20_000)
+            note("done", letter)
+    """)
+    for letter in "ab":
+        place.send("talk", letter)
+    command = [sys.executable, "-m", "dramalite", "worker", "jobs", "-p", "2", "-t", "1"]
+    with subprocess.Popen(
+        command, cwd=place.folder, env=place.environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        ended = threading.Timer(harness.DEADLINE, process.kill)
+        ended.start()
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if len(said) >= 300 and len(place.notes("done")) == 2:
+                process.send_signal(signal.SIGTERM)
+        ended.cancel()
+    entries = [line for line in said if "<" in line or ">" in line]
+
+    assert len(entries) == 300
+    assert [line[:200] for line in entries if not re.search(r" <(a+|b+)>\n$", line)] == []
+
+
+def test_where_no_folder_for_notes_can_be_made_the_start_fails_with_the_reason(place):
+    tree = place.start_script("""
+        import sys, tempfile
+
+        def fail(**_options):
+            raise FileNotFoundError("No usable temporary directory found")
+
+        tempfile.TemporaryDirectory = fail
+        import dramalite
+
+        sys.exit(dramalite.main(["worker", "jobs"]))
+    """)
+
+    assert tree.wait() == 2, tree.tail()
+    assert "TMPDIR" in tree.output()
+    assert "Traceback" not in tree.output()
+
+
+def test_a_python_that_does_not_know_where_it_is_is_told_how_to_start(place):
+    tree = place.start_script("""
+        import sys
+
+        sys.executable = ""
+        import dramalite
+
+        sys.exit(dramalite.main(["worker", "jobs"]))
+    """)
+
+    assert tree.wait() == 2, tree.tail()
+    assert "start it by its path" in tree.output()
+
+
+def test_a_programs_own_mistake_in_logging_is_told(place):
+    place.jobs("""
+        import logging
+
+        @dramalite.actor
+        def log():
+            logging.getLogger("mine").info("100%y", 1)
+            note("logged")
+    """)
+    tree = place.worker()
+    place.send("log")
+    place.wait_until(lambda: place.notes("logged"), "the job runs")
+
+    place.wait_until(lambda: "--- Logging error ---" in tree.output(), "the mistake is told")
 
 
 def test_skip_logging_leaves_the_log_to_the_modules(place):

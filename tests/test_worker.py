@@ -1228,10 +1228,29 @@ def test_a_logged_failure_has_its_exception_for_handlers_that_want_it(broker, wo
     assert all(line.startswith("    ") for line in text.splitlines()[1:])
 
 
+@pytest.mark.parametrize("error", [ValueError("no"), dramalite.SkipMessage("no"), KeyError("no"), None])
+def test_arguments_are_logged_nowhere_but_while_debugging(broker, worker, caplog, error):
+    caplog.set_level(logging.INFO, "dramalite")
+
+    @dramalite.actor(max_retries=1, min_backoff=0, throws=KeyError, max_age=0 if error else 1)
+    def work(text):
+        raise error
+
+    work.send_with_options(args=("S3CRET",), delay=None if error else 10)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE, fail_fast=False)
+
+    assert caplog.records
+    assert "S3CRET" not in caplog.text
+
+
 def test_an_expected_exception_is_logged_as_information(broker, worker, caplog):
     lines = said(broker, worker, caplog, ValueError("no"), throws=ValueError)
 
-    assert lines == [("INFO", "Failed to process message work() with expected exception no.")]
+    [(level, text)] = lines
+
+    assert level == "INFO"
+    assert re.fullmatch(r"Failed to process message \S+ of work with expected exception no\.", text)
 
 
 def test_an_exceeded_rate_limit_is_logged_for_debugging_only(broker, worker, caplog):

@@ -456,6 +456,18 @@ def test_a_file_deleted_under_a_broker_is_never_written_to_in_secret(place):
     assert [error for error in errors if str(place.db) not in error] == []
 
 
+def test_a_file_deleted_without_its_log_is_an_error_that_says_so_until_those_who_hold_that_let_go(place):
+    broker = place.broker()
+    place.send("job", 1)  # This process has it open from now on.
+    os.remove(place.db)
+    said = outcome_of_a_send(place, 2)
+    broker.close()
+
+    assert said.startswith("refused:") and "restart all programs that use it" in said
+    assert str(place.db) in said
+    assert outcome_of_a_send(place, 3) == "stored"
+
+
 def test_a_file_replaced_under_a_broker_is_noticed(place):
     other = place.folder / "other.db"
     broker = place.broker()
