@@ -307,9 +307,8 @@ MUTANTS = [
     ),
     Mutant(
         "skips-retried", "SkipMessage is taken for a failure", "dead_letters",
-        "        if isinstance(exception, SkipMessage):\n            self._logger.warning(\"Message %s was",
-        "        if isinstance(exception, SkipMessage) and message.failed:\n"
-        "            self._logger.warning(\"Message %s was",
+        "        if isinstance(exception, SkipMessage):\n            self._logger.warning(\n",
+        "        if isinstance(exception, SkipMessage) and message.failed:\n            self._logger.warning(\n",
     ),
     Mutant(
         "exhaustion-untold", "on_retry_exhausted is not sent", "dead_letters",
