@@ -181,17 +181,24 @@ if sys.platform == "win32":
 
     def _try_lock_byte(descriptor: int, index: int) -> bool:
         """Lock byte `index` of an open file for this process; False if another one has it."""
-        os.lseek(descriptor, _LOCK_OFFSET + index, os.SEEK_SET)
         try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
+            _lock_or_unlock(descriptor, msvcrt.LK_NBLCK, index)
+        except PermissionError:
             return False
         return True
 
     def _unlock_byte(descriptor: int, index: int) -> None:
         """Give up the lock on byte `index`."""
+        _lock_or_unlock(descriptor, msvcrt.LK_UNLCK, index)
+
+    def _lock_or_unlock(descriptor: int, mode: int, index: int) -> None:
+        """Windows locks at the file's position, which stays where it is."""
+        position = os.lseek(descriptor, 0, os.SEEK_CUR)
         os.lseek(descriptor, _LOCK_OFFSET + index, os.SEEK_SET)
-        msvcrt.locking(descriptor, msvcrt.LK_UNLCK, 1)
+        try:
+            msvcrt.locking(descriptor, mode, 1)
+        finally:
+            os.lseek(descriptor, position, os.SEEK_SET)
 
 else:
     import fcntl
@@ -212,14 +219,20 @@ else:
 def _flush_to_disk(descriptor: int) -> None:
     """Return when the disk keeps what was written to an open file; OSError where it may not."""
     if sys.platform == "darwin":
-        with contextlib.suppress(OSError):  # Not every file system there has it.
+        try:
             fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
             return
+        except OSError as error:  # Not every file system there has it.
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
     getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 def _file_system(path: str) -> str:
     """The type of the file system that a file is on; "" where the system doesn't tell."""
+    if _WINDOWS:
+        drive = os.path.splitdrive(os.path.realpath(path))[0]
+        return "cifs" if re.match(r"\\\\[^?.]", drive) else ""
     try:
         number = os.stat(path).st_dev
         with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as file:  # On Linux.
@@ -230,14 +243,11 @@ def _file_system(path: str) -> str:
     return next((mount[mount.index("-") + 1] for mount in mounts if mount[2] == device), "")
 
 
-def _has_open(name: str) -> bool:
-    """Tell whether this process has a file open that the system calls so; False where it doesn't tell."""
-    names = []
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # Only on Linux.
-        for descriptor in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):  # Closed meanwhile.
-                names.append(os.readlink(f"/proc/self/fd/{descriptor}"))
-    return name in names
+def _has_open(identity: _Identity) -> bool:
+    """Tell whether this process has that file open, deleted or not; False where the system doesn't tell."""
+    with contextlib.suppress(OSError):  # On Linux and macOS, not on Windows.
+        return identity is not None and any(_file_identity(int(fd)) == identity for fd in os.listdir("/dev/fd"))
+    return False
 
 
 def _is_open_to_all(folder: str) -> bool:
@@ -277,10 +287,12 @@ def _process_is_alive(pid: int) -> bool:
         import ctypes
 
         kernel32 = ctypes.WinDLL("kernel32", use_last_error=True)  # type: ignore[attr-defined,unused-ignore]
-        handle = kernel32.OpenProcess(0x1000, False, pid)  # PROCESS_QUERY_LIMITED_INFORMATION
-        if handle:
-            kernel32.CloseHandle(handle)
-        return bool(handle) or ctypes.get_last_error() == 5  # type: ignore[attr-defined,unused-ignore]
+        handle = kernel32.OpenProcess(0x100000, False, ctypes.c_ulong(pid))  # SYNCHRONIZE
+        if not handle:
+            return bool(ctypes.get_last_error() == 5)  # type: ignore[attr-defined,unused-ignore]
+        has_ended = kernel32.WaitForSingleObject(handle, 0) == 0  # Others may still hold what is left of it.
+        kernel32.CloseHandle(handle)
+        return not has_ended
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):  # The latter for what is no id of any process.
@@ -503,7 +515,7 @@ class Clock:
     is_virtual = False
 
     #: Out of reach for those that freeze the `time` module, in tests: no wait would end.
-    _monotonic = staticmethod(time.monotonic)
+    _monotonic = staticmethod(time.perf_counter if _WINDOWS else time.monotonic)  # In steps of 16 ms until 3.12.
 
     def time_ms(self) -> int:
         """Wall time, milliseconds since 1970."""
@@ -3032,10 +3044,12 @@ class _SideFile(_Slots):
         try:
             _fill_up(descriptor, _SIDE_FILE_SIZE)
             mapping = mmap.mmap(descriptor, _SIDE_FILE_SIZE)
+            identity = _file_identity(descriptor)
+            if identity is None or not identity[1]:
+                raise OSError(errno.ENOTSUP, "its file system has no numbers to tell files apart")
         except OSError:
             os.close(descriptor)  # Nothing of this process is locked through it yet.
             raise
-        identity = _file_identity(descriptor)
         return self._files.setdefault(
             identity,
             types.SimpleNamespace(
@@ -3684,7 +3698,7 @@ class _Connections:
                         other._has_lost_log = True
                 finally:
                     other._lock.release()
-        if _has_open(_beside(path, "-shm (deleted)")):
+        if _has_open(self._index_identity):
             raise BrokerError(
                 f"The log of the database {path!r} was deleted, and another connection of this process "
                 f"still uses it: close that, or start the process anew."
@@ -3712,7 +3726,7 @@ class _Connections:
             identity = _file_identity(self.path)
         try:
             connection = sqlite3.connect(
-                ":memory:" if self.path is None else self.path,
+                ":memory:" if self.path is None else os.path.realpath(self.path) if _WINDOWS else self.path,
                 timeout=0,
                 isolation_level=None,
                 check_same_thread=False,
@@ -3750,7 +3764,7 @@ class _Connections:
             self._patiently(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchall())
             connection.execute("PRAGMA wal_autocheckpoint = 0")
             connection.execute("PRAGMA synchronous = NORMAL")  # What else is to be flushed, _log flushes.
-            if sys.platform == "darwin" and self._durability == "full":
+            if sys.platform == "darwin":  # Whatever the durability: a power cut must not damage the database.
                 connection.execute("PRAGMA checkpoint_fullfsync = 1")  # The log starts anew after it.
             connection.execute("PRAGMA mmap_size = 0")
         (self._page_size,) = connection.execute("PRAGMA page_size").fetchone()
@@ -3911,8 +3925,9 @@ class _Connections:
         """What SQLite's error means for the user, and what to do."""
         text = str(error)
         advices: Iterable[tuple[str, str]] = _SQLITE_ADVICE
-        if self.path is not None and os.path.isfile(self.path) and os.path.getsize(self.path) <= _PAGE_SIZE:
-            advices = (_ADVICE_FOR_NEW, *_SQLITE_ADVICE)
+        with contextlib.suppress(OSError):  # It is gone.
+            if self.path is not None and os.stat(self.path).st_size <= _PAGE_SIZE:
+                advices = (_ADVICE_FOR_NEW, *_SQLITE_ADVICE)
         for sign, advice in advices:
             if sign in text:
                 return f"The database {self.path!r} {advice} (SQLite says: {text})"
@@ -3933,11 +3948,11 @@ _SQLITE_ADVICE = (
                        "stored"),
 )  # fmt: skip
 
-#: And where the file holds nothing yet: one that was deleted alone has left its log, and the log's index.
+#: And where all is in the log yet, or the file was deleted without its log: its size does not tell which.
 _ADVICE_FOR_NEW = (
-    "disk I/O error", "met an I/O error and holds nothing: if it was deleted while FILE-wal and FILE-shm were "
-                      "in use, restart all programs that use it, or delete these as well; else the disk "
-                      "is full or failing"
+    "disk I/O error", "met an I/O error: a full disk, a quota, or failing hardware; or it was deleted while "
+                      "FILE-wal and FILE-shm were in use: then restart all programs that use it. Don't "
+                      "delete FILE-wal, which may hold messages"
 )  # fmt: skip
 
 
@@ -6469,7 +6484,7 @@ class Prometheus(Middleware):
         self.logger = get_logger("dramalite.middleware.prometheus", type(self))
         self.http_host = http_host or os.environ.get("dramatiq_prom_host", "127.0.0.1")
         port: Any = os.environ.get("dramatiq_prom_port", 9191) if http_port is None else http_port
-        if not (str(port).isdecimal() and int(port) <= 65535):
+        if not (str(port).strip().isdecimal() and int(port) <= 65535):
             name = "dramatiq_prom_port of the environment" if http_port is None else "http_port"
             raise ValueError(f"{name} is {port!r}; give a port from 0 to 65535.")
         self.http_port = int(port)
@@ -6584,6 +6599,7 @@ class Prometheus(Middleware):
 
         class Server(ThreadingHTTPServer):
             address_family = socket.AF_INET6 if ":" in self.http_host else socket.AF_INET
+            allow_reuse_address = not _WINDOWS  # Where it lets several processes have one port.
 
         handler = _metrics_handler(lambda: self.render(broker))
         server: ThreadingHTTPServer | None = None
@@ -6843,6 +6859,9 @@ _MAX_MESSAGE_SIZE = 1 << 20
 
 #: Dead letters of a queue that a broker in memory remembers with their exceptions.
 _MAX_BURIED = 10_000
+
+#: Flags of the code of what may be suspended in its midst.
+_SUSPENDABLE = _CO_COROUTINE | _CO_GENERATORS
 
 #: Dead letters of a queue whose tracebacks keep the variables of what failed, for debuggers.
 _MOST_WITH_FRAMES = 100
@@ -7203,8 +7222,8 @@ class _EngineBroker(Broker):
             letters = self._buried[queue]
             letters.append(letter)
             del letters[:-_MAX_BURIED]
-            if len(letters) > _MOST_WITH_FRAMES:
-                _clear_frames(letters[-_MOST_WITH_FRAMES - 1]._exception)
+            if len(letters) > _MOST_WITH_FRAMES:  # Not the first one's, which join() raises.
+                _clear_frames(letters[-_MOST_WITH_FRAMES]._exception)
         else:
             letter.clear_exception()
 
@@ -7228,14 +7247,16 @@ class _EngineBroker(Broker):
 
 def _clear_frames(exception: BaseException | None) -> None:
     """Drop the variables in an exception's tracebacks, and with them files, connections and data."""
-    from traceback import clear_frames
-
     pending, seen = [exception], set()
     while pending:
         error = pending.pop()
         if error is not None and id(error) not in seen:
             seen.add(id(error))
-            clear_frames(error.__traceback__)
+            for frame, _line in traceback.walk_tb(error.__traceback__):
+                # Before Python 3.13, clear() ends a coroutine that waits, as that of another job may.
+                if sys.version_info >= (3, 13) or not frame.f_code.co_flags & _SUSPENDABLE:
+                    with contextlib.suppress(RuntimeError):  # It runs.
+                        frame.clear()
             pending += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
 
 
@@ -7250,8 +7271,8 @@ def _was_delayed(message: Message[Any], stored_ms: int, wait: int) -> bool:
     It may have been made long before it was stored, as a pipeline's step is, or be due by now.
     """
     eta = message.options.get("eta")
-    return eta is not None and any(
-        abs(eta - since - wait) <= 1000 for since in (message.message_timestamp, stored_ms)
+    return eta is not None and (
+        0 <= eta - message.message_timestamp - wait < 1000 or -1000 < eta - stored_ms - wait <= 0
     )
 
 
@@ -7527,6 +7548,7 @@ class _Processor:
         except foreign:
             raise
         except BaseException:
+            self.leave(_runner.id())
             self.drop(job)
             self._logger.critical("A hook failed on message %s.", job.row.message_id, exc_info=True)
         return job.outcome
@@ -9227,7 +9249,11 @@ def _make_virtual_loop(clock: _VirtualClock) -> asyncio.AbstractEventLoop:
             if timeout is not None and timeout <= 0:
                 return super().select(timeout)
             # What real threads do takes no time, unless they wait for it to pass: then one wait shows.
-            is_real = loop.calls > 0 or len(self.get_map()) > 1 or (timeout is None and _has_threads())
+            # Nor does a bare sleep wait for a connection that is merely open; a timeout may.
+            timers = getattr(loop, "_scheduled", ())  # A heap.
+            is_sleep = timers and timers[0]._callback is getattr(asyncio.futures, "_set_result_unless_cancelled", 0)
+            awaits_io = len(self.get_map()) > 1 and not is_sleep
+            is_real = loop.calls > 0 or awaits_io or (timeout is None and _has_threads())
             ready = super().select(loop.patience_s if is_real else 0)
             if ready:
                 loop.patience_s = _REAL_WAIT_S
@@ -9568,7 +9594,7 @@ class Simulation:
         self._outer: tuple[Any, ...] = (None, None, None)  # What this thread is outside of this simulation.
         self._naps = 0  # How often jobs have let time pass, in this step.
         self._latest_ms = math.inf  # A job that lets it pass beyond this is ended.
-        self._pid = os.getpid()
+        self._pid = 0  # Of the process in which it began.
 
     # Looking.
 
@@ -9676,6 +9702,7 @@ class Simulation:
         if any(worker.broker is self.broker for worker in _live_workers):
             raise RuntimeError("This broker is worked on already, by a worker.")
         self._takeover.begin()
+        self._pid = os.getpid()
         self._outer = _virtual.world, _virtual.thread, _runner.run_coroutine
         try:
             _virtual.world = self
@@ -9780,7 +9807,7 @@ class Simulation:
         return True
 
     def _check_begun(self) -> None:
-        if self._pid != os.getpid():
+        if self._pid not in (0, os.getpid()):
             raise RuntimeError("The simulation is that of the process from which this one was forked; make another one.")
         if _virtual.world is not self:
             raise RuntimeError(
@@ -10072,9 +10099,10 @@ class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def _take_turn(descriptor: int) -> bool:
-    """Lock what is no file, where the writes of several processes would be mixed; False if it can't be."""
-    with contextlib.suppress(OSError):
-        if not (_WINDOWS or stat.S_ISREG(os.fstat(descriptor).st_mode)):
+    """Lock a pipe or socket, where the writes of several processes would be mixed; False if it can't be."""
+    with contextlib.suppress(OSError):  # Of macOS, say, which locks files alone.
+        mode = os.fstat(descriptor).st_mode
+        if not _WINDOWS and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
             for _ in range(_TURN_TRIES):
                 if _try_lock_byte(descriptor, 0):
                     return True
@@ -10176,7 +10204,9 @@ class _ChildProcess(abc.ABC):
     def _fail_to_start(self, code: int) -> int:
         """Note that this process can't start; return `code`, with which the supervisor is to end as well."""
         with contextlib.suppress(OSError), open(self._note(_FAILURES_NOTE), "a") as file:
-            file.write(f"{os.getpid()}\n")  # For any exit code may be a job's.
+            # For any exit code may be a job's.  The parent may be a launcher, the one the supervisor knows:
+            # a virtual environment's python.exe on Windows, or a program packed into one file.
+            file.write(f"{os.getpid()}\n{os.getppid()}\n")
         return code
 
     def _detach_from_terminal(self) -> None:
@@ -10509,6 +10539,7 @@ def _path_of(function: Callable[[], Any]) -> str:
 # For `worker --watch`: a thread that compares the times and sizes of source files twice a second.
 # ------------------------------------------------------------------------------------------
 _WATCH_INTERVAL_S = 0.5
+_LONGEST_WATCH_INTERVAL_S = 60.0
 
 
 def _watch_sources(
@@ -10526,7 +10557,8 @@ def _watch_sources(
         nonlocal seen
         look_s = 0.0
         while True:
-            _SYSTEM_CLOCK.sleep(max(_WATCH_INTERVAL_S, 10 * look_s))  # A large folder takes a tenth of a CPU.
+            # A large folder takes a tenth of a CPU.
+            _SYSTEM_CLOCK.sleep(min(max(_WATCH_INTERVAL_S, 10 * look_s), _LONGEST_WATCH_INTERVAL_S))
             began = _SYSTEM_CLOCK.monotonic()
             files = _watched_files(folder, include, exclude)
             look_s = _SYSTEM_CLOCK.monotonic() - began
@@ -10542,8 +10574,14 @@ def _watched_files(folder: str, include: list[str], exclude: list[str]) -> dict[
     """Modification time and size of each file to watch, by its path below the folder."""
     import fnmatch
 
+    root = os.path.join(folder, "")
+    include, exclude = (  # Patterns may begin with the folder's own path.
+        [p[len(root) - 1 :] if p.startswith(root) else "*/" + p.lstrip("/") for p in patterns]
+        for patterns in (include, exclude)
+    )
+
     def matches(path: str, patterns: list[str]) -> bool:
-        return any(fnmatch.fnmatch(f"/{path}", "*/" + pattern.lstrip("/")) for pattern in patterns)
+        return any(fnmatch.fnmatch(f"/{path}", pattern) for pattern in patterns)
 
     found = {}
     whole = [pattern for pattern in exclude if pattern.endswith("*")]  # Those that leave nothing of a folder.
@@ -10589,11 +10627,17 @@ def _pid_file(path: str | None) -> Iterator[None]:
             raise _PidFileError(f"The pid file {path!r} can't be written: {error}.") from error
         yield
     finally:
-        with contextlib.suppress(OSError):  # It may be another's by now, or may not be removed.
+        is_ours = False
+        with contextlib.suppress(OSError):
             os.lseek(descriptor, 0, os.SEEK_SET)
-            if os.read(descriptor, 32) in (own, b"") and _file_identity(descriptor) == _file_identity(path):
+            is_ours = os.read(descriptor, 32) in (own, b"") and _file_identity(descriptor) == _file_identity(path)
+        if _WINDOWS:  # Where no open file is removed; not one either that the next starter has open.
+            os.close(descriptor)
+        with contextlib.suppress(OSError):  # It may be another's by now, or may not be removed.
+            if is_ours:
                 os.remove(path)
-        os.close(descriptor)
+        if not _WINDOWS:
+            os.close(descriptor)
 
 
 def _open_pid_file(path: str) -> int:
@@ -10650,6 +10694,9 @@ _LAST_LOG_S = 1.0
 
 #: Seconds between two looks whether a worker process has noted its fork functions.
 _FORKS_POLL_S = 0.05
+
+#: And whether a signal has come.
+_SIGNAL_LOOK_S = 0.5
 
 
 class _Child:
@@ -10735,13 +10782,15 @@ class _Supervisor:
         """Send standard output and error to the log files, children's too."""
         paths = self._namespace.log_file
         files: list[int] = []
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_BINARY", 0)
         if self._reloads:  # To wait for a FIFO's reader would keep all signals waiting.
             flags |= getattr(os, "O_NONBLOCK", 0)
         try:
             for path in paths:
                 files.append(os.open(path, flags, 0o644))
-                if not _WINDOWS:
+                if _WINDOWS:  # Which appends in this process alone: the children write where it stands.
+                    os.lseek(files[-1], 0, os.SEEK_END)
+                else:
                     os.set_blocking(files[-1], True)
         except OSError:
             for descriptor in files:
@@ -10812,7 +10861,8 @@ class _Supervisor:
 
         while True:
             now = _SYSTEM_CLOCK.monotonic()
-            wait_s = math.inf
+            # A signal does not end a wait where it comes just before it, or to another thread.
+            wait_s = _SIGNAL_LOOK_S
             for child in self._children.values():
                 if child.restart_at is not None:
                     if child.restart_at <= now:
@@ -10825,10 +10875,8 @@ class _Supervisor:
                 if self._has_booted() or now >= self._forks_due:
                     return self._start_forks
                 wait_s = min(wait_s, _FORKS_POLL_S)
-            if _WINDOWS:  # A wait without end there can't be interrupted by Ctrl+C.
-                wait_s = min(0.5, wait_s)
             with contextlib.suppress(queue.Empty):
-                return self._events.get(timeout=min(wait_s, _LONGEST_WAIT_S))
+                return self._events.get(timeout=wait_s)
 
     def _start(self, child: _Child) -> None:
         import queue
@@ -10944,7 +10992,8 @@ class _Supervisor:
         self._logger.info("Reloading after %s.", reason)
         self._reloads += 1
         try:
-            self._open_logs()  # The files may have been moved away to start new ones.
+            if not _WINDOWS:  # Where no open file is moved, and two that are opened would overwrite each other.
+                self._open_logs()  # The files may have been moved away to start new ones.
         except OSError as error:
             self._logger.error("A log file can't be opened anew: %s.", error)
         for child in self._children.values():

@@ -930,6 +930,24 @@ def test_a_forked_child_is_told_that_the_simulation_is_its_parents(broker, work,
     assert outcomes(sim) == ["done", "done"]
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="There is no fork here.")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_simulation_may_be_made_before_a_fork_and_begin_after_it(broker, work):
+    sim = dramalite.simulate(broker)
+    child = os.fork()
+    if child == 0:
+        try:
+            with sim:
+                work.send(1)
+                sim.run_until_idle()
+            os._exit(0 if outcomes(sim) == ["done"] else 2)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
 @pytest.mark.parametrize("end", ["crash", "leave"])
 def test_nothing_is_watched_for_a_job_that_its_simulation_left(broker, end):
     runners = []
@@ -1641,6 +1659,40 @@ def test_a_timeout_leaves_a_connection_the_real_time_that_it_takes(broker, threa
         server.join(DEADLINE)
 
     assert [(event.outcome, event.result) for event in sim.events] == [("done", "hi\n")]
+
+
+def answer_each(listener):
+    """Answer whatever comes over one connection, until it ends."""
+    connection, _address = listener.accept()
+    with connection:
+        while connection.recv(100):
+            connection.sendall(b"hi\n")
+
+
+def test_a_connection_that_is_merely_open_does_not_hold_up_sleeps(broker):
+    @dramalite.actor(max_retries=0, time_limit=float("inf"))
+    async def poll(port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        for _ in range(100):
+            writer.write(b"x")
+            await reader.readline()
+            await asyncio.sleep(60)
+        writer.close()
+
+    def simulate():
+        with dramalite.simulate(broker) as sim:
+            poll.send(listener.getsockname()[1])
+            sim.run_until_idle()
+        seen.extend(sim.events)
+
+    seen = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer_each, args=(listener,), daemon=True).start()
+        simulating = threading.Thread(target=simulate, daemon=True)
+        simulating.start()
+        simulating.join(DEADLINE)  # At two seconds of real time for each sleep it would take 200.
+
+    assert [(event.outcome, event.ended_ms - event.started_ms) for event in seen] == [("done", 6_000_000)]
 
 
 # Before, after and beside

@@ -105,3 +105,10 @@ def test_a_second_change_within_its_second_is_not_hidden_by_compiled_code(place,
 
     place.wait_until(lambda: place.notes("writes"), "the job runs")
     assert place.runs("writes") == {"False": 1}
+
+
+def test_patterns_may_begin_with_the_folders_own_path(place, source):
+    tree = place.ready_worker("--watch", str(source), "-x", f"{source}/old/*", "-i", f"{source}/*.html")
+    change_unwatched_then(place, tree, [source / "old/b.py"], source / "page.html")
+
+    assert changes(tree) == ["page.html"]

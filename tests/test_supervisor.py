@@ -220,12 +220,10 @@ def test_code_that_breaks_while_a_process_imports_the_old_one_is_no_crash(place,
 def test_a_supervisor_whose_log_nobody_reads_any_more_reloads_and_stops(place, tmp_path):
     log = tmp_path / "log"
     os.mkfifo(log)
-    tree = place.worker("--log-file", str(log))
-    reader = os.open(log, os.O_RDONLY)
-    read = b""
-    while b"ready" not in read:
-        read += os.read(reader, 1 << 16)
-    os.close(reader)
+    tree = place.worker("--log-file", str(log), "--skip-logging")
+    os.close(os.open(log, os.O_RDONLY))  # As soon as it is there.
+    place.send("ping", 1)
+    place.wait_until(lambda: place.notes("ping", 1), "the worker runs a ping")
     tree.signal(signal.SIGHUP)
     tree.signal(signal.SIGTERM)
 
@@ -590,6 +588,8 @@ def test_long_entries_of_several_processes_stay_whole_in_a_pipe(place):
             for _ in range(150):
                 logging.getLogger("talk").info("<%s>", letter * 20_000)
             note("done", letter)
+            until(lambda: noted("done") == 2)
+            logging.getLogger("talk").info("over")
     """)
     for letter in "ab":
         place.send("talk", letter)
@@ -602,7 +602,7 @@ def test_long_entries_of_several_processes_stay_whole_in_a_pipe(place):
         said = []
         for line in process.stderr:
             said.append(line)
-            if len(said) >= 300 and len(place.notes("done")) == 2:
+            if sum(line.endswith(" over\n") for line in said[-10:]) == 2:
                 process.send_signal(signal.SIGTERM)
         ended.cancel()
     entries = [line for line in said if "<" in line or ">" in line]
@@ -627,6 +627,24 @@ def test_where_no_folder_for_notes_can_be_made_the_start_fails_with_the_reason(p
     assert tree.wait() == 2, tree.tail()
     assert "TMPDIR" in tree.output()
     assert "Traceback" not in tree.output()
+
+
+def test_a_child_that_cannot_start_is_known_by_its_launcher_too(place):
+    # As a virtual environment's python.exe on Windows is one, which runs Python as a child.
+    launcher = place.folder / "launcher"
+    launcher.write_text(f'#!/bin/sh\n"{sys.executable}" "$@"\nexit $?\n')
+    launcher.chmod(0o700)
+    tree = place.start_script(f"""
+        import sys
+
+        sys.executable = {str(launcher)!r}
+        import dramalite
+
+        sys.exit(dramalite.main(["worker", "nosuch", "-p", "1"]))
+    """)
+
+    assert tree.wait() == 2, tree.tail()
+    assert "died with" not in tree.output()
 
 
 def test_a_python_that_does_not_know_where_it_is_is_told_how_to_start(place):

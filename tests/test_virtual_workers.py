@@ -356,3 +356,29 @@ def test_drain_leaves_nothing_to_watch_where_ctrl_c_ended_it(broker):
         broker.drain()
 
     assert limit.deadline(threading.get_ident()) is None
+
+
+def test_a_delay_is_told_from_others_that_are_a_second_apart(broker, note):
+    with dramalite.simulate(broker):
+        for delay in (0, 1000, 2000, 3000):
+            note.send_with_options(args=(delay,), delay=delay)
+
+        for delay in (0, 1000, 2000, 3000):
+            [found] = broker.assert_sent(note, delay=delay, times=1)
+            assert found.args == (delay,)
+
+
+def test_drain_leaves_nothing_to_watch_where_a_hook_left(broker, note):
+    import threading
+
+    class Leave(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            raise SystemExit
+
+    broker.add_middleware(Leave())
+    (limit,) = [item for item in broker.middleware if isinstance(item, dramalite.TimeLimit)]
+    note.send(1)
+    with pytest.raises(RuntimeError, match="A hook"):
+        broker.drain()
+
+    assert limit.deadline(threading.get_ident()) is None

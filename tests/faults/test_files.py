@@ -463,7 +463,7 @@ def test_a_file_deleted_without_its_log_is_an_error_that_says_so_until_those_who
     said = outcome_of_a_send(place, 2)
     broker.close()
 
-    assert said.startswith("refused:") and "restart all programs that use it" in said
+    assert said.startswith("refused:") and "restart all programs that use it. Don't delete FILE-wal" in said
     assert str(place.db) in said
     assert outcome_of_a_send(place, 3) == "stored"
 
