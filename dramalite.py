@@ -830,6 +830,11 @@ def _dq_name(name: str) -> str:
     return _q_name(name) + ".DQ"
 
 
+def _xq_name(name: str) -> str:
+    """The queue's dead letters."""
+    return _q_name(name) + ".XQ"
+
+
 def _new_message_id(time_ms: int, entropy: bytes) -> str:
     """A UUID of version 7 (RFC 9562): 48 bits of time, then 74 of the 80 random bits given."""
     stamp = f"{time_ms & 0xFFFF_FFFF_FFFF:012x}"
@@ -1481,6 +1486,11 @@ class Broker:
         """
         if isinstance(middleware, type):
             raise TypeError(f"{middleware!r} is a class; add an instance: {middleware.__name__}().")
+        if not isinstance(middleware, Middleware) and _is_dramatiqs(middleware):
+            raise TypeError(
+                f"{middleware!r} is a middleware of the package dramatiq, whose errors mean nothing here: it, and "
+                f"what it raises, must be imported from {__name__}."
+            )
         if before is not None and after is not None:
             raise AssertionError("Give before or after, not both.")
         self._add_middleware_at(self._middleware_index(before, after), middleware)
@@ -1662,6 +1672,11 @@ class Broker:
 
     def close(self) -> None:
         """Let go of connections; the next use opens them again."""
+
+
+def _is_dramatiqs(value: Any) -> bool:
+    """Tell whether the class of a value comes from the package dramatiq, by inheritance perhaps."""
+    return any(kind.__module__.partition(".")[0] == "dramatiq" for kind in type(value).__mro__)
 
 
 _broker_lock = threading.RLock()  # Guards the two below.
@@ -1872,6 +1887,12 @@ def _check_int(value: Any, what: str, lowest: int) -> int:
     return value
 
 
+def _check_retries(value: Any, what: str) -> int:
+    if value == math.inf or (isinstance(value, int) and value < 0):
+        raise ValueError(f"{what} is {value!r}; give None to retry for ever, 0 for no retries.")
+    return _check_int(value, what, lowest=0)
+
+
 _check_count = functools.partial(_check_int, lowest=0)
 _check_crash_limit = functools.partial(_check_int, lowest=1)  # What runs may crash.
 _check_priority = functools.partial(_check_int, lowest=-(1 << 62))
@@ -1930,7 +1951,7 @@ _OPTION_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     "backoff": _check_backoff,
     "result_ttl": _milliseconds,
     "delay": _milliseconds,
-    "max_retries": _check_count,
+    "max_retries": _check_retries,
     "max_crashes": _check_crash_limit,
     "priority": _check_priority,
     "store_results": _check_flag,
@@ -2042,7 +2063,8 @@ class Actor(Generic[_P, _R]):
             similar = difflib.get_close_matches(name, {*_OPTION_CHECKS, *self.broker.actor_options}, 1, 0.8)
             if similar:
                 raise ValueError(
-                    f"Actor {self.actor_name!r}: there is no option {name!r}; did you mean {similar[0]!r}?"
+                    f"Actor {self.actor_name!r}: there is no option {name!r}; did you mean {similar[0]!r}? "
+                    f"An option of your own is one that a middleware of yours has in its actor_options."
                 )
             _unusual_options.add(name)
         return _check_options(options, self.actor_name)
@@ -3413,9 +3435,11 @@ _PAIRS = """
 
 _TAKE = """
     DELETE FROM dramalite_messages WHERE id = (
-        SELECT id FROM dramalite_messages WHERE state = 0 AND queue = ?
-         ORDER BY priority, id LIMIT 1)
+        SELECT id FROM dramalite_messages WHERE state = {} AND queue = ? ORDER BY {} LIMIT 1)
     RETURNING body"""
+
+_TAKE_READY = _TAKE.format(_READY, "priority, id")
+_TAKE_DELAYED = _TAKE.format(_DELAYED, "eta, priority, id")
 
 _FLUSH = (
     "DELETE FROM dramalite_messages WHERE state = 0 AND (queue = :queue OR :queue IS NULL)",
@@ -5054,10 +5078,11 @@ class _Engine(_SenderDatabase):
         return self._read(_DEAD_LETTERS)
 
     @_uninterrupted
-    def take(self, queue: str) -> list[bytes]:
-        """Remove the first ready message of a queue; its body, if there was one."""
+    def take(self, queue: str, *, delayed: bool) -> list[bytes]:
+        """Remove the first message of a queue that is ready, or delayed; its body, if there was one."""
+        sql = _TAKE_DELAYED if delayed else _TAKE_READY
         rows = self._write(
-            "send", lambda connection: self._patiently(connection.execute, _TAKE, (queue,)).fetchall()
+            "send", lambda connection: self._patiently(connection.execute, sql, (queue,)).fetchall()
         )
         return [body for (body,) in rows]
 
@@ -6311,7 +6336,7 @@ class Retries(Middleware):
     ) -> None:
         self.logger = get_logger("dramalite.middleware.retries", type(self))
         self.backoff = None if backoff is None else _check_backoff(backoff, "backoff")
-        self.max_retries = None if max_retries is None else _check_count(max_retries, "max_retries")
+        self.max_retries = None if max_retries is None else _check_retries(max_retries, "max_retries")
         self.min_backoff = 15_000 if min_backoff is None else _milliseconds(min_backoff, "min_backoff")
         self.max_backoff = _MAX_BACKOFF_MS if max_backoff is None else _milliseconds(max_backoff, "max_backoff")
         self.retry_when = retry_when
@@ -6806,20 +6831,33 @@ class _EngineConsumer(Consumer):
 
 
 class _QueueView:
-    """A queue as Dramatiq's tests see it: a queue.Queue of encoded messages."""
+    """A queue, or its delay queue, as Dramatiq's tests see it: a queue.Queue of encoded messages."""
 
     def __init__(self, broker: _EngineBroker, name: str) -> None:
         self._broker = broker
-        self._name = name
+        self._name = _q_name(name)
+        self._is_delayed = name != self._name
 
     def qsize(self) -> int:
         """How many messages wait."""
-        return self._broker._engine.counts().get(self._name, {}).get(_READY, 0)
+        counts = self._broker._engine.counts().get(self._name, {})
+        return counts.get(_DELAYED if self._is_delayed else _READY, 0)
+
+    def empty(self) -> bool:
+        """Tell whether no message waits."""
+        return not self.qsize()
+
+    def full(self) -> bool:
+        """Tell that there is always room."""
+        return False
 
     @property
     def unfinished_tasks(self) -> int:
         """How many messages wait, are delayed or run."""
         return sum(self._broker._engine.counts().get(self._name, {}).values())
+
+    def task_done(self) -> None:
+        """Do nothing: what was taken is not counted."""
 
     def get(self, block: bool = True, timeout: float | None = None) -> bytes:
         """Take the first message that waits; queue.Empty after `timeout` seconds."""
@@ -6828,16 +6866,20 @@ class _QueueView:
         taken: list[bytes] = []
 
         def take() -> bool:
-            if self._broker._engine.has_ready():
-                taken.extend(self._broker._engine.take(self._name))
+            if self._is_delayed or self._broker._engine.has_ready():
+                taken.extend(self._broker._engine.take(self._name, delayed=self._is_delayed))
             return bool(taken)
 
         if not self._broker._engine.watch(take, timeout if block else 0.0, is_announced=False):
             raise queue.Empty
         return taken[0]
 
-    def put(self, body: bytes) -> None:
-        """Put an encoded message, or anything else, into the queue."""
+    def get_nowait(self) -> bytes:
+        """Take the first message that waits; queue.Empty if there is none."""
+        return self.get(block=False)
+
+    def put(self, body: bytes, block: bool = True, timeout: float | None = None) -> None:
+        """Put an encoded message, or anything else, into the queue, which takes it at once."""
         engine = self._broker._engine
         try:
             values = self._broker._row(Message.decode(body), body)
@@ -6845,6 +6887,17 @@ class _QueueView:
             message: Message[Any] = Message(self._name, "", (), {}, {})
             values = engine.row(message, body, 0, None, 0, self._broker.max_crashes)
         engine.insert([values])
+
+    put_nowait = put
+
+
+class _QueueViews(dict[str, _QueueView]):
+    """The declared queues by name; their delay queues are found, too, though not listed."""
+
+    def __missing__(self, name: str) -> _QueueView:
+        if name != _q_name(name) and name == _dq_name(name) and _q_name(name) in self:
+            return _QueueView(self[_q_name(name)]._broker, name)
+        raise KeyError(name)
 
 
 # ------------------------------------------------------------------------------------------
@@ -6904,6 +6957,7 @@ class _EngineBroker(Broker):
         self._buried: dict[str, list[MessageProxy]] = collections.defaultdict(list)
         self._pairs: set[tuple[str, str]] = set()  # (queue, actor) of what was sent from here.
         super().__init__(middleware)
+        self.queues = _QueueViews()
         if middleware is None:
             self._built_in = [item for item in self.middleware if type(item) not in default_middleware]
         if clock is not None:
@@ -6983,7 +7037,8 @@ class _EngineBroker(Broker):
         if isinstance(message, MessageProxy):
             message = message._message
         if not isinstance(message, Message):
-            raise TypeError(f"{message!r} is no message; make one by actor.message(...).")
+            whose = f"; this one's actor is the package dramatiq's, not {__name__}'s" if _is_dramatiqs(message) else ""
+            raise TypeError(f"{message!r} is no message; make one by actor.message(...){whose}.")
         _check_sendable(message)
         if delay is not None:
             message = self._delayed(message, delay)
@@ -7019,7 +7074,7 @@ class _EngineBroker(Broker):
         if len(body) > self.max_message_size + (_SIZE_SLACK if self._collecting.outcome else 0):
             raise ValueError(
                 f"Message for actor {message.actor_name!r} has {len(body)} bytes; max_message_size is "
-                f"{self.max_message_size}. Send a path or a key instead, or raise the limit."
+                f"{self.max_message_size}. Send a path or a key instead, or give the broker a larger limit."
             )
         return body
 
@@ -11332,11 +11387,14 @@ def _child_command(is_main: bool) -> tuple[list[str], str]:
 # ------------------------------------------------------------------------------------------
 _MODULES: dict[str, str] = {
     "actor": "Actor actor",
-    "asyncio": "async_to_sync",
+    "asyncio": "async_to_sync get_event_loop_thread=_get_event_loop_thread",
     "broker": "Broker Consumer MessageProxy get_broker set_broker",
     "brokers": "",
+    "brokers.rabbitmq": "",
+    "brokers.redis": "",
     "brokers.stub": "StubBroker",
     "cli": "main make_argument_parser",
+    "common": "current_millis=_current_millis dq_name=_dq_name q_name=_q_name xq_name=_xq_name",
     "composition": "group pipeline",
     "encoder": "Encoder JSONEncoder PickleEncoder",
     "errors": "ActorNotFound BrokerConnectionError BrokerError ConnectionClosed ConnectionFailed "
@@ -11364,6 +11422,8 @@ _MODULES: dict[str, str] = {
     "RateLimiterBackend WindowRateLimiter",
     "rate_limits.backend": "RateLimiterBackend",
     "rate_limits.backends": "StubBackend=StubRateLimiterBackend SQLiteBackend=SQLiteRateLimiterBackend",
+    "rate_limits.backends.memcached": "",
+    "rate_limits.backends.redis": "",
     "rate_limits.backends.stub": "StubBackend=StubRateLimiterBackend",
     "rate_limits.barrier": "Barrier",
     "rate_limits.bucket": "BucketRateLimiter",
@@ -11374,6 +11434,8 @@ _MODULES: dict[str, str] = {
     "ResultUnavailable Results",
     "results.backend": "Missing ResultBackend",
     "results.backends": "StubBackend=StubResultBackend SQLiteBackend=SQLiteResultBackend",
+    "results.backends.memcached": "",
+    "results.backends.redis": "",
     "results.backends.stub": "StubBackend=StubResultBackend",
     "results.errors": "ResultError ResultFailure ResultMissing ResultTimeout ResultUnavailable",
     "results.middleware": "Results",
@@ -11382,11 +11444,25 @@ _MODULES: dict[str, str] = {
 }
 
 
+_current_millis = _SYSTEM_CLOCK.time_ms
+
+
+def _explain_missing(name: str) -> NoReturn:
+    """What these modules do for a name that they don't have."""
+    if name.startswith(("Rabbitmq", "Redis", "Memcached")):
+        raise ImportError(
+            f"{name} is not here, for nothing needs a server: use SQLiteBroker('jobs.db'); Results() and "
+            f"SQLiteRateLimiterBackend(broker) keep what they need in it."
+        )
+    raise AttributeError(f"Dramatiq's {name!r} is not here." if name[:2] != "__" else name)
+
+
 def _add_module_paths() -> None:
     """Make the modules of the table; one inside another is also its attribute."""
     for path, names in _MODULES.items():
         module = types.ModuleType(f"{__name__}.{path}", f"Dramatiq's module path: {path}.")
         module.__dict__["__path__"] = []
+        module.__dict__["__getattr__"] = _explain_missing
         module.__spec__ = type(os.__spec__)(module.__name__, None, is_package=True)
         for item in names.split():
             name, _, source = item.partition("=")

@@ -371,6 +371,7 @@ def test_a_callback_that_is_no_actor_is_refused_in_a_message(stub_broker, option
     [
         ("max_retries", "3", TypeError),
         ("max_retries", -1, ValueError),
+        ("max_retries", float("inf"), ValueError),
         ("max_retries", 1.5, TypeError),
         ("min_backoff", "15s", TypeError),
         ("min_backoff", -1, ValueError),

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 import os
+import queue
 import sqlite3
 import stat
 import sys
@@ -1123,6 +1124,39 @@ def test_what_a_hook_dropped_by_leaving_is_a_dead_letter(broker, worker):
         broker.join("default", timeout=PATIENCE, fail_fast=True)
 
     assert [letter.message_id for letter in broker.dead_letters] == [sent.message_id]
+
+
+# Queues, as Dramatiq's tests look into them
+
+
+def test_a_delay_queue_is_found_by_its_name_and_gives_what_is_delayed_in_the_order_of_its_time(broker):
+    work = dramalite.actor(print, actor_name="work")
+    for delay in (20_000, 10_000):
+        work.send_with_options(args=(delay,), delay=delay)
+    work.send(0)
+    ready, delayed = broker.queues["default"], broker.queues["default.DQ"]
+
+    assert (ready.qsize(), delayed.qsize(), len(broker.queues)) == (1, 2, 1)
+    assert [Message.decode(delayed.get()).args for _ in range(2)] == [(10_000,), (20_000,)]
+    assert (ready.empty(), delayed.empty()) == (False, True)
+    with pytest.raises(queue.Empty):
+        delayed.get_nowait()
+    for name in ("other.DQ", "default.XQ", "other"):
+        with pytest.raises(KeyError):
+            broker.queues[name]
+
+
+def test_a_queue_has_the_methods_of_one_of_the_standard_library(broker):
+    work = dramalite.actor(print, actor_name="work")
+    default = broker.queues["default"]
+    default.put_nowait(work.message(1).encode())
+    default.put(work.message(2).encode(), block=False)
+    default.put(work.message(3).encode(), True, 1.0)
+    taken = [Message.decode(default.get_nowait()).args for _ in range(3)]
+    default.task_done()
+
+    assert taken == [(1,), (2,), (3,)]
+    assert default.empty() and not default.full()
 
 
 # Consumers, for code that does without Worker

@@ -232,6 +232,18 @@ def test_a_second_middleware_of_a_type_is_added_with_a_warning(make_stub_broker,
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+def test_what_is_made_for_the_package_dramatiq_is_refused(make_stub_broker):
+    base = type("Middleware", (), {"__module__": "dramatiq.middleware.middleware"})
+    broker = make_stub_broker()
+    before = list(broker.middleware)
+
+    with pytest.raises(TypeError, match="must be imported from dramalite"):
+        broker.add_middleware(type("Guard", (base,), {})())
+    with pytest.raises(TypeError, match="package dramatiq's"):
+        broker.enqueue(type("Message", (), {"__module__": "dramatiq.message"})())
+    assert broker.middleware == before
+
+
 def test_a_class_in_place_of_an_instance_is_refused_and_not_added(make_stub_broker):
     broker = make_stub_broker(middleware=[])
     with pytest.raises(TypeError):
