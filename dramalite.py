@@ -1676,7 +1676,8 @@ class Broker:
 
 def _is_dramatiqs(value: Any) -> bool:
     """Tell whether the class of a value comes from the package dramatiq, by inheritance perhaps."""
-    return any(kind.__module__.partition(".")[0] == "dramatiq" for kind in type(value).__mro__)
+    tops = {str(kind.__module__).partition(".")[0] for kind in type(value).__mro__}
+    return "dramatiq" in tops - {__name__.partition(".")[0]}
 
 
 _broker_lock = threading.RLock()  # Guards the two below.
@@ -1888,7 +1889,7 @@ def _check_int(value: Any, what: str, lowest: int) -> int:
 
 
 def _check_retries(value: Any, what: str) -> int:
-    if value == math.inf or (isinstance(value, int) and value < 0):
+    if isinstance(value, (int, float)) and (value == math.inf or value < 0):
         raise ValueError(f"{what} is {value!r}; give None to retry for ever, 0 for no retries.")
     return _check_int(value, what, lowest=0)
 
@@ -3711,23 +3712,27 @@ class _Connections:
 
     def _await_end_of_lost_log(self) -> None:
         """Raise BrokerError while this process still uses it: SQLite would mix it with the new one."""
-        path = cast(str, self.path)
+        path, lost = cast(str, self.path), self._index_identity
+        freed = [self]
         for other in list(_databases):
             if other is self or other.path is None or os.path.realpath(other.path) != os.path.realpath(path):
                 continue
             if other._lock.acquire(blocking=False):
                 try:
-                    if not other._is_writing:
+                    if other._index_identity in (None, lost) and not other._is_writing:
                         other._disconnect()
-                        other._has_lost_log = True
+                        other._index_identity, other._has_lost_log = lost, True
+                        freed.append(other)
                 finally:
                     other._lock.release()
-        if _has_open(self._index_identity):
+        # Where a new index has that number, nobody has the lost one open.
+        if _file_identity(_beside(path, "-shm")) != lost and _has_open(lost):
             raise BrokerError(
                 f"The log of the database {path!r} was deleted, and another connection of this process "
                 f"still uses it: close that, or start the process anew."
             )
-        self._has_lost_log = False
+        for database in freed:
+            database._has_lost_log = False
 
     def _open(self, role: str) -> sqlite3.Connection:
         import sqlite3
@@ -7037,7 +7042,7 @@ class _EngineBroker(Broker):
         if isinstance(message, MessageProxy):
             message = message._message
         if not isinstance(message, Message):
-            whose = f"; this one's actor is the package dramatiq's, not {__name__}'s" if _is_dramatiqs(message) else ""
+            whose = f"; this one is the package dramatiq's, not {__name__}'s" if _is_dramatiqs(message) else ""
             raise TypeError(f"{message!r} is no message; make one by actor.message(...){whose}.")
         _check_sendable(message)
         if delay is not None:
@@ -7312,6 +7317,8 @@ def _clear_frames(exception: BaseException | None) -> None:
                 if sys.version_info >= (3, 13) or not frame.f_code.co_flags & _SUSPENDABLE:
                     with contextlib.suppress(RuntimeError):  # It runs.
                         frame.clear()
+                else:  # Then all of it goes.
+                    error.__traceback__ = None
             pending += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
 
 
@@ -9290,6 +9297,7 @@ _LOOP_NAP_S = 1e-7
 #: for which it does so again where a timer has run since.
 _REAL_WAIT_S = 2.0
 _NEXT_REAL_WAIT_S = 0.5
+_SLEEP_WAIT_S = 0.02  # Where the job only sleeps, beside what is open.
 
 
 def _make_virtual_loop(clock: _VirtualClock) -> asyncio.AbstractEventLoop:
@@ -9304,12 +9312,15 @@ def _make_virtual_loop(clock: _VirtualClock) -> asyncio.AbstractEventLoop:
             if timeout is not None and timeout <= 0:
                 return super().select(timeout)
             # What real threads do takes no time, unless they wait for it to pass: then one wait shows.
-            # Nor does a bare sleep wait for a connection that is merely open; a timeout may.
+            awaits_io = len(self.get_map()) > 1
+            is_real = loop.calls > 0 or awaits_io or (timeout is None and _has_threads())
+            patience_s = loop.patience_s if is_real else 0.0
+            # A lone task that sleeps waits for no connection that is merely open, though it may look at it.
             timers = getattr(loop, "_scheduled", ())  # A heap.
             is_sleep = timers and timers[0]._callback is getattr(asyncio.futures, "_set_result_unless_cancelled", 0)
-            awaits_io = len(self.get_map()) > 1 and not is_sleep
-            is_real = loop.calls > 0 or awaits_io or (timeout is None and _has_threads())
-            ready = super().select(loop.patience_s if is_real else 0)
+            if not loop.calls and is_sleep and len(asyncio.all_tasks(loop)) == 1:
+                patience_s = min(patience_s, _SLEEP_WAIT_S)
+            ready = super().select(patience_s)
             if ready:
                 loop.patience_s = _REAL_WAIT_S
             elif timeout is None:
@@ -10591,7 +10602,7 @@ def _path_of(function: Callable[[], Any]) -> str:
 # ------------------------------------------------------------------------------------------
 # Source changes
 #
-# For `worker --watch`: a thread that compares the times and sizes of source files twice a second.
+# For `worker --watch`: a thread that compares the times and sizes of source files, as a rule twice a second.
 # ------------------------------------------------------------------------------------------
 _WATCH_INTERVAL_S = 0.5
 _LONGEST_WATCH_INTERVAL_S = 60.0
@@ -10605,7 +10616,9 @@ def _watch_sources(
     Watched is what matches one of `include` and none of `exclude`: shell patterns, for the
     path below the folder or for the last parts of it; `*.py` is always included.
     """
+    roots = os.path.join(folder, ""), os.path.join(os.path.abspath(folder), "")
     folder, include = os.path.abspath(folder), ["*.py", *include]
+    include, exclude = _patterns_below(roots, include), _patterns_below(roots, exclude)
     seen = _watched_files(folder, include, exclude)
 
     def watch() -> None:
@@ -10625,15 +10638,16 @@ def _watch_sources(
     threading.Thread(target=watch, name="dramalite-watch", daemon=True).start()
 
 
+def _patterns_below(roots: tuple[str, ...], patterns: list[str]) -> list[str]:
+    """Patterns for paths below a folder, which may begin with its path, as it was given or whole."""
+    normal = os.path.normcase
+    below = [p[len(root) - 1 :] for p in patterns for root in roots if normal(p).startswith(normal(root))]
+    return ["*/" + p.lstrip("/") for p in patterns] + below
+
+
 def _watched_files(folder: str, include: list[str], exclude: list[str]) -> dict[str, tuple[int, int]]:
     """Modification time and size of each file to watch, by its path below the folder."""
     import fnmatch
-
-    root = os.path.join(folder, "")
-    include, exclude = (  # Patterns may begin with the folder's own path.
-        [p[len(root) - 1 :] if p.startswith(root) else "*/" + p.lstrip("/") for p in patterns]
-        for patterns in (include, exclude)
-    )
 
     def matches(path: str, patterns: list[str]) -> bool:
         return any(fnmatch.fnmatch(f"/{path}", pattern) for pattern in patterns)
@@ -11447,14 +11461,17 @@ _MODULES: dict[str, str] = {
 _current_millis = _SYSTEM_CLOCK.time_ms
 
 
-def _explain_missing(name: str) -> NoReturn:
-    """What these modules do for a name that they don't have."""
+def _explain_missing(path: str, name: str) -> NoReturn:
+    """What the module of this path does for a name that it doesn't have.
+
+    An AttributeError would be for hasattr() as well, but an import does not show its text.
+    """
     if name.startswith(("Rabbitmq", "Redis", "Memcached")):
         raise ImportError(
             f"{name} is not here, for nothing needs a server: use SQLiteBroker('jobs.db'); Results() and "
             f"SQLiteRateLimiterBackend(broker) keep what they need in it."
         )
-    raise AttributeError(f"Dramatiq's {name!r} is not here." if name[:2] != "__" else name)
+    raise AttributeError(f"module {path!r} has no attribute {name!r}")
 
 
 def _add_module_paths() -> None:
@@ -11462,7 +11479,7 @@ def _add_module_paths() -> None:
     for path, names in _MODULES.items():
         module = types.ModuleType(f"{__name__}.{path}", f"Dramatiq's module path: {path}.")
         module.__dict__["__path__"] = []
-        module.__dict__["__getattr__"] = _explain_missing
+        module.__dict__["__getattr__"] = functools.partial(_explain_missing, module.__name__)
         module.__spec__ = type(os.__spec__)(module.__name__, None, is_package=True)
         for item in names.split():
             name, _, source = item.partition("=")

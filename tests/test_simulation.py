@@ -1673,7 +1673,7 @@ def test_a_connection_that_is_merely_open_does_not_hold_up_sleeps(broker):
     @dramalite.actor(max_retries=0, time_limit=float("inf"))
     async def poll(port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        for _ in range(100):
+        for _ in range(30):
             writer.write(b"x")
             await reader.readline()
             await asyncio.sleep(60)
@@ -1690,9 +1690,63 @@ def test_a_connection_that_is_merely_open_does_not_hold_up_sleeps(broker):
         threading.Thread(target=answer_each, args=(listener,), daemon=True).start()
         simulating = threading.Thread(target=simulate, daemon=True)
         simulating.start()
-        simulating.join(DEADLINE)  # At two seconds of real time for each sleep it would take 200.
+        simulating.join(DEADLINE)  # At two seconds of real time for each sleep it would take 60.
 
-    assert [(event.outcome, event.ended_ms - event.started_ms) for event in seen] == [("done", 6_000_000)]
+    assert [(event.outcome, event.ended_ms - event.started_ms) for event in seen] == [("done", 1_800_000)]
+
+
+async def ask(port):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(b"x")
+        return await reader.readline()
+    finally:
+        writer.close()
+
+
+async def ask_beside_a_sleep_that_ends_with_the_timeout(port):
+    await asyncio.gather(asyncio.sleep(5), asyncio.wait_for(ask(port), 5))
+
+
+async def ask_beside_a_sleep_that_ends_just_before(port):
+    await asyncio.gather(asyncio.sleep(4.999999), asyncio.wait_for(ask(port), 5))
+
+
+async def ask_with_a_sleep_for_a_timeout(port):
+    asking, sleeping = asyncio.create_task(ask(port)), asyncio.create_task(asyncio.sleep(30))
+    done, _pending = await asyncio.wait({asking, sleeping}, return_when=asyncio.FIRST_COMPLETED)
+    sleeping.cancel()
+    assert asking in done
+
+
+async def ask_in_another_task_and_look_for_the_answer(port):
+    asking = asyncio.create_task(ask(port))
+    for _ in range(50):
+        if asking.done():
+            return
+        await asyncio.sleep(0.1)
+    raise TimeoutError
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        ask_beside_a_sleep_that_ends_with_the_timeout,
+        ask_beside_a_sleep_that_ends_just_before,
+        ask_with_a_sleep_for_a_timeout,
+        ask_in_another_task_and_look_for_the_answer,
+    ],
+)
+def test_an_answer_has_its_real_time_beside_tasks_that_sleep(make_stub_broker, program):
+    broker = make_stub_broker()
+    dramalite.actor(program, actor_name="work", max_retries=0)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=answer_late, args=(listener,), daemon=True).start()
+        broker.get_actor("work").send(listener.getsockname()[1])
+        with dramalite.simulate(broker) as sim:
+            sim.run_until_idle()
+
+    assert outcomes(sim) == ["done"]
 
 
 # Before, after and beside

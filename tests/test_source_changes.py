@@ -107,8 +107,11 @@ def test_a_second_change_within_its_second_is_not_hidden_by_compiled_code(place,
     assert place.runs("writes") == {"False": 1}
 
 
-def test_patterns_may_begin_with_the_folders_own_path(place, source):
-    tree = place.ready_worker("--watch", str(source), "-x", f"{source}/old/*", "-i", f"{source}/*.html")
+@pytest.mark.parametrize("given", ["{source}", "./source", "source/"])
+def test_patterns_may_begin_with_the_folders_path_as_it_is_given_or_whole(place, source, given):
+    folder = given.format(source=source)
+    page = f"{source}/*.html"
+    tree = place.ready_worker("--watch", folder, "-x", f"{folder.rstrip('/')}/old/*", "-i", page)
     change_unwatched_then(place, tree, [source / "old/b.py"], source / "page.html")
 
     assert changes(tree) == ["page.html"]

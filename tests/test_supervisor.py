@@ -172,6 +172,27 @@ def test_a_process_that_still_imports_is_not_given_the_time_of_running_messages(
     assert tree.pids() == []
 
 
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="Threads can't be signalled here.")
+def test_a_signal_that_another_thread_of_the_supervisor_gets_stops_it_too(place):
+    tree = place.start_script("""
+        import os, signal, sys, threading
+
+        import dramalite
+
+        def stop():
+            while not os.path.exists("ready"):
+                threading.Event().wait(0.05)
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+
+        threading.Thread(target=stop, daemon=True).start()
+        sys.exit(dramalite.main(["worker", "jobs", "-p", "1"]))
+    """)
+    place.wait_until(lambda: "ready for action" in tree.output(), "the worker is ready")
+    (place.folder / "ready").touch()
+
+    assert tree.wait() == 0, tree.tail()
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="Signals can't be blocked here.")
 def test_a_supervisor_that_was_started_with_its_signals_blocked_can_be_stopped(place):
     tree = place.start_script(
@@ -603,7 +624,9 @@ def test_long_entries_of_several_processes_stay_whole_in_a_pipe(place):
         for line in process.stderr:
             said.append(line)
             if sum(line.endswith(" over\n") for line in said[-10:]) == 2:
-                process.send_signal(signal.SIGTERM)
+                break
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
         ended.cancel()
     entries = [line for line in said if "<" in line or ">" in line]
 

@@ -783,6 +783,54 @@ def test_what_a_program_sends_is_kept_though_it_reads_the_database_as_a_file(pla
     assert place.sound()
 
 
+def lose_log(place, number):
+    """Have this process drop SQLite's locks, and another one delete the log with what it sends."""
+    Path(place.db).read_bytes()
+    assert outcome_of_a_send(place, number) == "stored"
+
+
+def test_a_broker_that_begins_after_the_log_was_lost_does_not_write_into_what_another_connection_has_of_it(place):
+    first, second = place.broker(), place.broker()
+    job = dramalite.actor(print, broker=second, actor_name="job")
+    place.send("job", 101)
+    with contextlib.closing(sqlite3.connect(place.db)) as own:
+        own.execute("SELECT count(*) FROM dramalite_messages").fetchone()
+        lose_log(place, 102)
+        errors, stored = send_twice(place, first)
+        for _ in range(3):
+            with pytest.raises(dramalite.BrokerError, match="another connection of this process"):
+                job.send(1)
+            assert outcome_of_a_send(place, 103) == "stored"
+    assert job.send(104) is not None
+    first.close()
+    second.close()
+
+    assert (len(errors), stored) == (2, [])
+    assert place.count("dramalite_messages") == 1 + 1 + 3 + 1
+    assert place.sound()
+
+
+def test_brokers_of_one_file_that_have_lost_its_log_open_it_anew_once(place, caplog):
+    brokers = [place.broker(), place.broker()]
+    jobs = [dramalite.actor(print, broker=broker, actor_name="job") for broker in brokers]
+    for job in jobs:
+        job.send(1)
+    lose_log(place, 101)
+    for _ in range(3):
+        for job in jobs:
+            job.send(2)
+    with contextlib.closing(sqlite3.connect(place.db)) as own:
+        own.execute("SELECT count(*) FROM dramalite_messages").fetchone()
+        for job in jobs:
+            job.send(3)
+    for broker in brokers:
+        broker.close()
+
+    assert caplog.text.count("was deleted while it was in use") <= 2
+    assert place.count("dramalite_messages") == 2 + 1 + 6 + 2
+    assert place.sound()
+
+
 def test_a_log_that_another_connection_of_the_process_still_uses_is_not_mixed_with_the_new_one(place):
     broker = place.broker()
     place.send("job", 101)
