@@ -1065,20 +1065,25 @@ def fail_with_data(broker, worker, count, kind="sync"):
     return seen
 
 
-def test_dead_letters_in_a_file_keep_nothing_of_what_failed(make_file_broker, worker):
+@pytest.fixture
+def no_logging():
+    """For pytest keeps the records, with what they tell of."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_dead_letters_in_a_file_keep_nothing_of_what_failed(make_file_broker, worker, no_logging):
     gc.disable()
-    logging.disable()  # pytest keeps the records, with what they tell of.
     try:
         seen = fail_with_data(make_file_broker(), worker, 20)
         wait_until(lambda: sum(ref() is not None for ref in seen) <= 1)  # The worker's last job.
     finally:
-        logging.disable(logging.NOTSET)
         gc.enable()
 
 
 @pytest.mark.parametrize("kind", ["sync", "async", "generator"])
-def test_dead_letters_in_memory_keep_the_variables_of_the_last_ones_only(clean_state, worker, kind, monkeypatch):
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)  # pytest keeps the records.
+def test_dead_letters_in_memory_keep_the_variables_of_the_last_ones_only(clean_state, worker, kind, no_logging):
     broker = dramalite.MemoryBroker()
     clean_state.callback(broker.close)
     dramalite.set_broker(broker)
