@@ -6918,11 +6918,8 @@ _MAX_MESSAGE_SIZE = 1 << 20
 #: Dead letters of a queue that a broker in memory remembers with their exceptions.
 _MAX_BURIED = 10_000
 
-#: Flags of the code of what may be suspended in its midst.
-_SUSPENDABLE = _CO_COROUTINE | _CO_GENERATORS
-
-#: Dead letters of a queue whose tracebacks keep the variables of what failed, for debuggers.
-_MOST_WITH_FRAMES = 100
+#: Dead letters of a queue whose exceptions keep their tracebacks, with the variables of what failed.
+_MOST_WITH_TRACEBACKS = 100
 
 
 class _Collecting(threading.local):
@@ -7282,8 +7279,8 @@ class _EngineBroker(Broker):
             letters = self._buried[queue]
             letters.append(letter)
             del letters[:-_MAX_BURIED]
-            if len(letters) > _MOST_WITH_FRAMES:  # Not the first one's, which join() raises.
-                _clear_frames(letters[-_MOST_WITH_FRAMES]._exception)
+            if len(letters) > _MOST_WITH_TRACEBACKS:  # Not the first one's, which join() raises.
+                _drop_tracebacks(letters[-_MOST_WITH_TRACEBACKS]._exception)
         else:
             letter.clear_exception()
 
@@ -7305,20 +7302,14 @@ class _EngineBroker(Broker):
         self._engine.close()
 
 
-def _clear_frames(exception: BaseException | None) -> None:
-    """Drop the variables in an exception's tracebacks, and with them files, connections and data."""
+def _drop_tracebacks(exception: BaseException | None) -> None:
+    """Drop an exception's tracebacks, and with them variables: files, connections, data."""
     pending, seen = [exception], set()
     while pending:
         error = pending.pop()
         if error is not None and id(error) not in seen:
             seen.add(id(error))
-            for frame, _line in traceback.walk_tb(error.__traceback__):
-                # Before Python 3.13, clear() ends a coroutine that waits, as that of another job may.
-                if sys.version_info >= (3, 13) or not frame.f_code.co_flags & _SUSPENDABLE:
-                    with contextlib.suppress(RuntimeError):  # It runs.
-                        frame.clear()
-                else:  # Then all of it goes.
-                    error.__traceback__ = None
+            error.__traceback__ = None
             pending += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
 
 
