@@ -1024,7 +1024,7 @@ class Data:
     """Something that a failing actor has in its variables."""
 
 
-def fail_with(data):
+def fail_twice(data):
     """Raise an error that comes of another one, with data in the variables."""
     try:
         raise KeyError
@@ -1043,15 +1043,15 @@ def fail_with_data(broker, worker, count, kind="sync"):
 
     def fail():
         data = begin()
-        fail_with(data)
+        fail_twice(data)
 
     async def fail_async():
         data = begin()
-        fail_with(data)
+        fail_twice(data)
 
     def generate():
         data = begin()
-        yield fail_with(data)
+        yield fail_twice(data)
 
     def fail_in_a_generator():
         next(generate())
