@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import dramalite
 
 #: Seconds after which a test that waits for something has failed.
-DEADLINE = 30.0
+DEADLINE = 50.0
 
 
 class FakeClock(dramalite.Clock):

@@ -33,7 +33,7 @@ MODULE = ROOT / "dramalite.py"
 MARK = "DRAMALITE_TEST_TREE"
 
 #: Seconds after which a test that waits for something has failed.
-DEADLINE = 60.0
+DEADLINE = 150.0
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
@@ -82,7 +82,7 @@ def noted(word):
         return sum(line.split()[:1] == [word] for line in journal)
 
 
-def until(condition, seconds=100.0):
+def until(condition, seconds=200.0):
     """Simulate work that ends when `condition` holds, or fails after `seconds`."""
     deadline = time.monotonic() + seconds
     while not condition():
