@@ -20,8 +20,10 @@ TESTS = Path(__file__).resolve().parent
 #: What breaks files and kills who writes them; with the properties it takes about as long as each other share.
 ON_DISK = ("faults", "properties")
 
-#: What else starts most of the processes.
-STARTERS = ("test_command_line.py", "test_supervisor.py", "test_examples.py", "test_layout.py", "wire")
+#: What else starts most of the processes, and the simulations, so that the last share takes no longer.
+STARTERS = (
+    "test_command_line.py", "test_supervisor.py", "test_examples.py", "test_layout.py", "test_simulation.py", "wire"
+)  # fmt: skip
 
 #: A folder in memory, where the system has one, and how much there must be free.
 MEMORY = Path("/dev/shm")
