@@ -6900,9 +6900,10 @@ class _QueueViews(dict[str, _QueueView]):
     """The declared queues by name; their delay queues are found, too, though not listed."""
 
     def __missing__(self, name: str) -> _QueueView:
-        if name != _q_name(name) and name == _dq_name(name) and _q_name(name) in self:
-            return _QueueView(self[_q_name(name)]._broker, name)
-        raise KeyError(name)
+        declared = self.get(_q_name(name))
+        if declared is None or name != _dq_name(name):
+            raise KeyError(name)
+        return _QueueView(declared._broker, name)
 
 
 # ------------------------------------------------------------------------------------------

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import datetime
 import functools
+import threading
 import time
 
 import pytest
 
 import dramalite
+
+from helpers import DEADLINE
 
 
 def test_the_systems_clock_tells_unix_time_in_milliseconds():
@@ -133,8 +136,18 @@ def test_a_barrier_and_the_stop_of_a_worker_take_a_timedelta(broker):
 def test_waits_end_where_a_test_has_frozen_the_time_module(make_stub_broker, monkeypatch):
     broker = make_stub_broker()
     dramalite.actor(print, actor_name="work").send(1)
-    now = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    now, raised = time.monotonic(), []
 
-    with pytest.raises(dramalite.QueueJoinTimeout):
-        broker.join("default", timeout=50)
+    def join():
+        try:
+            broker.join("default", timeout=50)
+        except dramalite.QueueJoinTimeout as error:
+            raised.append(error)
+
+    with monkeypatch.context() as frozen:
+        frozen.setattr(time, "monotonic", lambda: now)
+        joining = threading.Thread(target=join, daemon=True)
+        joining.start()
+        joining.join(DEADLINE)
+
+    assert len(raised) == 1
