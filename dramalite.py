@@ -243,11 +243,39 @@ def _file_system(path: str) -> str:
     return next((mount[mount.index("-") + 1] for mount in mounts if mount[2] == device), "")
 
 
-def _has_open(identity: _Identity) -> bool:
-    """Tell whether this process has that file open, deleted or not; False where the system doesn't tell."""
+def _descriptors(identity: _Identity) -> set[int]:
+    """Those by which this process has that file open, deleted or not; none where the system doesn't tell."""
+    descriptors: set[int] = set()
     with contextlib.suppress(OSError):  # On Linux and macOS, not on Windows.
-        return identity is not None and any(_file_identity(int(fd)) == identity for fd in os.listdir("/dev/fd"))
-    return False
+        if identity is not None:
+            descriptors = {fd for fd in map(int, os.listdir("/dev/fd")) if _file_identity(fd) == identity}
+    return descriptors
+
+
+def _lowest_free_descriptor() -> int:
+    """The one that the next file of this process gets, if no other thread is quicker; -1 if there is none."""
+    try:
+        descriptor = os.open(os.devnull, os.O_RDONLY)
+    except OSError:
+        return -1
+    os.close(descriptor)
+    return descriptor
+
+
+#: Offset and length of what SQLite locks of a database that it has open (SHARED_FIRST in its os.h).
+_IN_USE = 0x40000002, 510
+
+
+def _mark_in_use(descriptor: int, is_in_use: bool) -> None:
+    """Lock that for a descriptor of SQLite's, or give this lock up; on Linux with 64 bits, elsewhere not.
+
+    SQLite's own lock is the process's, and lost when any part of that closes the file, opened as a plain one.
+    """
+    if sys.platform == "linux" and sys.maxsize > 1 << 32 and hasattr(fcntl, "F_OFD_SETLK"):
+        kind = (fcntl.F_RDLCK if is_in_use else fcntl.F_UNLCK).to_bytes(2, sys.byteorder)
+        offset, length = (number.to_bytes(8, sys.byteorder) for number in _IN_USE)
+        with contextlib.suppress(OSError):  # Not every file system has it.
+            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, kind + bytes(6) + offset + length + bytes(8))  # struct flock
 
 
 def _is_open_to_all(folder: str) -> bool:
@@ -3649,6 +3677,7 @@ class _Connections:
         self._connections: dict[str, sqlite3.Connection] = {}
         self._slots: _Slots | None = None
         self._log: _Log | None = None  # Where what is sent is flushed to the disk.
+        self._marked: set[int] = set()  # The descriptors by which others see that the file is in use.
         from sqlite3 import Error  # Where there is none, those above let __del__() pass.
 
         self.path = path
@@ -3698,14 +3727,14 @@ class _Connections:
         )
 
     def _leave_lost_log(self) -> None:
-        """Have the database opened anew, whose log another process has deleted, and say so.
+        """Have the database opened anew, whose log was deleted, and say so.
 
-        SQLite does that when it closes a database that nobody else has locked.
+        SQLite does that when it closes a database that nobody else seems to use: see _mark_in_use().
         """
         get_logger("dramalite.broker", "SQLiteBroker").error(
-            "The log of the database %r was deleted while it was in use; it is opened anew. Has a part of "
-            "this process opened the database as a plain file? To close that drops SQLite's locks: copy "
-            "it by sqlite3's backup(), or in another process.", self.path,
+            "The log of the database %r was deleted while it was in use; it is opened anew. Never delete FILE-wal "
+            "or FILE-shm; and where this is not Linux, don't open the database as a plain file in a process "
+            "that uses it: to close that drops SQLite's locks.", self.path,
         )  # fmt: skip
         self._disconnect()
         self._has_lost_log = True
@@ -3726,7 +3755,7 @@ class _Connections:
                 finally:
                     other._lock.release()
         # Where a new index has that number, nobody has the lost one open.
-        if _file_identity(_beside(path, "-shm")) != lost and _has_open(lost):
+        if _file_identity(_beside(path, "-shm")) != lost and _descriptors(lost):
             raise BrokerError(
                 f"The log of the database {path!r} was deleted, and another connection of this process "
                 f"still uses it: close that, or start the process anew."
@@ -3753,6 +3782,7 @@ class _Connections:
                 self._await_end_of_lost_log()
             _prepare_file(self.path)
             identity = _file_identity(self.path)
+        descriptor = -1 if self._marked else _lowest_free_descriptor()
         try:
             connection = sqlite3.connect(
                 ":memory:" if self.path is None else os.path.realpath(self.path) if _WINDOWS else self.path,
@@ -3777,10 +3807,22 @@ class _Connections:
             self._log_path = _beside(self.path, "-wal")
             self._index_path = _beside(self.path, "-shm")
             self._index_identity = _file_identity(self._index_path)
+            if not self._marked and self._index_identity is not None:  # Else its journal is no such log.
+                self._mark(descriptor)
             if not self._is_place_checked:
                 self._is_place_checked = True
                 _warn_of_place(self.path)
         return connection
+
+    def _mark(self, descriptor: int) -> None:
+        """Mark the database as in use by this descriptor, if it is one of its file, else by all that no other marked."""
+        if _file_identity(descriptor) == self._identity:
+            self._marked = {descriptor}
+        else:  # SQLite uses an old one again, or another thread was quicker.
+            others = (other._marked for other in list(_databases))
+            self._marked = _descriptors(self._identity).difference(*others)
+        for marked in self._marked:
+            _mark_in_use(marked, True)
 
     def _configure(self, connection: sqlite3.Connection) -> None:
         """Set a new connection up and make or check the schema."""
@@ -3827,6 +3869,12 @@ class _Connections:
     def _disconnect(self) -> None:
         """Close the connections; the next use opens them again.  Call with _lock held."""
         connections, self._connections = self._connections, {}  # A signal handler opens others.
+        marked, self._marked = self._marked, set()
+        # SQLite moves and deletes the log where it can, which must not be somebody's new one.
+        if marked and _file_identity(self._index_path) in (None, self._index_identity):
+            for descriptor in marked:
+                if _file_identity(descriptor) == self._identity:
+                    _mark_in_use(descriptor, False)
         self._identity = None
         if self._log is not None and self._log.failure is None:  # Else until all of it was moved.
             self._log = None
@@ -3892,6 +3940,7 @@ class _Connections:
         if self.path is not None:
             self._connections = {}
             self._slots = None
+            self._marked = set()
             self._identity = self._log = None
             self._is_cut_off = self._is_cut_off or self._is_writing
         elif self._slots is not None:
