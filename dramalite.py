@@ -32,6 +32,7 @@ Contents
     Liveness and wake-ups
     SQL
     Database files
+    Databases in use
     SQLite connections
     Write-ahead log
     Reads and writes
@@ -81,6 +82,7 @@ Contents
 from __future__ import annotations
 
 import abc
+import atexit
 import collections
 import contextlib
 import contextvars
@@ -252,30 +254,23 @@ def _descriptors(identity: _Identity) -> set[int]:
     return descriptors
 
 
-def _lowest_free_descriptor() -> int:
-    """The one that the next file of this process gets, if no other thread is quicker; -1 if there is none."""
-    try:
-        descriptor = os.open(os.devnull, os.O_RDONLY)
-    except OSError:
-        return -1
-    os.close(descriptor)
-    return descriptor
+if sys.platform == "linux" and sys.maxsize > 1 << 32 and hasattr(fcntl, "F_OFD_SETLK"):
+    _LOCKS_FOR_DESCRIPTORS = True
 
+    def _lock_for_descriptor(descriptor: int, start: int, length: int, *, is_locked: bool) -> None:
+        """Lock a part of a file for reading, or unlock it, for a descriptor instead of for this process.
 
-#: Offset and length of what SQLite locks of a database that it has open (SHARED_FIRST in its os.h).
-_IN_USE = 0x40000002, 510
+        Raises OSError where another one has locked it for writing, or the file system has no such locks.
+        """
+        kind = (fcntl.F_RDLCK if is_locked else fcntl.F_UNLCK).to_bytes(2, sys.byteorder)
+        part = start.to_bytes(8, sys.byteorder) + length.to_bytes(8, sys.byteorder)
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, kind + bytes(6) + part + bytes(8))  # A struct flock.
 
+else:
+    _LOCKS_FOR_DESCRIPTORS = False
 
-def _mark_in_use(descriptor: int, is_in_use: bool) -> None:
-    """Lock that for a descriptor of SQLite's, or give this lock up; on Linux with 64 bits, elsewhere not.
-
-    SQLite's own lock is the process's, and lost when any part of that closes the file, opened as a plain one.
-    """
-    if sys.platform == "linux" and sys.maxsize > 1 << 32 and hasattr(fcntl, "F_OFD_SETLK"):
-        kind = (fcntl.F_RDLCK if is_in_use else fcntl.F_UNLCK).to_bytes(2, sys.byteorder)
-        offset, length = (number.to_bytes(8, sys.byteorder) for number in _IN_USE)
-        with contextlib.suppress(OSError):  # Not every file system has it.
-            fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, kind + bytes(6) + offset + length + bytes(8))  # struct flock
+    def _lock_for_descriptor(descriptor: int, start: int, length: int, *, is_locked: bool) -> None:
+        """Not here."""
 
 
 def _is_open_to_all(folder: str) -> bool:
@@ -3624,6 +3619,14 @@ _SHARED_FILE_SYSTEMS = frozenset(
 )
 
 
+def _has_other_name(path: str) -> bool:
+    """Tell whether a file has another hard link; False if it is not there any more."""
+    try:
+        return os.stat(path).st_nlink > 1
+    except FileNotFoundError:
+        return False
+
+
 def _warn_of_place(path: str) -> None:
     """Log what makes the place of a database unfit."""
     logger = get_logger("dramalite.broker", "SQLiteBroker")
@@ -3633,7 +3636,7 @@ def _warn_of_place(path: str) -> None:
             "The database %r is on a file system of type %s, where SQLite's locks and shared memory "
             "may not hold: move it to a disk of this machine.", path, file_system,
         )  # fmt: skip
-    if os.stat(path).st_nlink > 1:
+    if _has_other_name(path):
         logger.warning(
             "The database %r has another name, a hard link: SQLite loses what is written by one name while "
             "another one is used. Remove that, or make it a symbolic link.", path,
@@ -3646,14 +3649,96 @@ def _warn_of_place(path: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------
+# Databases in use
+#
+# Who closes a database last deletes its log.  SQLite knows by a lock of each process that uses
+# it, which a process loses when any part of it closes the file, opened as a plain one.  So each
+# process locks the same for a descriptor of its own as well, while it uses the database.
+# ------------------------------------------------------------------------------------------
+#: Offset and length of what SQLite locks for reading of a database that it uses (SHARED_FIRST in its os.h).
+_USED_PART = 0x40000002, 510
+
+
+class _UsedFile:
+    """A database file with a descriptor of ours, locked while there are users."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.identity = _file_identity(self.descriptor)
+        self.users = 0
+
+    def has_log(self) -> bool:
+        """Tell whether the database has a log, and no other journal: by the two versions in its header."""
+        return os.pread(self.descriptor, 2, 18) == b"\2\2"
+
+    def is_open(self) -> bool:
+        """Tell whether no job has closed the descriptor, whose number may be another file's by now."""
+        return _file_identity(self.descriptor) == self.identity
+
+    def unlock(self) -> None:
+        if self.is_open():
+            _lock_for_descriptor(self.descriptor, *_USED_PART, is_locked=False)
+
+    def close(self) -> None:
+        if self.is_open():
+            os.close(self.descriptor)
+
+
+_used_files: dict[_Identity, _UsedFile] = {}
+_used_files_lock = threading.RLock()
+
+
+def _mark_used(path: str) -> _Identity:
+    """Have other processes see that this one uses a database; its identity, or None if they can't."""
+    if not _LOCKS_FOR_DESCRIPTORS:
+        return None
+    with _used_files_lock, contextlib.suppress(OSError):
+        file = _used_files.get(_file_identity(path))
+        if file is None:
+            file = _UsedFile(path)
+            _used_files[file.identity] = file
+        if not file.users:
+            if not file.has_log():
+                return None  # It could not be written to any more.
+            _lock_for_descriptor(file.descriptor, *_USED_PART, is_locked=True)
+        file.users += 1
+        return file.identity
+    return None
+
+
+def _unmark_used(identity: _Identity, *, keeps_log: bool) -> None:
+    """Take one mark back; with `keeps_log` so that this process, too, deletes no log before it has left the file."""
+    with _used_files_lock:
+        file = _used_files[identity]
+        file.users -= 1
+        if not file.users and not keeps_log:
+            file.unlock()
+
+
+def _let_go_of_unused() -> None:
+    """Close the descriptors of ours that nobody uses, where SQLite has no locks that would go with them."""
+    with _used_files_lock:
+        for identity, file in list(_used_files.items()):
+            if not file.users and _descriptors(identity) <= {file.descriptor}:
+                _used_files.pop(identity).close()
+
+
+@atexit.register
+def _unmark_all() -> None:
+    """At the end Python may close SQLite's connections without that anybody is told before."""
+    with _used_files_lock:
+        for file in _used_files.values():
+            file.unlock()
+
+
+# ------------------------------------------------------------------------------------------
 # SQLite connections
 #
 # One database, in a file or in memory, and this process's connections to it: one that sends,
 # one that works, one that reads; in memory one for all.  They are opened at first use and
 # guarded by `_lock`, under which every write is one transaction; only the slots' lock is
 # taken under it.  Every error that reaches the user says which file, what, and what to do.
-# Of SQLite's files, Python opens the log alone, on which there are no locks: to close a descriptor
-# of the database or of its shared memory is to drop SQLite's locks there.
+# To close a descriptor of the database or of its shared memory is to drop SQLite's locks there.
 # ------------------------------------------------------------------------------------------
 #: Of new files: a message touches few pages, and every touched one goes into the log whole.
 _PAGE_SIZE = 2048
@@ -3677,7 +3762,7 @@ class _Connections:
         self._connections: dict[str, sqlite3.Connection] = {}
         self._slots: _Slots | None = None
         self._log: _Log | None = None  # Where what is sent is flushed to the disk.
-        self._marked: set[int] = set()  # The descriptors by which others see that the file is in use.
+        self._marked: _Identity = None  # Of the file that others see to be in use.
         from sqlite3 import Error  # Where there is none, those above let __del__() pass.
 
         self.path = path
@@ -3713,7 +3798,11 @@ class _Connections:
                 self._leave_lost_log()
         connection = self._connections.get(role)
         if connection is None:
-            connection = self._connections[role] = self._open(role)
+            try:
+                connection = self._connections[role] = self._open(role)
+            finally:
+                if not self._connections:
+                    self._disconnect()
         return connection
 
     def _report_lost_file(self) -> None:
@@ -3729,12 +3818,12 @@ class _Connections:
     def _leave_lost_log(self) -> None:
         """Have the database opened anew, whose log was deleted, and say so.
 
-        SQLite does that when it closes a database that nobody else seems to use: see _mark_in_use().
+        SQLite does that when it closes a database that nobody else seems to use: see _mark_used().
         """
         get_logger("dramalite.broker", "SQLiteBroker").error(
             "The log of the database %r was deleted while it was in use; it is opened anew. Never delete FILE-wal "
-            "or FILE-shm; and where this is not Linux, don't open the database as a plain file in a process "
-            "that uses it: to close that drops SQLite's locks.", self.path,
+            "or FILE-shm; and don't open the database as a plain file in a process that uses it, but on 64-bit "
+            "Linux: to close that drops SQLite's locks.", self.path,
         )  # fmt: skip
         self._disconnect()
         self._has_lost_log = True
@@ -3756,12 +3845,15 @@ class _Connections:
                     other._lock.release()
         # Where a new index has that number, nobody has the lost one open.
         if _file_identity(_beside(path, "-shm")) != lost and _descriptors(lost):
-            raise BrokerError(
-                f"The log of the database {path!r} was deleted, and another connection of this process "
-                f"still uses it: close that, or start the process anew."
-            )
+            self._refuse_lost_log()
         for database in freed:
             database._has_lost_log = False
+
+    def _refuse_lost_log(self) -> NoReturn:
+        raise BrokerError(
+            f"The log of the database {self.path!r} was deleted, and another connection of this process "
+            f"still uses it: close that, or start the process anew."
+        )
 
     def _open(self, role: str) -> sqlite3.Connection:
         import sqlite3
@@ -3782,7 +3874,7 @@ class _Connections:
                 self._await_end_of_lost_log()
             _prepare_file(self.path)
             identity = _file_identity(self.path)
-        descriptor = -1 if self._marked else _lowest_free_descriptor()
+            self._mark()
         try:
             connection = sqlite3.connect(
                 ":memory:" if self.path is None else os.path.realpath(self.path) if _WINDOWS else self.path,
@@ -3807,22 +3899,20 @@ class _Connections:
             self._log_path = _beside(self.path, "-wal")
             self._index_path = _beside(self.path, "-shm")
             self._index_identity = _file_identity(self._index_path)
-            if not self._marked and self._index_identity is not None:  # Else its journal is no such log.
-                self._mark(descriptor)
+            self._mark()  # Where that could not be done before.
+            has_log = connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+            if has_log and _descriptors(identity) and not _descriptors(self._index_identity):
+                connection.close()
+                self._refuse_lost_log()
             if not self._is_place_checked:
                 self._is_place_checked = True
                 _warn_of_place(self.path)
         return connection
 
-    def _mark(self, descriptor: int) -> None:
-        """Mark the database as in use by this descriptor, if it is one of its file, else by all that no other marked."""
-        if _file_identity(descriptor) == self._identity:
-            self._marked = {descriptor}
-        else:  # SQLite uses an old one again, or another thread was quicker.
-            others = (other._marked for other in list(_databases))
-            self._marked = _descriptors(self._identity).difference(*others)
-        for marked in self._marked:
-            _mark_in_use(marked, True)
+    def _mark(self) -> None:
+        """Have other processes see that this one uses the file, if they don't yet."""
+        if self._marked is None:
+            self._marked = _mark_used(cast(str, self.path))
 
     def _configure(self, connection: sqlite3.Connection) -> None:
         """Set a new connection up and make or check the schema."""
@@ -3869,16 +3959,15 @@ class _Connections:
     def _disconnect(self) -> None:
         """Close the connections; the next use opens them again.  Call with _lock held."""
         connections, self._connections = self._connections, {}  # A signal handler opens others.
-        marked, self._marked = self._marked, set()
-        # SQLite moves and deletes the log where it can, which must not be somebody's new one.
-        if marked and _file_identity(self._index_path) in (None, self._index_identity):
-            for descriptor in marked:
-                if _file_identity(descriptor) == self._identity:
-                    _mark_in_use(descriptor, False)
+        marked, self._marked = self._marked, None
+        if marked is not None:  # The log there may be somebody's new one.
+            is_ours = _file_identity(self._index_path) in (None, self._index_identity)
+            _unmark_used(marked, keeps_log=not is_ours)
         self._identity = None
         if self._log is not None and self._log.failure is None:  # Else until all of it was moved.
             self._log = None
         self._close(connections)
+        _let_go_of_unused()
 
     def _close(self, connections: dict[str, sqlite3.Connection]) -> None:
         for connection in connections.values():
@@ -3940,7 +4029,7 @@ class _Connections:
         if self.path is not None:
             self._connections = {}
             self._slots = None
-            self._marked = set()
+            self._marked = None
             self._identity = self._log = None
             self._is_cut_off = self._is_cut_off or self._is_writing
         elif self._slots is not None:
@@ -4843,7 +4932,10 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _interrupt_lock, _broker_lock, _event_loop_lock
+    global _interrupt_lock, _broker_lock, _event_loop_lock, _used_files_lock
+    _used_files_lock = threading.RLock()
+    while _used_files:  # Their locks are the parent's.
+        _used_files.popitem()[1].close()
     _locked_for_fork.locks.clear()
     _SideFile.forget_all()
     _interrupt_lock, _event_loop_lock, _broker_lock = [threading.RLock() for _ in range(3)]

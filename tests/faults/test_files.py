@@ -800,6 +800,47 @@ def test_nobody_deletes_the_log_of_a_program_that_reads_the_database_as_a_file(p
     assert place.sound()
 
 
+@pytest.mark.parametrize("end", ["pass", "sys.exit()", "leak = sys._getframe(); raise KeyError"])
+def test_a_program_that_just_ends_leaves_one_file(place, end):
+    tree = place.start_script(f"import sys, jobs; jobs.job.send(1); {end}")
+    tree.wait()
+
+    assert side_files(place.db) == set()
+    assert place.count("dramalite_messages") == 1
+
+
+def test_a_child_of_a_program_with_a_connection_of_its_own_keeps_the_log(place):
+    place.script(
+        """
+        import os, sqlite3, subprocess, sys
+        import jobs
+
+        jobs.job.send("parent")
+        if sys.argv[1:]:
+            sys.exit()
+        own = sqlite3.connect(jobs.broker.path)
+        own.execute("SELECT count(*) FROM dramalite_messages").fetchone()
+        if not os.fork():
+            jobs.job.send("child")
+            jobs.note("sent")
+            jobs.until(lambda: (jobs.HERE / "left").exists(), 60)
+            subprocess.run([sys.executable, __file__, "other"], check=True)
+            for _ in range(3):
+                jobs.job.send("child")
+            jobs.broker.close()
+            sys.exit()
+        jobs.until(lambda: "sent" in open(jobs.JOURNAL).read(), 60)
+        jobs.broker.close()
+        own.close()
+        (jobs.HERE / "left").touch()
+        sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+        """
+    )
+
+    assert place.count("dramalite_messages") == 1 + 1 + 1 + 3
+    assert place.sound()
+
+
 def test_what_a_program_sends_is_kept_though_it_reads_the_database_as_a_file(place):
     broker = place.broker()
     place.send("job", 101)
@@ -809,6 +850,65 @@ def test_what_a_program_sends_is_kept_though_it_reads_the_database_as_a_file(pla
     broker.close()
 
     assert numbers_in_the_file(place) == {101, 102}
+    assert place.sound()
+
+
+@pytest.mark.parametrize("is_forked", [False, True])
+def test_a_lost_log_that_a_connection_of_the_programs_own_still_has_is_not_used_again(place, is_forked):
+    tree = place.script(
+        """
+        import os, sqlite3, subprocess, sys
+        from pathlib import Path
+        import jobs
+
+        def send():
+            try:
+                jobs.job.send(1, "x" * 3000)
+                jobs.note("stored")
+            except jobs.dramalite.BrokerError as error:
+                print(error)
+
+        def ask_other():
+            print("send", file=other.stdin)
+            assert other.stdout.readline() == "sent\\n"
+
+        if sys.argv[1] == "other":
+            send()
+            print("sent", flush=True)
+            for _ in sys.stdin:
+                send()
+                print("sent", flush=True)
+            jobs.broker.close()
+            sys.exit()
+        send()
+        own = sqlite3.connect(jobs.broker.path)
+        own.execute("SELECT count(*) FROM dramalite_messages").fetchone()
+        if sys.argv[1] == "True":  # For a moment the broker is closed.
+            Path(jobs.broker.path).read_bytes()
+            if not os.fork():
+                os._exit(0)
+            os.wait()
+        else:
+            jobs.broker.close()
+            Path(jobs.broker.path).read_bytes()
+        command = [sys.executable, __file__, "other"]
+        subprocess.run(command, input="", text=True, stdout=subprocess.DEVNULL, check=True)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with subprocess.Popen(command, text=True, bufsize=1, **pipes) as other:
+            other.stdout.readline()
+            for _ in range(3):
+                send()
+                ask_other()
+            own.close()
+            ask_other()
+            send()
+        jobs.broker.close()
+        """,
+        str(is_forked),
+    )
+
+    assert tree.output().count("another connection of this process") == 3
+    assert place.count("dramalite_messages") == len(place.notes("stored")) == 1 + 1 + 1 + 3 + 2
     assert place.sound()
 
 
