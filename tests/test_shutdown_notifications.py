@@ -32,8 +32,8 @@ class Job:
         self.outcomes = []
 
     def __call__(self):
-        self.running.set()
         try:
+            self.running.set()  # From here on it may be notified.
             for _ in range(int(DEADLINE * 200)):
                 if self.go_on.wait(0.005):
                     break
