@@ -12,7 +12,7 @@ import pytest
 import dramalite
 from dramalite import Interrupt, Retries, TimeLimit, TimeLimitExceeded, raise_thread_exception
 
-from helpers import DEADLINE
+from helpers import DEADLINE, wait_until
 
 PATIENCE = DEADLINE * 1000
 
@@ -158,6 +158,7 @@ def test_no_thread_of_a_worker_is_lost_to_interrupts(make_stub_broker, worker):
         brief.send()
     worker(broker, worker_threads=2)
     broker.join("default", timeout=PATIENCE)
+    wait_until(lambda: len(booted) >= 2)  # One may have done it all before the other begins.
 
     assert len(booted) == 2
     assert left == []
