@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 import dramalite  # noqa: E402
 
-from helpers import FakeClock  # noqa: E402
+from helpers import DEADLINE, FakeClock  # noqa: E402
 
 settings.register_profile(
     "quick", max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
@@ -121,6 +121,12 @@ def worker():
     yield start
     for worker in reversed(started):
         worker.stop(timeout=2000)
+
+
+@pytest.fixture
+def unhurried(monkeypatch):
+    """Who was interrupted is given up only after all the time that a test has: its thread may be held up."""
+    monkeypatch.setattr("dramalite._STUCK_GRACE_S", 10 * DEADLINE)
 
 
 @pytest.fixture

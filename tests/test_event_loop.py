@@ -719,7 +719,7 @@ def test_an_exception_that_is_false_ends_a_coroutine_too(broker, worker, outcome
 
 
 @pytest.fixture
-def limited(make_stub_broker):
+def limited(make_stub_broker, unhurried):
     """A broker whose time limits are checked often, with the ends of all attempts as `ends`."""
     broker = make_stub_broker(
         [TimeLimit(interval=10), Retries(max_retries=0, min_backoff=1), Outcomes()], fail_fast_default=False

@@ -17,7 +17,10 @@ from helpers import DEADLINE, wait_until
 PATIENCE = DEADLINE * 1000
 
 #: An interrupt may strike in a callback of Python's own, for a weak reference or a collection, and end there.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("unhurried"),
+]
 
 
 def busy(seconds=DEADLINE):

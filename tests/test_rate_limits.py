@@ -897,7 +897,7 @@ def test_jobs_meet_at_a_barrier(broker, worker, threads):
 
 # One of them may strike in a callback of Python's own, for a weak reference or a collection, and end there.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_time_limit_that_strikes_when_a_place_is_given_back_loses_no_place(broker, worker):
+def test_a_time_limit_that_strikes_when_a_place_is_given_back_loses_no_place(broker, worker, unhurried):
     backend = SQLiteRateLimiterBackend(broker)
     jobs = 400
 

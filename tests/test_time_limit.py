@@ -19,7 +19,10 @@ PATIENCE = DEADLINE * 1000
 MINUTE = 60_000
 
 #: A limit may strike in a callback of Python's own, for a weak reference or a collection, and end there.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("unhurried"),
+]
 
 
 @pytest.fixture
