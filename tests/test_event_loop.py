@@ -1424,6 +1424,7 @@ def test_a_first_coroutine_at_the_end_of_the_program_is_no_dead_letter(run_pytho
     broker = dramalite.SQLiteBroker(str(tmp_path / "queue.db"))
     try:
         assert broker.dead_letters == []
-        assert output == ("ran\n" if not broker.pending() else "")
+        assert output == "ran\n" or broker.pending()  # Or both, if the program was over before it was written.
+        assert output in ("ran\n", "")
     finally:
         broker.close()
