@@ -234,7 +234,13 @@ class Place:
 
     def jobs(self, source: str) -> None:
         """Write jobs.py: the prelude and `source`."""
-        (self.folder / "jobs.py").write_text(PRELUDE + textwrap.dedent(source), "utf-8")
+        self.put("jobs.py", PRELUDE + textwrap.dedent(source))
+
+    def put(self, name: str, text: str) -> None:
+        """Write a file of the folder at once: who watches it never sees a part of it."""
+        new = self.folder / f"{name}.new"
+        new.write_text(text, "utf-8")
+        os.replace(new, self.folder / name)
 
     def environment(self, **extra: str) -> dict[str, str]:
         plain = {key: value for key, value in os.environ.items() if not key.upper().startswith("DRAMA")}
