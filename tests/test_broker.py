@@ -121,8 +121,8 @@ def test_a_broker_that_is_set_late_takes_over_the_actors_declared_before(run_pyt
         "work.send()\n"
         "Mail.send()\n"
         "with dramalite.Worker(broker, worker_threads=1):\n"
-        "    broker.join('a', timeout=10000)\n"
-        "    broker.join('default', timeout=10000)\n"
+        "    broker.join('a', timeout=100000)\n"
+        "    broker.join('default', timeout=100000)\n"
     )
 
     assert (done.returncode, done.stderr) == (0, "")

@@ -641,16 +641,16 @@ def test_the_loop_survives_coroutines_that_want_to_end_the_program(run_python):
         wait.send()
         worker = dramalite.Worker(broker, worker_threads=1)
         worker.start()
-        inside.wait(20)
+        inside.wait(100)
         leaving.send("exit")
         leaving.send("interrupt")
         pause = threading.Event()
-        for _ in range(4000):
+        for _ in range(20_000):
             pause.wait(0.005)
             if len(broker.dead_letters) == 2:
                 break
         leave.set()
-        print(len(broker.dead_letters), ended.wait(20))
+        print(len(broker.dead_letters), ended.wait(100))
         worker.stop(timeout=20)
         """
     )
@@ -685,15 +685,15 @@ def test_what_a_coroutine_does_to_the_loop_ends_no_other_coroutine(run_python, c
         worker = dramalite.Worker(broker, worker_threads=2)
         worker.start()
         wait.send()
-        inside.wait(20)
+        inside.wait(100)
         culprit.send()
         pause = threading.Event()
-        for _ in range(4000):
+        for _ in range(20_000):
             pause.wait(0.005)
             if len(broker.pending()) == 1:
                 break
         leave_now.set()
-        print(ended.wait(20))
+        print(ended.wait(100))
         """
     )
 
@@ -1234,7 +1234,7 @@ def test_a_send_is_no_error_though_a_loop_was_closed_that_awaited_a_result(run_p
 def test_a_worker_works_though_a_loop_was_closed_that_awaited_a_result(run_python):
     works = """
     dramalite.Worker(broker, worker_threads=1).start()
-    print(ran.wait(20), flush=True)
+    print(ran.wait(100), flush=True)
     os._exit(0)
     """
     done = run_python(textwrap.dedent(CLOSED_LOOP + works))
@@ -1362,7 +1362,7 @@ def test_a_coroutine_called_on_the_loop_itself_is_an_error_and_no_deadlock(run_p
         told = []
         thread = threading.Thread(target=lambda: told.append(dramalite.async_to_sync(outer)()), daemon=True)
         thread.start()
-        thread.join(20)
+        thread.join(100)
         print(told)
         """
     )

@@ -229,7 +229,7 @@ def test_where_threads_cannot_be_interrupted_actors_run_past_their_limits(run_el
         logging.disable(logging.CRITICAL)
         work.send()
         with dramalite.Worker(broker, worker_threads=1):
-            broker.join("default", timeout=20_000)
+            broker.join("default", timeout=100_000)
         print(len(broker.dead_letters))
         """
     )
@@ -251,7 +251,7 @@ def test_a_program_can_be_traced_after_a_job_was_interrupted(run_python):
 
         with dramalite.Worker(broker, worker_threads=1):
             work.send()
-            broker.join("default", timeout=20_000, fail_fast=False)
+            broker.join("default", timeout=100_000, fail_fast=False)
         called = []
 
         def call():

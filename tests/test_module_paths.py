@@ -230,7 +230,7 @@ IMPORTS = """
 
     message = add.send(1, 2)
     with dramatiq.Worker(broker, worker_threads=1):
-        broker.join("default", timeout=20_000)
+        broker.join("default", timeout=100_000)
     same = [stub.StubBroker is StubBroker is dramatiq.StubBroker, errors.Retry is Retry, middleware.Results is Results
             if hasattr(middleware, "Results") else True, results.Results is Results, rate_limits.Barrier is dramatiq.Barrier]
     print(message.get_result(), all(same), broker.__class__.__module__)

@@ -219,7 +219,7 @@ def test_counters_are_atomic_among_processes(run_processes):
         """
         start = dramalite.Barrier(backend, "start")
         start.create(2)
-        assert start.wait(timeout=20_000)
+        assert start.wait(timeout=100_000)
         keys = ["a", "b", "c"]
         print(sum(backend.incr("key", 1, 150, 60_000) for _ in range(100)))
         print(sum(backend.incr_and_sum(k, lambda: keys, 1, 100, 60_000) for k in keys * 25))
@@ -378,9 +378,9 @@ def test_processes_exclude_each_other(run_processes):
         start, tried = (dramalite.Barrier(backend, key) for key in ("start", "tried"))
         start.create(3)
         tried.create(3)
-        assert start.wait(timeout=20_000)
+        assert start.wait(timeout=100_000)
         with limiter.acquire(raise_on_failure=False) as is_acquired:
-            assert tried.wait(timeout=20_000)
+            assert tried.wait(timeout=100_000)
             print(int(is_acquired))
         """,
         copies=3,
@@ -873,7 +873,7 @@ def test_processes_meet_at_a_barrier(run_processes):
         """
         barrier = dramalite.Barrier(backend, "key")
         created = barrier.create(2)
-        print(int(created), int(barrier.wait(timeout=20_000)))
+        print(int(created), int(barrier.wait(timeout=100_000)))
         """,
         copies=2,
     )

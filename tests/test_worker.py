@@ -128,7 +128,7 @@ def test_its_threads_do_not_keep_a_program_alive(run_python):
         "def work(): print('worked')\n"
         "work.send()\n"
         "dramalite.Worker(broker, worker_threads=2).start()\n"
-        "broker.join('default', timeout=10000)\n"
+        "broker.join('default', timeout=100000)\n"
     )
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "worked\n", "")
@@ -1491,7 +1491,7 @@ def test_a_signal_handler_may_ring_while_it_interrupts_a_ring_in_memory(run_pyth
             while len(handled) < 500:
                 work.send()
                 sent += 1
-            broker.join("default", timeout=20_000)
+            broker.join("default", timeout=100_000)
         print(len(ran) >= sent)
         """
     assert run_python(code).stdout == "True\n"

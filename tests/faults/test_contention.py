@@ -222,7 +222,7 @@ def test_a_worker_that_comes_while_another_one_begins_does_not_wipe_it_out(place
         @dramalite.actor(max_retries=0)
         def held(number):
             note("start", number)
-            until(lambda: os.path.exists("release"), 30)
+            until(lambda: os.path.exists("release"))
             note("end", number)
         """
     )
@@ -230,8 +230,8 @@ def test_a_worker_that_comes_while_another_one_begins_does_not_wipe_it_out(place
         import os, jobs, dramalite
         with dramalite.Worker(jobs.broker, worker_threads=1):
             jobs.note("began")
-            jobs.until(lambda: os.path.exists("release"), 30)
-            jobs.broker.join("default", timeout=10_000)
+            jobs.until(lambda: os.path.exists("release"))
+            jobs.broker.join("default", timeout=100_000)
     """
     late = f"""
         import os, jobs
@@ -241,7 +241,7 @@ def test_a_worker_that_comes_while_another_one_begins_does_not_wipe_it_out(place
             status = real_fstat(descriptor)
             if status.st_size == 0 and os.readlink(f"/proc/self/fd/{{descriptor}}").endswith("-lock"):
                 jobs.note("saw it empty")
-                jobs.until(lambda: jobs.noted("start"), 30)
+                jobs.until(lambda: jobs.noted("start"))
             return status
 
         os.fstat = fstat

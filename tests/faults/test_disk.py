@@ -179,7 +179,7 @@ def test_a_worker_stops_in_time_while_the_disk_is_full(place, small_disk):
     place.wait_until(lambda: place.notes("end", 0), "the disk is full")
     tree.signal(signal.SIGTERM)
 
-    assert tree.wait(30) == 0, tree.tail()  # Sooner than it would be killed.
+    assert tree.wait() == 0, tree.tail()  # 1, had it been killed in the end.
     assert tree.pids() == []
 
 

@@ -1062,7 +1062,7 @@ def test_a_closed_broker_is_not_opened_again_by_a_wait_for_a_result_that_is_over
     broker.close()
     for thread in late:
         start(thread)
-        thread.join(10)
+        thread.join(100)
 
     assert descriptors(tmp_path) == []
 

@@ -112,7 +112,7 @@ def test_an_in_process_worker_can_be_stopped_and_started_again_and_again_under_l
             worker.stop()
             rounds += 1
         with dramalite.Worker(jobs.broker, worker_threads=3):
-            jobs.broker.join("default", timeout=20_000)
+            jobs.broker.join("default", timeout=100_000)
         """
     )
 

@@ -718,7 +718,7 @@ def a_pipelines_count_stops_at_the_first_missing_result(dramatiq, world):
     world.keep_results()
     a, b = steps(dramatiq, world, "a", "b", store_results=True)
     go = threading.Event()
-    waits = dramatiq.actor(lambda _: go.wait(10), actor_name="waits", store_results=True)
+    waits = dramatiq.actor(lambda _: go.wait(100), actor_name="waits", store_results=True)
     reached = threading.Event()
     world.broker.add_middleware(
         hooks(
@@ -730,7 +730,7 @@ def a_pipelines_count_stops_at_the_first_missing_result(dramatiq, world):
     pipe = a.message() | waits.message() | b.message()
     with world.started():
         pipe.run()
-        reached.wait(10)
+        reached.wait(100)
         world.record("half way", [pipe.completed, pipe.completed_count, len(pipe)])
         go.set()
         world.join()
@@ -1717,7 +1717,7 @@ def a_barrier_that_is_waited_at_for_ever(dramatiq, world):
         pass  # Not yet counted down.
     backend.incr("key", 1, 2, 60_000)
     world.record("last", barrier.wait(block=False))
-    first.join(10)
+    first.join(100)
 
 
 @program
@@ -1757,11 +1757,11 @@ def a_rate_limit_in_actors_that_run_together(dramatiq, world):
     def holder():
         with mutex.acquire():
             inside.set()
-            world.record("holder", left.wait(10))
+            world.record("holder", left.wait(100))
 
     @dramatiq.actor
     def visitor():
-        inside.wait(10)
+        inside.wait(100)
         with mutex.acquire(raise_on_failure=False) as acquired:
             world.record("visitor", acquired)
         left.set()
@@ -1966,7 +1966,7 @@ def prioritised(dramatiq, world, *priorities):
     @dramatiq.actor(queue_name="gate", priority=-100)
     def gatekeeper():
         reached.set()
-        gate.wait(10)
+        gate.wait(100)
 
     actors = [dramatiq.actor(work(p), actor_name=f"p{p}", priority=p) for p in priorities]
     return actors, gatekeeper, reached, gate
@@ -1977,7 +1977,7 @@ def lower_numbers_go_first_among_what_a_worker_holds(dramatiq, world):
     actors, gatekeeper, reached, gate = prioritised(dramatiq, world, 10, 0, -5, 3)
     gatekeeper.send()
     with world.started(prefetch=100):
-        reached.wait(10)
+        reached.wait(100)
         for number in range(2):
             for actor in actors:
                 actor.send(number)
@@ -1991,7 +1991,7 @@ def equal_priorities_go_in_the_order_of_sending(dramatiq, world):
     (actor,), gatekeeper, reached, gate = prioritised(dramatiq, world, 7)
     gatekeeper.send()
     with world.started(prefetch=100):
-        reached.wait(10)
+        reached.wait(100)
         for number in range(6):
             actor.send(number)
         world.wait_for_prefetch(6)
@@ -3282,13 +3282,13 @@ def what_a_stopped_worker_held(dramatiq, world):
     @dramatiq.actor
     def work(number):
         running.set()
-        go.wait(10)
+        go.wait(100)
         ran.append(number)
 
     for number in range(count):
         work.send(number)
     with world.started(prefetch=count):
-        running.wait(10)
+        running.wait(100)
         world.wait_for_prefetch(count - 1)
     world.work(join=False)
     world.record("all ran once", sorted(ran) == list(range(count)))
