@@ -665,7 +665,8 @@ def test_a_worker_in_the_program_that_is_not_stopped_does_not_keep_the_interpret
         worker = dramalite.Worker(jobs.broker, worker_threads=2)
         worker.start()
         if state != "never used":
-            jobs.until(lambda: jobs.noted("ran") == 1)
+            jobs.broker.join("default", timeout=100_000)
+            assert jobs.noted("ran") == 1
         if state == "working":
             jobs.hold.send(1)
             jobs.until(lambda: jobs.noted("holding"))
@@ -710,7 +711,7 @@ def test_a_worker_started_in_a_daemon_thread_does_not_keep_the_interpreter(place
 
         threading.Thread(target=serve, daemon=True).start()
         jobs.job.send(1)
-        jobs.until(lambda: jobs.noted("ran") == 1)
+        jobs.broker.join("default", timeout=100_000)  # Its outcome is written.
         """
     )
 
