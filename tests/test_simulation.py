@@ -1641,7 +1641,7 @@ def answer_late(listener):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_timeout_leaves_a_connection_the_real_time_that_it_takes(broker, threads):
+def test_a_timeout_leaves_a_connection_the_real_time_that_it_takes(broker, patient, threads):
     @dramalite.actor(max_retries=0)
     async def fetch(port):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -1737,7 +1737,7 @@ async def ask_in_another_task_and_look_for_the_answer(port):
         ask_in_another_task_and_look_for_the_answer,
     ],
 )
-def test_an_answer_has_its_real_time_beside_tasks_that_sleep(make_stub_broker, program):
+def test_an_answer_has_its_real_time_beside_tasks_that_sleep(make_stub_broker, patient, program):
     broker = make_stub_broker()
     dramalite.actor(program, actor_name="work", max_retries=0)
     with socket.create_server(("127.0.0.1", 0)) as listener:
