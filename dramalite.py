@@ -3694,7 +3694,7 @@ def _mark_used(path: str) -> _Identity:
         return None
     with _used_files_lock, contextlib.suppress(OSError):
         file = _used_files.get(_file_identity(path))
-        if file is None:
+        if file is None or not file.is_open():
             file = _UsedFile(path)
             _used_files[file.identity] = file
         if not file.users:
@@ -6604,6 +6604,11 @@ class CurrentMessage(Middleware):
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         _current_message.set(None)
 
+    def leave(self, runner: int) -> None:
+        """Forget the message of this runner, if it is the one that calls: no other one can."""
+        if runner == _runner.id():
+            _current_message.set(None)
+
 
 class AsyncIO(Middleware):
     """Does nothing: `async def` actors need no set-up here.  For code that comes from Dramatiq."""
@@ -7751,7 +7756,7 @@ class _Processor:
     def leave(self, runner: int) -> None:
         """Tell those that watch what runs that it does not any more, where no after hook tells them."""
         for item in self._broker.middleware:
-            if isinstance(item, (TimeLimit, ShutdownNotifications)):
+            if isinstance(item, (TimeLimit, ShutdownNotifications, CurrentMessage)):
                 item.leave(runner or threading.get_ident())
 
     def drop(self, job: _Job) -> None:
@@ -10580,8 +10585,14 @@ class _WorkerProcess(_ChildProcess):
         return broker
 
 
+#: Seconds between two looks whether a signal has come.
+_SIGNAL_LOOK_S = 0.5
+
+
 class _ForkProcess(_ChildProcess):
     """A process that calls one function, MODULE:FUNCTION; its result is the exit code."""
+
+    _is_leaving = False
 
     def _work(self) -> int:
         import signal
@@ -10598,7 +10609,7 @@ class _ForkProcess(_ChildProcess):
             self._logger.exception("%s can't be imported.", self._namespace.child)
             return self._fail_to_start(_EXIT_IMPORT)
         self._has_started, self._is_importing = True, False
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(_EXIT_OK))
+        signal.signal(signal.SIGTERM, self._leave)
         threading.Thread(target=self._end_when_told, daemon=True).start()
         try:
             code = function()
@@ -10612,6 +10623,10 @@ class _ForkProcess(_ChildProcess):
             return _EXIT_KILLED
         return code & 0xFF if isinstance(code, int) else _EXIT_OK
 
+    def _leave(self, *_: Any) -> None:
+        self._is_leaving = True
+        sys.exit(_EXIT_OK)
+
     def _end_when_told(self) -> None:
         """Send the function SIGTERM; end the process if that does not, or at once if so told."""
         import _thread
@@ -10621,14 +10636,18 @@ class _ForkProcess(_ChildProcess):
         timeout = self._namespace.worker_shutdown_timeout
         if self._events.get() == "orphaned":
             timeout = min(timeout, _ORPHAN_GRACE_MS)
-        if _WINDOWS:
-            _thread.interrupt_main(signal.SIGTERM)
-        else:
-            signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGTERM)
         deadline = _SYSTEM_CLOCK.monotonic() + timeout / 1000
-        with contextlib.suppress(queue.Empty):
-            while self._events.get(timeout=max(0.0, deadline - _SYSTEM_CLOCK.monotonic())) != "kill":
-                pass
+        order, is_told = "", False
+        while order != "kill" and (left := deadline - _SYSTEM_CLOCK.monotonic()) > 0:
+            # Again where ours was not called: a signal that comes just before an endless wait does not end that.
+            if not is_told or not self._is_leaving and signal.getsignal(signal.SIGTERM) == self._leave:
+                is_told = True
+                if _WINDOWS:
+                    _thread.interrupt_main(signal.SIGTERM)
+                else:
+                    signal.pthread_kill(cast(int, threading.main_thread().ident), signal.SIGTERM)
+            with contextlib.suppress(queue.Empty):
+                order = self._events.get(timeout=min(left, _SIGNAL_LOOK_S))
         os._exit(_EXIT_KILLED)
 
 
@@ -10896,9 +10915,6 @@ _LAST_LOG_S = 1.0
 
 #: Seconds between two looks whether a worker process has noted its fork functions.
 _FORKS_POLL_S = 0.05
-
-#: And whether a signal has come.
-_SIGNAL_LOOK_S = 0.5
 
 
 class _Child:

@@ -132,3 +132,17 @@ def test_it_is_gone_after_a_message_that_was_skipped_before_it_ran(broker, worke
 
 def test_a_direct_call_has_no_message(broker):
     assert dramalite.actor(current_id, actor_name="work")() is None
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt, SystemExit])
+def test_a_drain_that_is_interrupted_forgets_its_message(broker, end):
+    class Interrupt(dramalite.Middleware):
+        def after_process_message(self, broker, message, *, result=None, exception=None):
+            raise end
+
+    broker.add_middleware(Interrupt(), after=CurrentMessage)
+    dramalite.actor(lambda: None, actor_name="work").send()
+    with pytest.raises((KeyboardInterrupt, RuntimeError)):  # A hook's SystemExit costs the message, and no more.
+        broker.drain()
+
+    assert CurrentMessage.get_current_message() is None
