@@ -104,12 +104,13 @@ import time
 import traceback
 import types
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Mapping
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, NoReturn, ParamSpec, TypeVar, cast, overload
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, NoReturn, ParamSpec, TypeVar, cast, overload
 
 if TYPE_CHECKING:
     import argparse
     import asyncio
+    import concurrent.futures
     import random
     import socket
     import sqlite3
@@ -1892,6 +1893,26 @@ def async_to_sync(fn: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, _R]
     return run
 
 
+#: Threads that wait for the database on behalf of coroutines, at most.
+_MOST_THREADS = 8
+
+
+@functools.cache
+def _threads() -> concurrent.futures.ThreadPoolExecutor:
+    """These threads; asyncio's own may all be busy with what the program gives them."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(_MOST_THREADS, "dramalite-thread")
+
+
+async def _run_in_thread(fn: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwargs) -> _R:
+    """Call a function in one of them, with the context of the coroutine that awaits it."""
+    import asyncio
+
+    call = functools.partial(contextvars.copy_context().run, fn, *args, **kwargs)
+    return await asyncio.get_running_loop().run_in_executor(_threads(), call)
+
+
 # ------------------------------------------------------------------------------------------
 # Actors
 #
@@ -2032,7 +2053,9 @@ class Actor(Generic[_P, _R]):
         module = getattr(fn, "__module__", None) or "_"
         self.logger = get_logger(module, actor_name)
         #: The function if it is `async def`; workers then run it without holding a thread.
-        self.coroutine_fn = function if _is_coroutine_function(function) else None
+        self.coroutine_fn: Callable[_P, Coroutine[Any, Any, _R]] | None = (
+            function if _is_coroutine_function(function) else None
+        )
         self.fn: Callable[_P, _R] = fn if self.coroutine_fn is None else async_to_sync(function)
         self._made_fn = self.fn  # Somebody may put another one in its place.
         self.broker = broker
@@ -2051,8 +2074,8 @@ class Actor(Generic[_P, _R]):
         if self.actor_name in broker.actors:
             raise ValueError(f"An actor named {self.actor_name!r} is already registered.")
 
-    def message(self, *args: _P.args, **kwargs: _P.kwargs) -> Message[_R]:
-        """Make a message without sending it."""
+    def message(self, *args: Any, **kwargs: Any) -> Message[_R]:
+        """Make a message without sending it; what a step before it in a pipeline gives is not among the arguments."""
         return self.message_with_options(args=args, kwargs=kwargs)
 
     def message_with_options(
@@ -2116,12 +2139,29 @@ class Actor(Generic[_P, _R]):
         return self.broker.enqueue(message, delay=delay)
 
     async def send_async(self, *args: _P.args, **kwargs: _P.kwargs) -> Message[_R]:
-        """send() for coroutines: the event loop goes on while the message is stored."""
-        import asyncio
+        """send() for coroutines: the event loop goes on while the message is stored.
 
+        Where it is cancelled meanwhile, the message may be sent all the same.
+        """
+        return await self._call_async(functools.partial(self.send, *args, **kwargs))
+
+    async def send_with_options_async(
+        self,
+        *,
+        args: Iterable[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+        delay: int | timedelta | None = None,
+        **options: Any,
+    ) -> Message[_R]:
+        """send_with_options() for coroutines, as send_async() is send()."""
+        return await self._call_async(
+            functools.partial(self.send_with_options, args=args, kwargs=kwargs, delay=delay, **options)
+        )
+
+    async def _call_async(self, send: Callable[[], Message[_R]]) -> Message[_R]:
         if self.broker.clock.is_virtual:  # A thread's time is not that of the simulation.
-            return self.send(*args, **kwargs)
-        return await asyncio.to_thread(self.send, *args, **kwargs)
+            return send()
+        return await _run_in_thread(send)
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         """Run the function here and now: no message, no middleware, no retries."""
@@ -2288,10 +2328,14 @@ class GenericActor(metaclass=_GenericActorMeta):
     has.  `Meta.abstract = True` makes a base class of it instead of an actor.
     """
 
-    class Meta:
-        """Options of the actor, as keyword arguments of `actor`; None means the default."""
+    if TYPE_CHECKING:
+        Meta: ClassVar[Any]  # Not a class, which those of subclasses would have to inherit from.
+    else:
 
-        abstract = True
+        class Meta:
+            """Options of the actor, as keyword arguments of `actor`; None means the default."""
+
+            abstract = True
 
     @property
     def __name__(self) -> Any:
@@ -3667,9 +3711,15 @@ class _UsedFile:
         self.identity = _file_identity(self.descriptor)
         self.users = 0
 
-    def has_log(self) -> bool:
-        """Tell whether the database has a log, and no other journal: by the two versions in its header."""
-        return os.pread(self.descriptor, 2, 18) == b"\2\2"
+    def lock(self) -> bool:
+        """Lock it, if it has a log, by the two versions in its header: else it could not be written to any more."""
+        try:
+            has_log = os.pread(self.descriptor, 2, 18) == b"\2\2"
+            if has_log:
+                _lock_for_descriptor(self.descriptor, *_USED_PART, is_locked=True)
+        except OSError:
+            return False
+        return has_log
 
     def is_open(self) -> bool:
         """Tell whether no job has closed the descriptor, whose number may be another file's by now."""
@@ -3697,19 +3747,19 @@ def _mark_used(path: str) -> _Identity:
         if file is None or not file.is_open():
             file = _UsedFile(path)
             _used_files[file.identity] = file
-        if not file.users:
-            if not file.has_log():
-                return None  # It could not be written to any more.
-            _lock_for_descriptor(file.descriptor, *_USED_PART, is_locked=True)
-        file.users += 1
-        return file.identity
+        file.users += 1  # First: a finalizer that runs meanwhile lets go of what has no user.
+        if file.users > 1 or file.lock():
+            return file.identity
+        file.users -= 1
     return None
 
 
 def _unmark_used(identity: _Identity, *, keeps_log: bool) -> None:
     """Take one mark back; with `keeps_log` so that this process, too, deletes no log before it has left the file."""
     with _used_files_lock:
-        file = _used_files[identity]
+        file = _used_files.get(identity)
+        if file is None or not file.users:
+            return  # A job that closed all descriptors had the count begin anew.
         file.users -= 1
         if not file.users and not keeps_log:
             file.unlock()
@@ -3719,8 +3769,9 @@ def _let_go_of_unused() -> None:
     """Close the descriptors of ours that nobody uses, where SQLite has no locks that would go with them."""
     with _used_files_lock:
         for identity, file in list(_used_files.items()):
-            if not file.users and _descriptors(identity) <= {file.descriptor}:
-                _used_files.pop(identity).close()
+            is_free = not file.users and _descriptors(identity) <= {file.descriptor}
+            if is_free and _used_files.pop(identity, None) is not None:  # Or a finalizer was quicker.
+                file.close()
 
 
 @atexit.register
@@ -3779,7 +3830,7 @@ class _Connections:
         self._moving_lock = threading.RLock()  # Held where SQLite works without _lock.
         self._is_writing = False  # A thread that holds _lock is inside a write.
         self._is_cut_off = False  # A fork came in between, whose child would wait for that write in vain.
-        self._watchers = 0
+        self._watchers: dict[str | None, set[Any]] = {}  # Who waits for changes: see _WatchedDatabase.
         self._is_place_checked = False
         self._page_size = _PAGE_SIZE
         _databases.add(self)
@@ -4035,7 +4086,7 @@ class _Connections:
         elif self._slots is not None:
             self._slots.guard = self._lock
         self._is_writing = False
-        self._watchers = 0
+        self._watchers = {}
 
     # Transactions.
 
@@ -4417,7 +4468,7 @@ class _Database(_LoggedDatabase):
         except BrokerError as error:
             _report_orphans(error)
 
-    def notify(self) -> None:
+    def notify(self, ended: Collection[str] | None = ()) -> None:
         """Called after each write, while somebody watches."""
 
     @_uninterrupted
@@ -4439,8 +4490,48 @@ class _Database(_LoggedDatabase):
 # and limits wake those that watch: threads and coroutines of this process at once, those of
 # other processes by a ring to a listening thread there.
 # ------------------------------------------------------------------------------------------
-#: Seconds between looks for what is announced by rings, which may get lost.
+#: Seconds between looks for what is announced by rings, which may get lost; and between looks of each that waits
+#: for a message, whose end it is told.
 _WATCH_POLL_S = 0.25
+_LONG_WATCH_POLL_S = 2.0
+
+#: So many that wait look as often as one; more take turns, or looking would be all that is done.
+_MANY_WATCHERS = 16
+
+#: After so many looks, with nobody waiting and nothing heard, the listener ends.
+_QUIET_LOOKS = 4
+
+#: Seconds from which the question whether a message can still end counts as slow: a tenth of the time at most
+#: goes to it then.
+_SLOW_ASK_S = 0.005
+
+#: Milliseconds that the clock may have been set back between making and sending a message.
+_CLOCK_SLACK_MS = 1000
+
+#: Of messages that are waited for, those that have results now; and those that do not wait or run any more.
+_HAVE_RESULTS = """
+    SELECT DISTINCT message_id FROM dramalite_results WHERE message_id IN (SELECT value FROM json_each(?))"""
+_ARE_GONE = """
+    SELECT value FROM json_each(?) EXCEPT SELECT message_id FROM dramalite_messages WHERE id >= ?"""
+
+
+class _Watcher:
+    """One that waits for changes; of messages only, if it can tell which."""
+
+    def __init__(
+        self, wake: Callable[[], object], find_messages: Callable[[], tuple[str, str | None]] | None
+    ) -> None:
+        self.wake = wake
+        self._find_messages = find_messages
+        self.keys: tuple[str | None, ...] = ()  # In _watchers.
+        self.carrier: str | None = None  # The message that is to end, or to send another one.
+
+    def find_keys(self) -> tuple[str | None, ...]:
+        """The ids of the messages whose ends concern it by now; (None,) for all changes."""
+        if self._find_messages is None:
+            return (None,)
+        message_id, self.carrier = self._find_messages()
+        return (message_id,) if self.carrier in (None, message_id) else (message_id, self.carrier)
 
 
 class _WatchedDatabase(_Database):
@@ -4450,19 +4541,16 @@ class _WatchedDatabase(_Database):
         super().__init__(path, durability, clock)
         self._bits: dict[tuple[str, str], int] = {}
         self._slots_looked_for_at = 0.0
-        self.changed = threading.Condition()  # Guards all below, and _watchers.
-        self._changes = 0  # How often those that watch were notified.
-        self._callbacks: list[Callable[[], object]] = []  # For those that can't wait in a thread.
+        self.watch_lock = threading.RLock()  # Guards all below, and _watchers.
         self._is_listening = False  # Whether a thread hears of other processes' commits.
 
     def forget(self) -> None:
         super().forget()
-        self.changed = threading.Condition()
-        self._callbacks = []
+        self.watch_lock = threading.RLock()
         self._is_listening = False
 
     def locks(self) -> list[Any]:
-        return [*super().locks(), self.changed]
+        return [*super().locks(), self.watch_lock]
 
     # Waking workers.
 
@@ -4505,15 +4593,13 @@ class _WatchedDatabase(_Database):
 
     # Watching.
 
-    def notify(self) -> None:
-        """Wake those that watch in this process."""
-        with self.changed:
-            self._changes += 1
-            self.changed.notify_all()
-            callbacks, self._callbacks = self._callbacks, []
-        for callback in callbacks:
-            with contextlib.suppress(RuntimeError):  # Its event loop was closed.
-                callback()
+    def notify(self, ended: Collection[str] | None = ()) -> None:
+        """Wake those of this process that wait for any change, or for one of these messages; all if None."""
+        with self.watch_lock:
+            keys = list(self._watchers) if ended is None else (None, *ended)
+            woken = {watcher for key in keys for watcher in self._watchers.get(key, ())}
+        for watcher in woken:
+            watcher.wake()
 
     def _announce(self) -> None:
         """Ring for those that wait elsewhere for outcomes."""
@@ -4524,82 +4610,121 @@ class _WatchedDatabase(_Database):
             except ValueError:
                 return  # Closed by another thread just now.
 
-    def watch(self, is_done: Callable[[], bool], timeout_s: float | None, is_announced: bool = True) -> bool:
+    def watch(
+        self, is_done: Callable[[], bool], timeout_s: float | None, is_announced: bool = True,
+        find_messages: Callable[[], tuple[str, str | None]] | None = None,
+    ) -> bool:  # fmt: skip
         """Wait until is_done(), looked at again after each change; tell whether it came true.
 
         Changes by this process are noticed at once, and so are those of workers elsewhere: they
         ring for outcomes and limits.  What is not announced by a ring is seen within 20 ms.
+        Only the end of one message is waited for with `find_messages`, which gives its id and
+        that of the message which it may come from, the same or one before it, as last seen.
         """
         if (clock := self._clock()).is_virtual:
             return clock.wait_for(is_done, timeout_s)
         deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
-        nap = 2e-3
-        with self._watching(is_announced) as must_listen:
-            if must_listen:
+        bell = _Bell()
+        watcher = _Watcher(bell.ring, find_messages)
+        try:
+            self._follow(watcher)
+            if is_announced:
                 self._start_listening()
-            while True:
-                seen = self._changes
+            for look in itertools.count():
                 if is_done():
                     return True
-                hears = is_announced and (self._is_listening or self.path is None)
-                left = _WATCH_POLL_S if hears else nap
-                nap = min(nap * 1.5, 0.02)
+                if self._follow(watcher):
+                    continue  # It may have ended meanwhile.
+                left = self._pause_s(look, is_announced, watcher)
                 if deadline is not None:
                     left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
                 if left <= 0:
                     return False
-                with self.changed:
-                    if self._changes == seen:
-                        self.changed.wait(left)
+                until = _SYSTEM_CLOCK.monotonic() + left
+                while not bell.wait(min(left, _WATCH_POLL_S)):  # Between two of these it can be interrupted.
+                    left = until - _SYSTEM_CLOCK.monotonic()
+                    if left <= 0:
+                        break
+        finally:
+            self._leave(watcher)
+        raise AssertionError  # There is always another look.
 
-    async def watch_async(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
-        """watch() for a coroutine; is_done() runs in a thread of asyncio's pool."""
+    async def watch_async(
+        self, is_done: Callable[[], bool], timeout_s: float | None,
+        find_messages: Callable[[], tuple[str, str | None]] | None = None,
+    ) -> bool:  # fmt: skip
+        """watch() for a coroutine; is_done() runs in a thread of ours."""
         import asyncio
 
         if (clock := self._clock()).is_virtual:
             return await clock.wait_for_async(is_done, timeout_s)
         deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
-        nap = 2e-3
-        with self._watching(is_announced=True) as must_listen:
-            if must_listen:  # It may be cancelled before that begins.
-                await asyncio.to_thread(self._start_listening)
-            while True:
-                event = asyncio.Event()
-                callback = functools.partial(loop.call_soon_threadsafe, event.set)
-                with self.changed:
-                    self._callbacks.append(callback)
-                try:
-                    if await asyncio.to_thread(is_done):
-                        return True
-                    left = _WATCH_POLL_S if self._is_listening or self.path is None else nap
-                    nap = min(nap * 1.5, 0.02)
-                    if deadline is not None:
-                        left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
-                    if left <= 0:
-                        return False
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(event.wait(), left)
-                finally:
-                    with self.changed:
-                        if callback in self._callbacks:
-                            self._callbacks.remove(callback)
+        event = asyncio.Event()
 
-    @contextlib.contextmanager
-    def _watching(self, is_announced: bool) -> Iterator[bool]:
-        """Count one more that watches meanwhile; gives whether it is to start the listener."""
-        with self.changed:
-            self._watchers += 1
-            must_listen = is_announced and self.path is not None and not self._is_listening
+        def wake() -> None:
+            with contextlib.suppress(RuntimeError):  # The event loop was closed.
+                loop.call_soon_threadsafe(event.set)
+
+        watcher = _Watcher(wake, find_messages)
         try:
-            yield must_listen
+            self._follow(watcher)
+            if self._must_listen():
+                await _run_in_thread(self._start_listening)
+            for look in itertools.count():
+                event.clear()
+                if await _run_in_thread(is_done):
+                    return True
+                if self._follow(watcher):
+                    continue
+                left = self._pause_s(look, True, watcher)
+                if deadline is not None:
+                    left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
+                if left <= 0:
+                    return False
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(event.wait(), left)
         finally:
-            with self.changed:
-                self._watchers -= 1
+            self._leave(watcher)
+        raise AssertionError
+
+    def _follow(self, watcher: _Watcher) -> bool:
+        """Have a watcher woken for what concerns it by now; tell whether that is more than before."""
+        keys = watcher.find_keys()
+        if keys == watcher.keys:
+            return False
+        with self.watch_lock:
+            self._leave(watcher)
+            watcher.keys = keys
+            for key in keys:
+                self._watchers.setdefault(key, set()).add(watcher)
+        return True
+
+    def _leave(self, watcher: _Watcher) -> None:
+        with self.watch_lock:
+            for key in watcher.keys:
+                watchers = self._watchers[key]
+                watchers.discard(watcher)
+                if not watchers:
+                    del self._watchers[key]
+            watcher.keys = ()
+
+    def _pause_s(self, look: int, is_announced: bool, watcher: _Watcher) -> float:
+        """Seconds until a watcher looks again where nothing wakes it."""
+        if not is_announced or not (self._is_listening or self.path is None):
+            pause_s = min(2e-3 * 1.5 ** min(look, 20), 0.02)
+        else:
+            pause_s = _WATCH_POLL_S if watcher.keys == (None,) else _LONG_WATCH_POLL_S
+        count = max(len(self._watchers), len(self._watchers.get(None, ())))
+        return pause_s * max(1.0, count / _MANY_WATCHERS)
+
+    def _must_listen(self) -> bool:
+        return self.path is not None and not self._is_listening
 
     def _start_listening(self) -> None:
-        with self.changed:
-            if self._is_listening:
+        """Have a thread hear of what other processes write, if none does yet."""
+        with self.watch_lock:
+            if not self._must_listen():
                 return
             self._is_listening = True
         slot = None
@@ -4616,19 +4741,41 @@ class _WatchedDatabase(_Database):
                 raise  # Without a slot, a side file or a thread, those that watch look themselves.
 
     def _listen(self, slot: _Slot) -> None:
-        """Pass on, while somebody watches, the rings of workers in other processes."""
+        """Wake those that watch, while somebody does, for what workers in other processes ring for."""
+        quiet = 0
+        may_ask_at = 0.0
         try:
             while slot.slots.is_held() and slot.slots.is_current():
-                slot.sleep_until(_FOREVER)  # Said before the look that notify() causes.
-                self.notify()
-                if not slot.bell.wait(1.0):
-                    with self.changed:
-                        if not self._watchers:
-                            self._is_listening = False
-                            break
+                slot.sleep_until(_FOREVER)  # Said before the look.
+                started = _SYSTEM_CLOCK.monotonic()
+                self.notify(self._ended_elsewhere(started >= may_ask_at))
+                taken = _SYSTEM_CLOCK.monotonic() - started
+                if started >= may_ask_at and taken > _SLOW_ASK_S:
+                    may_ask_at = started + 10 * taken
+                _SYSTEM_CLOCK.sleep(4 * taken)  # Or looking would be all that is done where others do much.
+                heard = slot.bell.wait(_WATCH_POLL_S)
+                with self.watch_lock:
+                    quiet = 0 if heard or self._watchers else quiet + 1
+                    if quiet > _QUIET_LOOKS:
+                        self._is_listening = False
+                        break
         finally:
             self._is_listening = False
             slot.release()
+
+    def _ended_elsewhere(self, may_ask: bool) -> Collection[str] | None:
+        """Which of the messages that are waited for have results, or with `may_ask` have gone; None if not known."""
+        with self.watch_lock:
+            ids = [key for key in self._watchers if key is not None]
+            carriers = {watcher.carrier for key in ids for watcher in self._watchers[key]} - {None}
+        try:
+            ended = self._read(_HAVE_RESULTS, (json.dumps(ids),)) if ids else []
+            if carriers and may_ask:
+                since_ms = min(_time_of_message_id(cast(str, carrier)) for carrier in carriers) - _CLOCK_SLACK_MS
+                ended += self._read(_ARE_GONE, (json.dumps(list(carriers)), since_ms * 1000))
+        except BrokerError:  # Those that wait meet it as well, and tell of it.
+            return None
+        return [message_id for (message_id,) in ended]
 
 
 # ------------------------------------------------------------------------------------------
@@ -4645,6 +4792,8 @@ class _ValueDatabase(_WatchedDatabase):
     def store(self, statement: str, values: tuple[Any, ...]) -> None:
         """Run one write statement as a transaction of its own."""
         self._write("send", lambda connection: self._patiently(connection.execute, statement, values))
+        if statement == _STORE_RESULT:
+            self.notify(values[:1])
         self._announce()
 
     def result(self, message_id: str, key: str) -> bytes | None:
@@ -4937,6 +5086,7 @@ def _after_fork_in_child() -> None:
     while _used_files:  # Their locks are the parent's.
         _used_files.popitem()[1].close()
     _locked_for_fork.locks.clear()
+    _threads.cache_clear()
     _SideFile.forget_all()
     _interrupt_lock, _event_loop_lock, _broker_lock = [threading.RLock() for _ in range(3)]
     _interruptible.clear()
@@ -5017,9 +5167,14 @@ class _Engine(_SenderDatabase):
 
     def _tell_of(self, outcomes: list[_Outcome]) -> None:
         """Wake those who wait for what came of messages."""
+        ended = []
         for outcome in outcomes:
+            ended.append(outcome.row.message_id)
+            ended += [values[0] for statement, values in outcome.effects if statement == _STORE_RESULT]
             for due_ms, bit in outcome.wakes:
                 self._wake(due_ms, bit)
+        if self._watchers:
+            self.notify(ended)
         if outcomes:
             self._announce()
 
@@ -5180,8 +5335,8 @@ class _Engine(_SenderDatabase):
         """Tell whether messages of a queue wait, are delayed or run."""
         return bool(self._read(_IS_BUSY, {"queue": queue})[0][0])
 
-    def body_with(self, message_id: str, sent_ms: int, *, in_all: bool) -> bytes | None:
-        """The stored message that is still to be run, or holds the one that is as a later step; None if none.
+    def carrier_of(self, message_id: str, sent_ms: int, *, in_all: bool) -> tuple[str | None, bytes]:
+        """Id and body of the stored message that is this one, or holds it as a later step; None if there is none.
 
         One that was sent after a time (ms since 1970) is found without a look at the whole table, which
         comes last, and only for `in_all`.
@@ -5190,10 +5345,10 @@ class _Engine(_SenderDatabase):
         conditions = [("message_id = ?", message_id), *(("instr(body, ?)", text) for text in texts)]
         for since in (sent_ms * 1000, 0) if in_all else (sent_ms * 1000,):
             for condition, value in conditions:
-                sql = f"SELECT body FROM dramalite_messages WHERE id >= ? AND {condition} LIMIT 1"
-                if rows := self._read(sql, (since, value)):
-                    return cast(bytes, rows[0][0])
-        return None
+                sql = f"FROM dramalite_messages WHERE id >= ? AND {condition} LIMIT 1"
+                if rows := self._read(f"SELECT CAST(message_id AS TEXT), body {sql}", (since, value)):
+                    return cast("tuple[str, bytes]", rows[0])
+        return None, b""
 
     def bodies(self) -> list[tuple[bytes, int]]:
         """The messages that wait or run, in their order, then those that are delayed; each with
@@ -5230,6 +5385,7 @@ class _Engine(_SenderDatabase):
         rows = self._write(
             "send", lambda connection: self._patiently(connection.execute, sql, (queue,)).fetchall()
         )
+        self.notify(None)
         return [body for (body,) in rows]
 
     # House-keeping.
@@ -5243,6 +5399,7 @@ class _Engine(_SenderDatabase):
                 connection.execute(statement, {"queue": queue})
 
         self._commit("send", drop)
+        self.notify(None)
 
     def prune(self) -> None:
         """Delete, some at a time, what has been kept for long enough."""
@@ -5391,9 +5548,10 @@ class ResultBackend:
 
         await asyncio.to_thread(self._wait, search, timeout)
 
-    def _why_never(self, message: Any) -> str | None:
-        """Why there will never be a result that is not there now; None if it may still come."""
-        return None
+    def _prospects(self, message: Any) -> tuple[str | None, str | None]:
+        """Why there will never be a result that is not there now, or None; and else what it may come from, if known:
+        the id of the message, or of an earlier step."""
+        return None, None
 
     def _hint(self, message: Any) -> str:
         """What may be the reason where there is no result in time."""
@@ -5412,10 +5570,6 @@ class ResultBackend:
         raise NotImplementedError
 
 
-#: Seconds from which the question whether a result can still come counts as slow.
-_SLOW_ASK_S = 0.005
-
-
 class _ResultSearch:
     """Looks for one result until it is found or known never to come."""
 
@@ -5425,7 +5579,12 @@ class _ResultSearch:
         self._key = backend._key(message)
         self._value: Any = Missing
         self._why_never: str | None = None
+        self._carrier: str | None = None  # The message that it may come from, by its id: this or an earlier step.
         self._asks_at = 0.0  # When to ask again whether it can still come.
+
+    def messages(self) -> tuple[str, str | None]:
+        """The ids of the message and of its carrier, None if that is not known."""
+        return self._message.message_id, self._carrier
 
     def is_over(self) -> bool:
         """Look; asking whether it can still come, where slow, takes a tenth of the time at most."""
@@ -5435,7 +5594,7 @@ class _ResultSearch:
         asked_at = _SYSTEM_CLOCK.monotonic()
         if asked_at < self._asks_at:
             return False
-        why = self._backend._why_never(self._message)
+        why, self._carrier = self._backend._prospects(self._message)
         now = _SYSTEM_CLOCK.monotonic()
         if now > asked_at + _SLOW_ASK_S:
             self._asks_at = now + 10 * (now - asked_at)
@@ -5481,10 +5640,10 @@ class SQLiteResultBackend(ResultBackend):
         self.broker._write(_STORE_RESULT, (*key, self.encoder.encode(value), expires_at))
 
     def _wait(self, search: _ResultSearch, timeout: int) -> None:
-        self.broker._engine.watch(search.is_over, timeout / 1000)
+        self.broker._engine.watch(search.is_over, timeout / 1000, find_messages=search.messages)
 
     async def _wait_async(self, search: _ResultSearch, timeout: int) -> None:
-        await self.broker._engine.watch_async(search.is_over, timeout / 1000)
+        await self.broker._engine.watch_async(search.is_over, timeout / 1000, search.messages)
 
     def _hint(self, message: Any) -> str:
         is_here = getattr(message, "_broker", None) is self.broker
@@ -5495,32 +5654,32 @@ class SQLiteResultBackend(ResultBackend):
         """Tell whether the result of a message with these options is kept."""
         return any(item.concerns(options) for item in self.broker.middleware if isinstance(item, Results))
 
-    def _why_never(self, message: Any) -> str | None:
+    def _prospects(self, message: Any) -> tuple[str | None, str | None]:
         broker = self.broker
         if getattr(message, "_broker", None) not in (None, broker):
-            return None  # It is elsewhere; only its result is to come here.
+            return None, None  # It is elsewhere; only its result is to come here.
         actor = broker.actors.get(message.actor_name)
         options = None if actor is None else {**actor.options, **message.options}
         must_store = options is None or self._keeps(options)
         sent_ms = _time_of_message_id(message.message_id) - _CLOCK_SLACK_MS
         # All is looked at for a clock that was set back meanwhile, which takes long.
-        body = broker._engine.body_with(message.message_id, sent_ms, in_all=must_store)
-        if body is not None and options is not None:
+        carrier, body = broker._engine.carrier_of(message.message_id, sent_ms, in_all=must_store)
+        if carrier is not None and options is not None:
             must_store = self._keeps({**options, **_stored_options(body, message.message_id)})
         if not must_store:
-            return "its actor stores none; give the actor store_results=True."
-        if body is not None:
-            return None
+            return "its actor stores none; give the actor store_results=True.", None
+        if carrier is not None:
+            return None, carrier
         death = broker._engine.cause_of_death(message.message_id)
         if death is not None:
-            return f"it is a dead letter: {death}"
+            return f"it is a dead letter: {death}", None
         if type(get_encoder()) not in (JSONEncoder, PickleEncoder):
-            return None  # As a later step, its id may stand in a message in another form.
+            return None, None  # As a later step, its id may stand in a message in another form.
         return (
             "it is not in the database. It has ended and its result was not kept or has expired, "
             "an earlier step of its pipeline failed, it was dropped from its queue, or it was "
             "never sent here."
-        )
+        ), None
 
 
 def _stored_options(body: bytes, message_id: str) -> dict[str, Any]:
@@ -5546,12 +5705,8 @@ class StubResultBackend(SQLiteResultBackend):
     def __init__(self, **options: Any) -> None:
         super().__init__(MemoryBroker(middleware=[]), **options)
 
-    def _why_never(self, message: Any) -> str | None:
-        return None  # The messages are elsewhere.
-
-
-#: Milliseconds that the clock may have been set back between making and sending a message.
-_CLOCK_SLACK_MS = 1000
+    def _prospects(self, message: Any) -> tuple[str | None, str | None]:
+        return None, None  # The messages are elsewhere.
 
 
 class Results(Middleware):
@@ -7500,7 +7655,7 @@ class SQLiteBroker(_EngineBroker):
         path: str | os.PathLike[str] = "dramalite.db",
         *,
         middleware: list[Middleware] | None = None,
-        durability: str = "full",
+        durability: Literal["full", "normal"] = "full",
         max_message_size: int = _MAX_MESSAGE_SIZE,
         max_crashes: int = 3,
         clock: Clock | None = None,

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import functools
 import gc
+import itertools
 import os
 import sqlite3
 import textwrap
@@ -1014,6 +1015,14 @@ def test_a_coroutine_sends_without_stopping_the_loop(broker):
     assert broker.pending() == [sent]
 
 
+def test_a_coroutine_sends_with_options(broker):
+    work = dramalite.actor(print, actor_name="work")
+    sent = asyncio.run(work.send_with_options_async(args=(1,), kwargs={"sep": ""}, delay=60_000, colour="red"))
+
+    assert (sent.args, sent.kwargs, sent.options["colour"]) == ((1,), {"sep": ""}, "red")
+    assert broker.assert_sent(work, args=(1,), delay=60_000) == broker.pending() == [sent]
+
+
 def test_what_cannot_be_sent_is_refused_where_it_is_awaited(broker):
     work = dramalite.actor(print, actor_name="work")
     with pytest.raises(TypeError, match="set"):
@@ -1053,6 +1062,51 @@ def test_a_coroutine_awaits_a_result(broker, worker):
         return await sent.get_result_async(timeout=PATIENCE)
 
     assert asyncio.run(main()) == 42
+
+
+def test_coroutines_send_and_await_results_while_the_threads_of_asyncio_are_all_busy(broker, worker):
+    double = dramalite.actor(lambda number: number * 2, actor_name="double", store_results=True)
+    worker(broker)
+    release = threading.Event()
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_default_executor(concurrent.futures.ThreadPoolExecutor(1))
+        busy = loop.run_in_executor(None, release.wait, DEADLINE)
+        try:
+            sent = await double.send_async(21)
+            return await sent.get_result_async(timeout=PATIENCE), busy.done()
+        finally:
+            release.set()
+            await busy
+
+    assert asyncio.run(main()) == (42, False)
+
+
+def test_coroutines_that_wait_for_results_do_not_look_at_the_end_of_each_other_message(broker, worker, monkeypatch):
+    double = dramalite.actor(lambda number: number * 2, actor_name="double", store_results=True)
+    worker(broker)
+    looks = itertools.count()
+    submit = concurrent.futures.ThreadPoolExecutor.submit
+
+    def count_and_submit(*args, **kwargs):
+        next(looks)
+        return submit(*args, **kwargs)
+
+    monkeypatch.setattr(concurrent.futures.ThreadPoolExecutor, "submit", count_and_submit)
+
+    async def main():
+        delayed = [double.send_with_options(args=(number,), delay=3_600_000) for number in range(50)]
+        waiting = [asyncio.create_task(message.get_result_async(timeout=3_600_000)) for message in delayed]
+        for number in range(40):
+            assert await double.send(number).get_result_async(timeout=PATIENCE) == 2 * number
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting)
+
+    asyncio.run(main())
+
+    assert next(looks) < 1000  # 40 times 50 if each looked at each end.
 
 
 def test_a_loop_goes_on_that_awaits_a_result_while_another_program_writes(make_file_broker, monkeypatch):
