@@ -3769,7 +3769,7 @@ def _let_go_of_unused() -> None:
     """Close the descriptors of ours that nobody uses, where SQLite has no locks that would go with them."""
     with _used_files_lock:
         for identity, file in list(_used_files.items()):
-            is_free = not file.users and _descriptors(identity) <= {file.descriptor}
+            is_free = not file.users and _descriptors(identity) == {file.descriptor}
             if is_free and _used_files.pop(identity, None) is not None:  # Or a finalizer was quicker.
                 file.close()
 
@@ -4703,10 +4703,10 @@ class _WatchedDatabase(_Database):
     def _leave(self, watcher: _Watcher) -> None:
         with self.watch_lock:
             for key in watcher.keys:
-                watchers = self._watchers[key]
+                watchers = self._watchers.get(key, set())  # None of a forked child's.
                 watchers.discard(watcher)
                 if not watchers:
-                    del self._watchers[key]
+                    self._watchers.pop(key, None)
             watcher.keys = ()
 
     def _pause_s(self, look: int, is_announced: bool, watcher: _Watcher) -> float:
@@ -4752,7 +4752,8 @@ class _WatchedDatabase(_Database):
                 taken = _SYSTEM_CLOCK.monotonic() - started
                 if started >= may_ask_at and taken > _SLOW_ASK_S:
                     may_ask_at = started + 10 * taken
-                _SYSTEM_CLOCK.sleep(4 * taken)  # Or looking would be all that is done where others do much.
+                # Or looking would be all that is done where others do much.
+                _SYSTEM_CLOCK.sleep(min(4 * taken, _WATCH_POLL_S))
                 heard = slot.bell.wait(_WATCH_POLL_S)
                 with self.watch_lock:
                     quiet = 0 if heard or self._watchers else quiet + 1
