@@ -3925,7 +3925,8 @@ class _Connections:
                 self._await_end_of_lost_log()
             _prepare_file(self.path)
             identity = _file_identity(self.path)
-            self._mark()
+            if not os.path.exists(_beside(self.path, "-journal")):  # Which nobody could roll back then.
+                self._mark()
         try:
             connection = sqlite3.connect(
                 ":memory:" if self.path is None else os.path.realpath(self.path) if _WINDOWS else self.path,
