@@ -553,6 +553,10 @@ class Clock:
         """Seconds that this process has spent on processors."""
         return time.process_time()
 
+    def thread_time(self) -> float:
+        """Seconds that this thread has spent on processors."""
+        return time.thread_time()
+
     def sleep(self, seconds: float) -> None:
         """Let that many seconds pass."""
         time.sleep(seconds)
@@ -1893,6 +1897,9 @@ def async_to_sync(fn: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, _R]
     return run
 
 
+#: Whether what runs was called, if not directly, by one of the threads below.
+_is_in_thread: contextvars.ContextVar[bool] = contextvars.ContextVar("_is_in_thread", default=False)
+
 #: Threads that wait for the database on behalf of coroutines, at most.
 _MOST_THREADS = 8
 
@@ -1909,7 +1916,11 @@ async def _run_in_thread(fn: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwar
     """Call a function in one of them, with the context of the coroutine that awaits it."""
     import asyncio
 
-    call = functools.partial(contextvars.copy_context().run, fn, *args, **kwargs)
+    if _is_in_thread.get():  # A hook's: all of ours may be busy with what waits for this.
+        return await asyncio.to_thread(fn, *args, **kwargs)
+    context = contextvars.copy_context()
+    context.run(_is_in_thread.set, True)
+    call = functools.partial(context.run, fn, *args, **kwargs)
     return await asyncio.get_running_loop().run_in_executor(_threads(), call)
 
 
@@ -3950,12 +3961,13 @@ class _Connections:
             self._identity = identity
             self._log_path = _beside(self.path, "-wal")
             self._index_path = _beside(self.path, "-shm")
-            self._index_identity = _file_identity(self._index_path)
+            index_identity = _file_identity(self._index_path)
             self._mark()  # Where that could not be done before.
             has_log = connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-            if has_log and _descriptors(identity) and not _descriptors(self._index_identity):
+            if has_log and _descriptors(identity) and not _descriptors(index_identity):
                 connection.close()
                 self._refuse_lost_log()
+            self._index_identity = index_identity
             if not self._is_place_checked:
                 self._is_place_checked = True
                 _warn_of_place(self.path)
@@ -4502,9 +4514,9 @@ _MANY_WATCHERS = 16
 #: After so many looks, with nobody waiting and nothing heard, the listener ends.
 _QUIET_LOOKS = 4
 
-#: Seconds from which the question whether a message can still end counts as slow: a tenth of the time at most
-#: goes to it then.
-_SLOW_ASK_S = 0.005
+#: Parts of the time that go to looks at most, and to the question which messages can still end.
+_LOOKING_PART = 0.2
+_ASKING_PART = 0.1
 
 #: Milliseconds that the clock may have been set back between making and sending a message.
 _CLOCK_SLACK_MS = 1000
@@ -4632,11 +4644,12 @@ class _WatchedDatabase(_Database):
             if is_announced:
                 self._start_listening()
             for look in itertools.count():
+                begun = _SYSTEM_CLOCK.monotonic()
                 if is_done():
                     return True
                 if self._follow(watcher):
                     continue  # It may have ended meanwhile.
-                left = self._pause_s(look, is_announced, watcher)
+                left = self._pause_s(look, is_announced, watcher, _SYSTEM_CLOCK.monotonic() - begun)
                 if deadline is not None:
                     left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
                 if left <= 0:
@@ -4664,8 +4677,10 @@ class _WatchedDatabase(_Database):
         event = asyncio.Event()
 
         def wake() -> None:
-            with contextlib.suppress(RuntimeError):  # The event loop was closed.
+            try:
                 loop.call_soon_threadsafe(event.set)
+            except RuntimeError:  # The event loop was closed: nobody waits any more.
+                self._leave(watcher)
 
         watcher = _Watcher(wake, find_messages)
         try:
@@ -4674,11 +4689,12 @@ class _WatchedDatabase(_Database):
                 await _run_in_thread(self._start_listening)
             for look in itertools.count():
                 event.clear()
+                begun = _SYSTEM_CLOCK.monotonic()
                 if await _run_in_thread(is_done):
                     return True
                 if self._follow(watcher):
                     continue
-                left = self._pause_s(look, True, watcher)
+                left = self._pause_s(look, True, watcher, _SYSTEM_CLOCK.monotonic() - begun)
                 if deadline is not None:
                     left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
                 if left <= 0:
@@ -4710,32 +4726,34 @@ class _WatchedDatabase(_Database):
                     self._watchers.pop(key, None)
             watcher.keys = ()
 
-    def _pause_s(self, look: int, is_announced: bool, watcher: _Watcher) -> float:
-        """Seconds until a watcher looks again where nothing wakes it."""
+    def _pause_s(self, look: int, is_announced: bool, watcher: _Watcher, taken: float) -> float:
+        """Seconds until a watcher, whose last look took so long, looks again where nothing wakes it."""
         if not is_announced or not (self._is_listening or self.path is None):
             pause_s = min(2e-3 * 1.5 ** min(look, 20), 0.02)
         else:
             pause_s = _WATCH_POLL_S if watcher.keys == (None,) else _LONG_WATCH_POLL_S
         count = max(len(self._watchers), len(self._watchers.get(None, ())))
-        return pause_s * max(1.0, count / _MANY_WATCHERS)
+        return max(pause_s, taken / _ASKING_PART) * max(1.0, count / _MANY_WATCHERS)
 
     def _must_listen(self) -> bool:
         return self.path is not None and not self._is_listening
 
     def _start_listening(self) -> None:
         """Have a thread hear of what other processes write, if none does yet."""
-        with self.watch_lock:
-            if not self._must_listen():
-                return
-            self._is_listening = True
         slot = None
+        is_begun = False
         try:
+            with self.watch_lock:
+                if not self._must_listen():
+                    return
+                is_begun = self._is_listening = True
             slot = self.take_slot(_WATCHING, tracked=False)
             threading.Thread(
                 target=self._listen, args=(slot,), name="dramalite-listener", daemon=True
             ).start()
         except BaseException as error:
-            self._is_listening = False
+            if is_begun:
+                self._is_listening = False
             if slot is not None:
                 slot.release()
             if not isinstance(error, (BrokerError, OSError, RuntimeError)):
@@ -4748,14 +4766,16 @@ class _WatchedDatabase(_Database):
         try:
             while slot.slots.is_held() and slot.slots.is_current():
                 slot.sleep_until(_FOREVER)  # Said before the look.
-                started = _SYSTEM_CLOCK.monotonic()
-                self.notify(self._ended_elsewhere(started >= may_ask_at))
-                taken = _SYSTEM_CLOCK.monotonic() - started
-                if started >= may_ask_at and taken > _SLOW_ASK_S:
-                    may_ask_at = started + 10 * taken
+                now, begun = _SYSTEM_CLOCK.monotonic(), _SYSTEM_CLOCK.thread_time()
+                asks = now >= may_ask_at
+                self.notify(self._ended_elsewhere(asks))
+                taken = _SYSTEM_CLOCK.thread_time() - begun  # Without waits for locks.
+                if asks:
+                    may_ask_at = now + taken / _ASKING_PART
                 # Or looking would be all that is done where others do much.
-                _SYSTEM_CLOCK.sleep(min(4 * taken, _WATCH_POLL_S))
-                heard = slot.bell.wait(_WATCH_POLL_S)
+                _SYSTEM_CLOCK.sleep(taken / _LOOKING_PART - taken)
+                left = _WATCH_POLL_S if asks else may_ask_at - _SYSTEM_CLOCK.monotonic()
+                heard = slot.bell.wait(min(left, _WATCH_POLL_S))
                 with self.watch_lock:
                     quiet = 0 if heard or self._watchers else quiet + 1
                     if quiet > _QUIET_LOOKS:
@@ -5582,24 +5602,17 @@ class _ResultSearch:
         self._value: Any = Missing
         self._why_never: str | None = None
         self._carrier: str | None = None  # The message that it may come from, by its id: this or an earlier step.
-        self._asks_at = 0.0  # When to ask again whether it can still come.
 
     def messages(self) -> tuple[str, str | None]:
         """The ids of the message and of its carrier, None if that is not known."""
         return self._message.message_id, self._carrier
 
     def is_over(self) -> bool:
-        """Look; asking whether it can still come, where slow, takes a tenth of the time at most."""
+        """Look for it, and ask whether it can still come."""
         self._value = self._backend._get(self._key)
         if self._value is not Missing:
             return True
-        asked_at = _SYSTEM_CLOCK.monotonic()
-        if asked_at < self._asks_at:
-            return False
         why, self._carrier = self._backend._prospects(self._message)
-        now = _SYSTEM_CLOCK.monotonic()
-        if now > asked_at + _SLOW_ASK_S:
-            self._asks_at = now + 10 * (now - asked_at)
         if why is not None:  # It may have come between the two looks.
             self._value = self._backend._get(self._key)
             self._why_never = why

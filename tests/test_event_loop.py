@@ -1083,6 +1083,51 @@ def test_coroutines_send_and_await_results_while_the_threads_of_asyncio_are_all_
     assert asyncio.run(main()) == (42, False)
 
 
+def test_hooks_that_wait_for_coroutines_do_not_keep_those_from_being_sent(broker):
+    meeting = threading.Barrier(8)
+
+    class SendFirst(dramalite.Middleware):
+        def before_enqueue(self, broker, message, delay):
+            if message.actor_name == "outer":
+                with contextlib.suppress(threading.BrokenBarrierError):
+                    meeting.wait(DEADLINE)
+                asyncio.run(inner.send_async())
+
+    broker.add_middleware(SendFirst())
+    inner = dramalite.actor(print, actor_name="inner")
+    outer = dramalite.actor(print, actor_name="outer")
+
+    async def main():
+        await asyncio.gather(*[outer.send_async() for _ in range(8)])
+
+    asyncio.run(main())
+
+    assert sorted(message.actor_name for message in broker.pending()) == ["inner"] * 8 + ["outer"] * 8
+
+
+def test_nobody_listens_any_more_for_coroutines_whose_loop_was_closed(make_file_broker):
+    broker = make_file_broker()
+    work = dramalite.actor(print, actor_name="work", store_results=True)
+    loop = asyncio.new_event_loop()
+
+    def is_listening():
+        return any(thread.name == "dramalite-listener" for thread in threading.enumerate())
+
+    async def begin():
+        waiting = loop.create_task(work.send_with_options(delay=3_600_000).get_result_async(timeout=3_600_000))
+        while not is_listening():
+            await asyncio.sleep(0.002)
+        return waiting
+
+    waiting = loop.run_until_complete(begin())
+    loop.close()
+    broker.flush_all()
+
+    wait_until(lambda: not is_listening())
+    assert not waiting.done()
+    waiting._log_destroy_pending = False
+
+
 def test_coroutines_that_wait_for_results_do_not_look_at_the_end_of_each_other_message(broker, worker, monkeypatch):
     double = dramalite.actor(lambda number: number * 2, actor_name="double", store_results=True)
     worker(broker)
