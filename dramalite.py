@@ -1897,7 +1897,7 @@ def async_to_sync(fn: Callable[_P, Coroutine[Any, Any, _R]]) -> Callable[_P, _R]
     return run
 
 
-#: Whether what runs was called, if not directly, by one of the threads below.
+#: Whether what runs was called, directly or not, by one of the threads below.
 _is_in_thread: contextvars.ContextVar[bool] = contextvars.ContextVar("_is_in_thread", default=False)
 
 #: Threads that wait for the database on behalf of coroutines, at most.
@@ -3723,7 +3723,7 @@ class _UsedFile:
         self.users = 0
 
     def lock(self) -> bool:
-        """Lock it, if it has a log, by the two versions in its header: else it could not be written to any more."""
+        """Lock a database that has a log (its header tells); one with another journal could not be written to then."""
         try:
             has_log = os.pread(self.descriptor, 2, 18) == b"\2\2"
             if has_log:
@@ -3738,7 +3738,8 @@ class _UsedFile:
 
     def unlock(self) -> None:
         if self.is_open():
-            _lock_for_descriptor(self.descriptor, *_USED_PART, is_locked=False)
+            with contextlib.suppress(OSError):  # Where it can't be locked either.
+                _lock_for_descriptor(self.descriptor, *_USED_PART, is_locked=False)
 
     def close(self) -> None:
         if self.is_open():
@@ -3787,7 +3788,7 @@ def _let_go_of_unused() -> None:
 
 @atexit.register
 def _unmark_all() -> None:
-    """At the end Python may close SQLite's connections without that anybody is told before."""
+    """At the end Python may close SQLite's connections and tell nobody before."""
     with _used_files_lock:
         for file in _used_files.values():
             file.unlock()
@@ -4728,12 +4729,15 @@ class _WatchedDatabase(_Database):
 
     def _pause_s(self, look: int, is_announced: bool, watcher: _Watcher, taken: float) -> float:
         """Seconds until a watcher, whose last look took so long, looks again where nothing wakes it."""
+        waits_for_any = watcher.keys == (None,)
         if not is_announced or not (self._is_listening or self.path is None):
             pause_s = min(2e-3 * 1.5 ** min(look, 20), 0.02)
         else:
-            pause_s = _WATCH_POLL_S if watcher.keys == (None,) else _LONG_WATCH_POLL_S
-        count = max(len(self._watchers), len(self._watchers.get(None, ())))
-        return max(pause_s, taken / _ASKING_PART) * max(1.0, count / _MANY_WATCHERS)
+            pause_s = _WATCH_POLL_S if waits_for_any else _LONG_WATCH_POLL_S
+        if not waits_for_any:
+            pause_s = max(pause_s, min(taken / _ASKING_PART, _LONG_WATCH_POLL_S))
+        count = len(self._watchers.get(None, ()) if waits_for_any else self._watchers)
+        return pause_s * max(1.0, count / _MANY_WATCHERS)
 
     def _must_listen(self) -> bool:
         return self.path is not None and not self._is_listening
