@@ -1916,12 +1916,20 @@ async def _run_in_thread(fn: Callable[_P, _R], *args: _P.args, **kwargs: _P.kwar
     """Call a function in one of them, with the context of the coroutine that awaits it."""
     import asyncio
 
-    if _is_in_thread.get():  # A hook's: all of ours may be busy with what waits for this.
-        return await asyncio.to_thread(fn, *args, **kwargs)
+    if _is_in_thread.get():  # A hook's: all of these may be busy with what waits for this.
+        from concurrent.futures import ThreadPoolExecutor
+
+        threads, is_own = ThreadPoolExecutor(1, "dramalite-thread"), True
+    else:
+        threads, is_own = _threads(), False
     context = contextvars.copy_context()
     context.run(_is_in_thread.set, True)
     call = functools.partial(context.run, fn, *args, **kwargs)
-    return await asyncio.get_running_loop().run_in_executor(_threads(), call)
+    try:
+        return await asyncio.get_running_loop().run_in_executor(threads, call)
+    finally:
+        if is_own:
+            threads.shutdown(wait=False)
 
 
 # ------------------------------------------------------------------------------------------
@@ -3749,12 +3757,18 @@ class _UsedFile:
 _used_files: dict[_Identity, _UsedFile] = {}
 _used_files_lock = threading.RLock()
 
+#: Seconds to wait for that lock: a signal handler may have interrupted who holds it, and send by a database whose
+#: lock this thread holds.
+_PATIENCE_S = 1.0
+
 
 def _mark_used(path: str) -> _Identity:
     """Have other processes see that this one uses a database; its identity, or None if they can't."""
     if not _LOCKS_FOR_DESCRIPTORS:
         return None
-    with _used_files_lock, contextlib.suppress(OSError):
+    if not _used_files_lock.acquire(timeout=_PATIENCE_S):
+        return None  # The next connection does it.
+    try:
         file = _used_files.get(_file_identity(path))
         if file is None or not file.is_open():
             file = _UsedFile(path)
@@ -3763,27 +3777,39 @@ def _mark_used(path: str) -> _Identity:
         if file.users > 1 or file.lock():
             return file.identity
         file.users -= 1
+    except OSError:
+        pass
+    finally:
+        _used_files_lock.release()
     return None
 
 
 def _unmark_used(identity: _Identity, *, keeps_log: bool) -> None:
     """Take one mark back; with `keeps_log` so that this process, too, deletes no log before it has left the file."""
-    with _used_files_lock:
+    is_locked = _used_files_lock.acquire(timeout=_PATIENCE_S)  # If not, who holds it waits for this very thread.
+    try:
         file = _used_files.get(identity)
         if file is None or not file.users:
             return  # A job that closed all descriptors had the count begin anew.
         file.users -= 1
         if not file.users and not keeps_log:
             file.unlock()
+    finally:
+        if is_locked:
+            _used_files_lock.release()
 
 
 def _let_go_of_unused() -> None:
     """Close the descriptors of ours that nobody uses, where SQLite has no locks that would go with them."""
-    with _used_files_lock:
+    if not _used_files_lock.acquire(timeout=_PATIENCE_S):
+        return  # The next one does it.
+    try:
         for identity, file in list(_used_files.items()):
             is_free = not file.users and _descriptors(identity) == {file.descriptor}
             if is_free and _used_files.pop(identity, None) is not None:  # Or a finalizer was quicker.
                 file.close()
+    finally:
+        _used_files_lock.release()
 
 
 @atexit.register
@@ -4049,8 +4075,11 @@ class _Connections:
                 self._slots = None
 
     def __del__(self) -> None:
-        self._disconnect()  # From 3.13 on, Python warns of connections that are just dropped.
-        if self._slots is not None and not sys.is_finalizing():  # A frozen thread may hold its lock.
+        if sys.is_finalizing():  # A frozen thread may hold a lock.
+            self._close(self._connections)  # From 3.13 on, Python warns of those that are just dropped.
+            return
+        self._disconnect()
+        if self._slots is not None:
             self._slots.close()
 
     @_uninterrupted
@@ -4524,7 +4553,8 @@ _CLOCK_SLACK_MS = 1000
 
 #: Of messages that are waited for, those that have results now; and those that do not wait or run any more.
 _HAVE_RESULTS = """
-    SELECT DISTINCT message_id FROM dramalite_results WHERE message_id IN (SELECT value FROM json_each(?))"""
+    SELECT DISTINCT message_id FROM dramalite_results
+     WHERE message_id IN (SELECT value FROM json_each(?)) AND expires_at > ?"""
 _ARE_GONE = """
     SELECT value FROM json_each(?) EXCEPT SELECT message_id FROM dramalite_messages WHERE id >= ?"""
 
@@ -4548,6 +4578,12 @@ class _Watcher:
         return (message_id,) if self.carrier in (None, message_id) else (message_id, self.carrier)
 
 
+def _timed(is_done: Callable[[], bool]) -> tuple[bool, float]:
+    """What is_done() says, and the seconds that it took on a processor: without waits for locks."""
+    begun = _SYSTEM_CLOCK.thread_time()
+    return is_done(), _SYSTEM_CLOCK.thread_time() - begun
+
+
 class _WatchedDatabase(_Database):
     """A database whose changes workers and watchers hear of."""
 
@@ -4556,12 +4592,12 @@ class _WatchedDatabase(_Database):
         self._bits: dict[tuple[str, str], int] = {}
         self._slots_looked_for_at = 0.0
         self.watch_lock = threading.RLock()  # Guards all below, and _watchers.
-        self._is_listening = False  # Whether a thread hears of other processes' commits.
+        self._listener: object = None  # Stands for the thread that hears of other processes' commits, if one does.
 
     def forget(self) -> None:
         super().forget()
         self.watch_lock = threading.RLock()
-        self._is_listening = False
+        self._listener = None
 
     def locks(self) -> list[Any]:
         return [*super().locks(), self.watch_lock]
@@ -4645,12 +4681,12 @@ class _WatchedDatabase(_Database):
             if is_announced:
                 self._start_listening()
             for look in itertools.count():
-                begun = _SYSTEM_CLOCK.monotonic()
-                if is_done():
+                is_over, taken = _timed(is_done)
+                if is_over:
                     return True
                 if self._follow(watcher):
                     continue  # It may have ended meanwhile.
-                left = self._pause_s(look, is_announced, watcher, _SYSTEM_CLOCK.monotonic() - begun)
+                left = self._pause_s(look, is_announced, watcher, taken)
                 if deadline is not None:
                     left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
                 if left <= 0:
@@ -4690,12 +4726,12 @@ class _WatchedDatabase(_Database):
                 await _run_in_thread(self._start_listening)
             for look in itertools.count():
                 event.clear()
-                begun = _SYSTEM_CLOCK.monotonic()
-                if await _run_in_thread(is_done):
+                is_over, taken = await _run_in_thread(_timed, is_done)
+                if is_over:
                     return True
                 if self._follow(watcher):
                     continue
-                left = self._pause_s(look, True, watcher, _SYSTEM_CLOCK.monotonic() - begun)
+                left = self._pause_s(look, True, watcher, taken)
                 if deadline is not None:
                     left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
                 if left <= 0:
@@ -4728,9 +4764,9 @@ class _WatchedDatabase(_Database):
             watcher.keys = ()
 
     def _pause_s(self, look: int, is_announced: bool, watcher: _Watcher, taken: float) -> float:
-        """Seconds until a watcher, whose last look took so long, looks again where nothing wakes it."""
+        """Seconds until a watcher, whose last look took so much, looks again where nothing wakes it."""
         waits_for_any = watcher.keys == (None,)
-        if not is_announced or not (self._is_listening or self.path is None):
+        if not is_announced or self._must_listen():
             pause_s = min(2e-3 * 1.5 ** min(look, 20), 0.02)
         else:
             pause_s = _WATCH_POLL_S if waits_for_any else _LONG_WATCH_POLL_S
@@ -4740,42 +4776,55 @@ class _WatchedDatabase(_Database):
         return pause_s * max(1.0, count / _MANY_WATCHERS)
 
     def _must_listen(self) -> bool:
-        return self.path is not None and not self._is_listening
+        return self.path is not None and self._listener is None
 
     def _start_listening(self) -> None:
         """Have a thread hear of what other processes write, if none does yet."""
         slot = None
-        is_begun = False
+        listener = object()
         try:
             with self.watch_lock:
                 if not self._must_listen():
                     return
-                is_begun = self._is_listening = True
+                self._listener = listener
             slot = self.take_slot(_WATCHING, tracked=False)
             threading.Thread(
-                target=self._listen, args=(slot,), name="dramalite-listener", daemon=True
+                target=self._listen, args=(slot, listener), name="dramalite-listener", daemon=True
             ).start()
         except BaseException as error:
-            if is_begun:
-                self._is_listening = False
+            self._end_listening(listener)
             if slot is not None:
                 slot.release()
             if not isinstance(error, (BrokerError, OSError, RuntimeError)):
                 raise  # Without a slot, a side file or a thread, those that watch look themselves.
 
-    def _listen(self, slot: _Slot) -> None:
+    def _end_listening(self, listener: object) -> bool:
+        """Note that it listens no more; tell whether it did, and no other one does in its place."""
+        with self.watch_lock:
+            was_listening = self._listener is listener
+            if was_listening:
+                self._listener = None
+            return was_listening
+
+    def _listen(self, slot: _Slot, listener: object) -> None:
         """Wake those that watch, while somebody does, for what workers in other processes ring for."""
         quiet = 0
         may_ask_at = 0.0
+        is_lost = False
         try:
-            while slot.slots.is_held() and slot.slots.is_current():
+            while self._listener is listener:
+                slot.renew()
+                if not (slot.slots.is_held() and slot.slots.is_current() and slot.is_known()):
+                    is_lost = True
+                    break
                 slot.sleep_until(_FOREVER)  # Said before the look.
                 now, begun = _SYSTEM_CLOCK.monotonic(), _SYSTEM_CLOCK.thread_time()
-                asks = now >= may_ask_at
-                self.notify(self._ended_elsewhere(asks))
+                self.notify(self._ended_elsewhere(False))
                 taken = _SYSTEM_CLOCK.thread_time() - begun  # Without waits for locks.
-                if asks:
-                    may_ask_at = now + taken / _ASKING_PART
+                asks = now >= may_ask_at
+                if asks:  # Braked by itself: results are told of meanwhile.
+                    self.notify(self._ended_elsewhere(True))
+                    may_ask_at = now + (_SYSTEM_CLOCK.thread_time() - begun) / _ASKING_PART
                 # Or looking would be all that is done where others do much.
                 _SYSTEM_CLOCK.sleep(taken / _LOOKING_PART - taken)
                 left = _WATCH_POLL_S if asks else may_ask_at - _SYSTEM_CLOCK.monotonic()
@@ -4783,11 +4832,15 @@ class _WatchedDatabase(_Database):
                 with self.watch_lock:
                     quiet = 0 if heard or self._watchers else quiet + 1
                     if quiet > _QUIET_LOOKS:
-                        self._is_listening = False
+                        self._listener = None
                         break
         finally:
-            self._is_listening = False
+            has_failed = self._end_listening(listener)  # Else another one may listen by now.
             slot.release()
+            if has_failed:
+                if is_lost and self._watchers:
+                    self._start_listening()  # By the side file there is now.
+                self.notify(None)  # Or they would sleep on, as if somebody listened.
 
     def _ended_elsewhere(self, may_ask: bool) -> Collection[str] | None:
         """Which of the messages that are waited for have results, or with `may_ask` have gone; None if not known."""
@@ -4795,7 +4848,7 @@ class _WatchedDatabase(_Database):
             ids = [key for key in self._watchers if key is not None]
             carriers = {watcher.carrier for key in ids for watcher in self._watchers[key]} - {None}
         try:
-            ended = self._read(_HAVE_RESULTS, (json.dumps(ids),)) if ids else []
+            ended = self._read(_HAVE_RESULTS, (json.dumps(ids), self._clock().time_ms())) if ids else []
             if carriers and may_ask:
                 since_ms = min(_time_of_message_id(cast(str, carrier)) for carrier in carriers) - _CLOCK_SLACK_MS
                 ended += self._read(_ARE_GONE, (json.dumps(list(carriers)), since_ms * 1000))
