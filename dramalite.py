@@ -4819,11 +4819,13 @@ class _WatchedDatabase(_Database):
                     break
                 slot.sleep_until(_FOREVER)  # Said before the look.
                 now, begun = _SYSTEM_CLOCK.monotonic(), _SYSTEM_CLOCK.thread_time()
-                self.notify(self._ended_elsewhere(False))
+                self.notify(self._with_results())
                 taken = _SYSTEM_CLOCK.thread_time() - begun  # Without waits for locks.
                 asks = now >= may_ask_at
                 if asks:  # Braked by itself: results are told of meanwhile.
-                    self.notify(self._ended_elsewhere(True))
+                    gone = self._gone()
+                    if gone != []:
+                        self.notify(gone)
                     may_ask_at = now + (_SYSTEM_CLOCK.thread_time() - begun) / _ASKING_PART
                 # Or looking would be all that is done where others do much.
                 _SYSTEM_CLOCK.sleep(taken / _LOOKING_PART - taken)
@@ -4842,19 +4844,25 @@ class _WatchedDatabase(_Database):
                     self._start_listening()  # By the side file there is now.
                 self.notify(None)  # Or they would sleep on, as if somebody listened.
 
-    def _ended_elsewhere(self, may_ask: bool) -> Collection[str] | None:
-        """Which of the messages that are waited for have results, or with `may_ask` have gone; None if not known."""
+    def _with_results(self) -> list[str] | None:
+        """Which of the messages that are waited for have results; None if that can't be told."""
         with self.watch_lock:
-            ids = [key for key in self._watchers if key is not None]
-            carriers = {watcher.carrier for key in ids for watcher in self._watchers[key]} - {None}
+            ids = {key for key in self._watchers if key is not None}
+        return self._select_ids(_HAVE_RESULTS, ids, self._clock().time_ms())
+
+    def _gone(self) -> list[str] | None:
+        """Which of those that are to end, or to send the ones waited for, have ended; None if that can't be told."""
+        with self.watch_lock:
+            watchers = set().union(*self._watchers.values())
+        carriers = {watcher.carrier for watcher in watchers if watcher.carrier is not None}
+        since_ms = min(map(_time_of_message_id, carriers), default=0) - _CLOCK_SLACK_MS
+        return self._select_ids(_ARE_GONE, carriers, since_ms * 1000)
+
+    def _select_ids(self, sql: str, ids: set[str], value: int) -> list[str] | None:
         try:
-            ended = self._read(_HAVE_RESULTS, (json.dumps(ids), self._clock().time_ms())) if ids else []
-            if carriers and may_ask:
-                since_ms = min(_time_of_message_id(cast(str, carrier)) for carrier in carriers) - _CLOCK_SLACK_MS
-                ended += self._read(_ARE_GONE, (json.dumps(list(carriers)), since_ms * 1000))
+            return [message_id for (message_id,) in self._read(sql, (json.dumps(list(ids)), value))] if ids else []
         except BrokerError:  # Those that wait meet it as well, and tell of it.
             return None
-        return [message_id for (message_id,) in ended]
 
 
 # ------------------------------------------------------------------------------------------
