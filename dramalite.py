@@ -3862,7 +3862,7 @@ class _Connections:
         self._identity: _Identity = None  # Of the file that is open,
         self._index_identity: _Identity = None  # and of the index of its log, which goes where the log goes.
         self._log_path = self._index_path = ""
-        self._has_lost_log = False
+        self._has_log = self._has_lost_log = False
         self._opened = 0  # How often a connection was.
         self._checkpoint_lock = threading.RLock()  # Held for a checkpoint; taken before _lock.
         self._moving_lock = threading.RLock()  # Held where SQLite works without _lock.
@@ -3990,8 +3990,7 @@ class _Connections:
             self._index_path = _beside(self.path, "-shm")
             index_identity = _file_identity(self._index_path)
             self._mark()  # Where that could not be done before.
-            has_log = connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-            if has_log and _descriptors(identity) and not _descriptors(index_identity):
+            if self._has_log and _descriptors(identity) and not _descriptors(index_identity):
                 connection.close()
                 self._refuse_lost_log()
             self._index_identity = index_identity
@@ -4013,7 +4012,8 @@ class _Connections:
             # The schema first: a file that is refused stays as it is.
             self._check_schema(connection)
             connection.execute(f"PRAGMA page_size = {_PAGE_SIZE}")
-            self._patiently(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchall())
+            ((mode,),) = self._patiently(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchall())
+            self._has_log = mode == "wal"  # Not on every file system.
             connection.execute("PRAGMA wal_autocheckpoint = 0")
             connection.execute("PRAGMA synchronous = NORMAL")  # What else is to be flushed, _log flushes.
             if sys.platform == "darwin":  # Whatever the durability: a power cut must not damage the database.
