@@ -5254,14 +5254,13 @@ class _Engine(_SenderDatabase):
 
     def _tell_of(self, outcomes: list[_Outcome]) -> None:
         """Wake those who wait for what came of messages."""
-        ended = []
         for outcome in outcomes:
-            ended.append(outcome.row.message_id)
-            ended += [values[0] for statement, values in outcome.effects if statement == _STORE_RESULT]
             for due_ms, bit in outcome.wakes:
                 self._wake(due_ms, bit)
-        if self._watchers:
-            self.notify(ended)
+        if self._watchers:  # Who comes later sees what is committed.
+            ended = [outcome.row.message_id for outcome in outcomes]
+            effects = [effect for outcome in outcomes for effect in outcome.effects]
+            self.notify(ended + [values[0] for statement, values in effects if statement == _STORE_RESULT])
         if outcomes:
             self._announce()
 
@@ -5472,7 +5471,8 @@ class _Engine(_SenderDatabase):
         rows = self._write(
             "send", lambda connection: self._patiently(connection.execute, sql, (queue,)).fetchall()
         )
-        self.notify(None)
+        if rows:
+            self.notify(None)
         return [body for (body,) in rows]
 
     # House-keeping.
