@@ -489,10 +489,7 @@ def _storable(text: str) -> str:
 def _traceback_text(exception: BaseException) -> str:
     """The exception's traceback from where foreign code begins, bounded and storable."""
     try:
-        if hasattr(exception, "exceptions"):  # A group: its members belong to the text.
-            text = "".join(traceback.format_exception(exception, limit=_MAX_FRAMES))
-        else:
-            text = "".join(_traceback_parts(exception))
+        text = "".join(_traceback_parts(exception))
     except KeyboardInterrupt:
         raise
     except BaseException:  # A hostile __str__, __repr__ or frame: fall back on the type and text.
@@ -504,6 +501,9 @@ def _traceback_parts(exception: BaseException, depth: int = 0) -> Iterator[str]:
     """What traceback.format_exception() gives, at a tenth of its time."""
     import linecache
 
+    if hasattr(exception, "exceptions"):  # A group: its members belong to the text.
+        yield from traceback.format_exception(exception, limit=_MAX_FRAMES)
+        return
     cause, context = exception.__cause__, exception.__context__
     if cause is not None and depth < _MAX_CHAIN:
         yield from _traceback_parts(cause, depth + 1)
@@ -515,14 +515,19 @@ def _traceback_parts(exception: BaseException, depth: int = 0) -> Iterator[str]:
     while step is not None and step.tb_next and step.tb_frame.f_code.co_filename == __file__:
         step = step.tb_next
     yield "Traceback (most recent call last):\n"
-    for _ in range(_MAX_FRAMES):
-        if step is None:
-            break
+    frames = []
+    while step is not None:
+        frames.append(step)
+        step = step.tb_next
+    left_out = max(len(frames) - _MAX_FRAMES, 0)
+    for index, step in enumerate(frames):
+        if 0 <= index - _MAX_FRAMES // 2 < left_out:
+            yield f"  [... {left_out} frames left out ...]\n" if index == _MAX_FRAMES // 2 else ""
+            continue
         code = step.tb_frame.f_code
         line = linecache.getline(code.co_filename, step.tb_lineno, step.tb_frame.f_globals)
         yield f'  File "{code.co_filename}", line {step.tb_lineno}, in {code.co_name}\n'
         yield f"    {line.strip()}\n" if line.strip() else ""
-        step = step.tb_next
     yield from traceback.format_exception_only(type(exception), exception)
 
 
@@ -720,7 +725,7 @@ def _explain_refusal(value: Any, place: str, depth: int) -> None:
                     f"{place or 'data'} has the key {key!r}, which is no string but of type "
                     f"{type(key).__name__}; JSON keys are strings: use str(key)."
                 )
-            _explain_refusal(key, f"{place}, a key", below)
+            _explain_refusal(key, f"{place or 'data'}, a key", below)
             _explain_refusal(item, f"{place}[{key!r}]" if place else key, below)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
@@ -920,17 +925,12 @@ class Message(Generic[_R]):
         message_id: str | None = None,
         message_timestamp: int | None = None,
     ) -> None:
-        attributes = self.__dict__
-        attributes["queue_name"] = queue_name
-        attributes["actor_name"] = actor_name
-        attributes["args"] = tuple(args)
-        attributes["kwargs"] = kwargs
-        attributes["options"] = options
-        attributes["message_id"] = _fresh_message_id() if message_id is None else message_id
-        attributes["message_timestamp"] = (
-            _SYSTEM_CLOCK.time_ms() if message_timestamp is None else message_timestamp
-        )
-        attributes["_broker"] = None
+        self.__dict__.update(
+            queue_name=queue_name, actor_name=actor_name, args=tuple(args), kwargs=kwargs, options=options,
+            message_id=_fresh_message_id() if message_id is None else message_id,
+            message_timestamp=_SYSTEM_CLOCK.time_ms() if message_timestamp is None else message_timestamp,
+            _broker=None,
+        )  # fmt: skip
 
     def __setattr__(self, name: str, _value: Any) -> None:
         from dataclasses import FrozenInstanceError
@@ -1313,13 +1313,15 @@ def raise_thread_exception(thread_id: int, exception: type[BaseException]) -> No
 
     By PyThreadState_SetAsyncExc, so on CPython only.  Failures are logged, not raised.
     """
+    import ctypes
+
     logger = get_logger("dramalite.threading")
     if not _CAN_INTERRUPT:
         logger.critical(
             "Setting thread exceptions (%s) is not supported for your current platform (%r).",
             exception.__name__, sys.implementation.name,
         )  # fmt: skip
-    elif _set_async_exception(thread_id, exception) == 0:
+    elif not ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread_id), ctypes.py_object(exception)):
         logger.critical("Failed to set exception (%s) in thread %r.", exception.__name__, thread_id)
 
 
@@ -1333,14 +1335,6 @@ def _warn_without_interrupts(what: str) -> None:
             category=RuntimeWarning,
             stacklevel=3,
         )
-
-
-def _set_async_exception(thread_id: int, exception: type[BaseException]) -> int:
-    """Set a thread's pending exception; return how many threads had that id."""
-    import ctypes
-
-    set_exception = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    return cast(int, set_exception(ctypes.c_ulong(thread_id), ctypes.py_object(exception)))
 
 
 class _Runner(threading.local):
@@ -1398,6 +1392,8 @@ def _call_interruptibly(fn: Callable[..., Any], args: Iterable[Any], kwargs: dic
                 break
             except Interrupt:  # The body has ended by itself; an interrupt that comes now is too late.
                 pass
+        while _is_held_here(_interrupt_lock):  # CPython 3.14 can leave `with` before it has begun (its issue 148874).
+            _interrupt_lock.release()
 
 
 def _leave_interruptible(thread_id: int) -> None:
@@ -1490,7 +1486,7 @@ class Broker:
         self.random = Random()
         self._entropy: Callable[[], bytes] = functools.partial(os.urandom, 10)  # For message ids.
         self._hooks: dict[str, tuple[Callable[..., None], ...]] = dict.fromkeys(_HOOKS, ())
-        self._added: list[Middleware] = []  # By the user, after the broker was made.
+        self._added: list[tuple[Middleware, dict[str, Any]]] = []  # By the user, after the broker was made; and where.
         for item in self._default_middleware() if middleware is None else middleware:
             self.add_middleware(item)
         self._added.clear()
@@ -1519,10 +1515,12 @@ class Broker:
                 f"{middleware!r} is a middleware of the package dramatiq, whose errors mean nothing here: it, and "
                 f"what it raises, must be imported from {__name__}."
             )
+        if not hasattr(middleware, "actor_options"):
+            raise TypeError(f"{middleware!r} is no middleware; add an instance of a subclass of Middleware.")
         if before is not None and after is not None:
             raise AssertionError("Give before or after, not both.")
         self._add_middleware_at(self._middleware_index(before, after), middleware)
-        self._added.append(middleware)
+        self._added.append((middleware, {"before": before, "after": after}))
 
     def _add_middleware_at(self, index: int, middleware: Middleware) -> None:
         if any(isinstance(item, type(middleware)) for item in self.middleware):
@@ -1542,10 +1540,12 @@ class Broker:
         for queue_name in sorted(self.get_declared_delay_queues()):
             middleware.after_declare_delay_queue(self, queue_name)
 
-    def _adopt_middleware(self, middleware: Middleware, former: Broker) -> None:
-        """Add what was added to another broker, unless there is one of the same type."""
+    def _adopt_middleware(self, middleware: Middleware, place: dict[str, Any], former: Broker) -> None:
+        """Add what was added to another broker, at its place there, unless there is one of the same type."""
         if type(middleware) not in map(type, self.middleware):
-            self.add_middleware(middleware)
+            kinds = [kind for kind in place.values() if kind is not None]
+            has_place = all(any(isinstance(item, kind) for item in self.middleware) for kind in kinds)
+            self.add_middleware(middleware, **(place if has_place else {}))
 
     def _middleware_index(
         self, before: type[Middleware] | None, after: type[Middleware] | None
@@ -1739,12 +1739,13 @@ def set_broker(broker: Broker) -> None:
         left_behind = _global_broker if _global_broker_is_implicit else None
         moving = []
         if left_behind is not None and left_behind is not broker:
-            for item in left_behind._added:
-                broker._adopt_middleware(item, left_behind)
+            adopted = set().union(*(item.actor_options for item, _place in left_behind._added))
             moving = list(left_behind.actors.values())
             for actor in moving:  # All or none.
-                _check_option_names(actor.options, actor.actor_name, broker)
+                _check_option_names(actor.options, actor.actor_name, broker, adopted)
                 actor._check_name(broker)
+            for item, place in left_behind._added:
+                broker._adopt_middleware(item, place, left_behind)
         _global_broker, _global_broker_is_implicit = broker, False
         for actor in moving:
             broker.declare_actor(actor)
@@ -2223,9 +2224,11 @@ def _code_flags(fn: Any) -> int:
     return cast(int, getattr(getattr(fn, "__code__", None), "co_flags", 0))
 
 
-def _check_option_names(options: Mapping[str, Any], actor_name: str, broker: Broker) -> None:
+def _check_option_names(
+    options: Mapping[str, Any], actor_name: str, broker: Broker, adopted: Iterable[str] = ()
+) -> None:
     """Raise ValueError if no middleware of the broker understands one of these options."""
-    known = {*broker.actor_options, *broker.own_actor_options, "actor_name", "queue_name", "priority"}
+    known = {*broker.actor_options, *broker.own_actor_options, *adopted, "actor_name", "queue_name", "priority"}
     unknown = sorted(set(options) - known)
     if unknown:
         import difflib
@@ -2563,41 +2566,37 @@ class group:  # noqa: N801  (Dramatiq's name)
         self.broker.enqueue_many(together)
         return self
 
-    def _check(self) -> None:
-        """Raise RuntimeError if the broker can't count the members, or keep results for the next step."""
+    def _check(self) -> GroupCallbacks | None:
+        """What counts the members, if somebody waits for all of them.
+
+        Raises RuntimeError if the broker can't count them, or keep results for the next step.
+        """
         successor = self.successor
-        if self._is_counted():
-            self._counter()
+        if not (self.completion_callbacks or self.end_callbacks or successor is not None):
+            return None
+        counter = next((item for item in self.broker.middleware if isinstance(item, GroupCallbacks)), None)
+        if counter is None:
+            raise RuntimeError(
+                "This broker counts no groups; add the middleware: broker.add_middleware(GroupCallbacks())."
+            )
         if successor is not None:
             actor = self.broker.actors.get(successor.actor_name)
             options = {**(actor.options if actor else {}), **successor.options}
             if not options.get("pipe_ignore"):
                 self.broker.get_results_backend()
-
-    def _is_counted(self) -> bool:
-        """Tell whether somebody waits for all members."""
-        return bool(self.completion_callbacks or self.end_callbacks or self.successor is not None)
-
-    def _counter(self) -> GroupCallbacks:
-        for item in self.broker.middleware:
-            if isinstance(item, GroupCallbacks):
-                return item
-        raise RuntimeError(
-            "This broker counts no groups; add the middleware: broker.add_middleware(GroupCallbacks())."
-        )
+        return counter
 
     def _children_to_send(self) -> list[Any]:
         """The children; where somebody waits for all of them, copies that count."""
-        if not self._is_counted():
+        counter, successor = self._check(), self.successor
+        if counter is None:
             return self.children
-        self._check()
-        counter, successor = self._counter(), self.successor
         callbacks = list(self.completion_callbacks)
         children, sources = self.children, None
         uuid = _new_message_id(self.broker.clock.time_ms(), self.broker._entropy())
         if successor is not None:
             self._check_chains()  # Before anything is sent.
-            children = self._storing_children()
+            children = list(map(_storing_results, self.children))  # For it.
             last = [_chain(child)[-1] for child in children]
             sources = [[message.queue_name, message.actor_name, message.message_id] for message in last]
             callbacks.append(successor.copy(options={"pipe_results": uuid}).asdict())
@@ -2624,16 +2623,13 @@ class group:  # noqa: N801  (Dramatiq's name)
                     f"pipelines of messages."
                 )
 
-    def _storing_children(self) -> list[Any]:
-        """The children; before a step, copies that keep their results for it."""
-        return self.children if self.successor is None else list(map(_storing_results, self.children))
-
     def describe(self) -> dict[str, Any]:
         """This group as data for the step before it; see restore()."""
         self._check_chains()
         successor = self.successor
+        children = self.children if successor is None else map(_storing_results, self.children)
         return {
-            "chains": [[step.asdict() for step in _chain(child)] for child in self._storing_children()],
+            "chains": [[step.asdict() for step in _chain(child)] for child in children],
             "completion_callbacks": self.completion_callbacks,
             "end_callbacks": self.end_callbacks,
             "successor": None if successor is None else successor.asdict(),
@@ -2965,12 +2961,9 @@ class _Slots:
         highest = min(self.words[_HIGHEST], _SLOTS - 1)  # More, if the file holds something else.
         return range(_SLOT_WORDS, (highest + 1) * _SLOT_WORDS, _SLOT_WORDS)
 
-    def note_failed_flush(self) -> None:
-        """Tell the others that the log may not be on disk, until all of it was moved."""
-        self.words[_FAILED_FLUSHES] += 1
-
-    def failed_flushes(self) -> int:
-        """How many flushes of the log have failed, in any process."""
+    def count_failed_flushes(self, more: int) -> int:
+        """How many flushes of the log have failed, in any process; so many more are told to the others."""
+        self.words[_FAILED_FLUSHES] += more
         return cast(int, self.words[_FAILED_FLUSHES])
 
     def mend_flushes(self, failed: int) -> None:
@@ -3028,9 +3021,6 @@ class _Slots:
         with self.guard, self.lock, contextlib.suppress(OSError):
             if index in self.held and self.is_held():  # A closed descriptor's number may be another file's.
                 self._take(index)
-
-    def close(self) -> None:
-        """Let go of what is not needed while no worker runs."""
 
 
 class _Slot:
@@ -3204,6 +3194,7 @@ class _SideFile(_Slots):
         self._close_if_unused()
 
     def close(self) -> None:
+        """Let go of what is not needed while no worker runs."""
         if self._sender is not None:
             self._sender.close()
         with self.guard, self.lock:
@@ -3682,14 +3673,6 @@ _SHARED_FILE_SYSTEMS = frozenset(
 )
 
 
-def _has_other_name(path: str) -> bool:
-    """Tell whether a file has another hard link; False if it is not there any more."""
-    try:
-        return os.stat(path).st_nlink > 1
-    except FileNotFoundError:
-        return False
-
-
 def _warn_of_place(path: str) -> None:
     """Log what makes the place of a database unfit."""
     logger = get_logger("dramalite.broker", "SQLiteBroker")
@@ -3699,11 +3682,12 @@ def _warn_of_place(path: str) -> None:
             "The database %r is on a file system of type %s, where SQLite's locks and shared memory "
             "may not hold: move it to a disk of this machine.", path, file_system,
         )  # fmt: skip
-    if _has_other_name(path):
-        logger.warning(
-            "The database %r has another name, a hard link: SQLite loses what is written by one name while "
-            "another one is used. Remove that, or make it a symbolic link.", path,
-        )  # fmt: skip
+    with contextlib.suppress(FileNotFoundError):  # It is not there any more.
+        if os.stat(path).st_nlink > 1:
+            logger.warning(
+                "The database %r has another name, a hard link: SQLite loses what is written by one name while "
+                "another one is used. Remove that, or make it a symbolic link.", path,
+            )  # fmt: skip
     if _is_open_to_all(os.path.dirname(path)):
         logger.warning(
             "The database %r is in a folder where every user of this machine may write, and so "
@@ -3852,13 +3836,13 @@ class _Connections:
         self._slots: _Slots | None = None
         self._log: _Log | None = None  # Where what is sent is flushed to the disk.
         self._marked: _Identity = None  # Of the file that others see to be in use.
+        self._lock = threading.RLock()
+        self.path = path
         from sqlite3 import Error  # Where there is none, those above let __del__() pass.
 
-        self.path = path
         self._errors = Error
         self._durability = durability
         self._clock = clock  # The broker's, which may get another one.
-        self._lock = threading.RLock()
         self._identity: _Identity = None  # Of the file that is open,
         self._index_identity: _Identity = None  # and of the index of its log, which goes where the log goes.
         self._log_path = self._index_path = ""
@@ -4015,7 +3999,8 @@ class _Connections:
             ((mode,),) = self._patiently(lambda: connection.execute("PRAGMA journal_mode = WAL").fetchall())
             self._has_log = mode == "wal"  # Not on every file system.
             connection.execute("PRAGMA wal_autocheckpoint = 0")
-            connection.execute("PRAGMA synchronous = NORMAL")  # What else is to be flushed, _log flushes.
+            # What else is to be flushed, _log flushes, where there is one.
+            connection.execute(f"PRAGMA synchronous = {'NORMAL' if self._has_log else 'FULL'}")
             if sys.platform == "darwin":  # Whatever the durability: a power cut must not damage the database.
                 connection.execute("PRAGMA checkpoint_fullfsync = 1")  # The log starts anew after it.
             connection.execute("PRAGMA mmap_size = 0")
@@ -4039,7 +4024,7 @@ class _Connections:
             return 0
         version = "SELECT value FROM dramalite_meta WHERE key = 'schema_version'"
         row = self._patiently(connection.execute, version).fetchone()
-        if row is None or not isinstance(row[0], int) or row[0] > _SCHEMA_VERSION:
+        if row is None or not isinstance(row[0], int) or not 0 < row[0] <= _SCHEMA_VERSION:
             raise ConnectionFailed(
                 f"The database {self.path!r} has dramalite's schema version "
                 f"{None if row is None else row[0]!r}; this dramalite {__version__} knows up to "
@@ -4069,18 +4054,15 @@ class _Connections:
         """Close the connections and what rings; the next use opens them again."""
         with self._lock:
             self._disconnect()
-            if self._slots is not None:
+            if isinstance(self._slots, _SideFile):
                 self._slots.close()
-            if self.path is not None:
                 self._slots = None
 
     def __del__(self) -> None:
         if sys.is_finalizing():  # A frozen thread may hold a lock.
             self._close(self._connections)  # From 3.13 on, Python warns of those that are just dropped.
-            return
-        self._disconnect()
-        if self._slots is not None:
-            self._slots.close()
+        else:
+            self.close()
 
     @_uninterrupted
     def slots(self) -> _Slots:
@@ -4091,14 +4073,14 @@ class _Connections:
                     self._slots = _Slots(self._lock)
                 else:
                     self._connect("work")
-                    if self._slots is not None:
+                    if isinstance(self._slots, _SideFile):
                         self._slots.close()
                         self._slots = None
                     try:
                         self._slots = _SideFile(self.path, self._lock, create=True)
                     except OSError as error:
                         raise ConnectionFailed(
-                            f"The side file {self.path + '-lock'!r} can't be used: {error}."
+                            f"The side file {_beside(self.path, '-lock')!r} can't be used: {error}."
                         ) from error
             return self._slots
 
@@ -4300,7 +4282,7 @@ class _LoggedDatabase(_Connections):
 
     def _open_log(self) -> _Log | None:
         """The log, where what is sent is to outlast a power cut.  Call with _lock held, once connected."""
-        if self._log is None and self.path is not None and self._durability == "full":
+        if self._log is None and self._has_log and self._durability == "full":
             try:
                 self._log = _Log(self._log_path)
             except OSError as error:
@@ -4342,9 +4324,7 @@ class _LoggedDatabase(_Connections):
         """Move a log that may not be on disk; tell whether that was done."""
         failed = 0
         with contextlib.suppress(BrokerError, ValueError):  # Without them others are not told, no more.
-            if is_news:
-                self.slots().note_failed_flush()
-            failed = self.slots().failed_flushes()
+            failed = self.slots().count_failed_flushes(is_news)
         if not self.checkpoint(-1, shrink=True):
             return False
         log.note_moved(commits)
@@ -4372,8 +4352,8 @@ class _LoggedDatabase(_Connections):
             return False  # Or a signal handler has come in between: it must not wait for what waits for it.
         is_moved = False
         with contextlib.suppress(self._errors, BrokerError, OSError):  # Not now then; the next will.
-            slots = self.slots()
             with self._lock:  # For a signal handler that sends meanwhile: close() takes both.
+                slots = self.slots()
                 if not slots.hold(_HEADER):
                     return False  # Another one is at it.
             try:
@@ -5389,7 +5369,8 @@ class _Engine(_SenderDatabase):
     def has_worker(self) -> bool:
         """Tell whether a worker of this database lives; also True where that can't be known."""
         try:
-            return self.slots().has_worker()
+            with self._lock:  # Or close() could come in between.
+                return self.slots().has_worker()
         except BrokerError:
             return True
 
@@ -7370,13 +7351,13 @@ class _EngineBroker(Broker):
             index = 0  # Its after hooks come last: see _default_middleware().
         super()._add_middleware_at(index, middleware)
 
-    def _adopt_middleware(self, middleware: Middleware, former: Broker) -> None:
+    def _adopt_middleware(self, middleware: Middleware, place: dict[str, Any], former: Broker) -> None:
         if isinstance(middleware, Results) and getattr(middleware._backend, "broker", None) is former:
             middleware._backend = None  # Results go where the messages are.
         if any(type(item) is type(middleware) for item in self._built_in):
             self.add_middleware(middleware)
         else:
-            super()._adopt_middleware(middleware, former)
+            super()._adopt_middleware(middleware, place, former)
 
     def declare_actor(self, actor: Actor[Any, Any]) -> None:
         super().declare_actor(actor)
