@@ -4370,8 +4370,11 @@ class _LoggedDatabase(_Connections):
                             moved = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
                             is_moved = moved[0] == 0
             finally:
-                with self._lock:
+                try:
                     slots.let_go(_HEADER)
+                except BaseException:  # Of a signal handler: kept, it would keep all processes from this.
+                    slots.let_go(_HEADER)
+                    raise
         return is_moved
 
     @contextlib.contextmanager
@@ -4417,9 +4420,9 @@ class _Database(_LoggedDatabase):
 
         What the role "send" writes is on disk, by the durability chosen, when this returns.
         """
+        self._check_alive()
         before = self.changes() if self._watchers else -1
         flush = orphans = _no_flush
-        self._check_alive()
         interrupts_write = self._interrupts_write()
         try:
             with self._lock:
@@ -4440,7 +4443,10 @@ class _Database(_LoggedDatabase):
                     self._is_writing = False
                     orphans = self._finish_write()
         finally:
-            self._flush_orphans(orphans)
+            try:
+                orphans()
+            except BrokerError as error:  # Those who sent them could not wait, and are told nothing.
+                _report_orphans(error)
         if self._watchers and self.changes() != before:
             self.notify()
         flush()
@@ -4483,13 +4489,6 @@ class _Database(_LoggedDatabase):
     def _finish_write(self) -> Callable[[], None]:
         """Called after each write, with the lock held; gives what to call once it is not."""
         return _no_flush
-
-    def _flush_orphans(self, flush: Callable[[], None]) -> None:
-        """Flush what is sent for those that could not wait; what they are not told is logged."""
-        try:
-            flush()
-        except BrokerError as error:
-            _report_orphans(error)
 
     def notify(self, ended: Collection[str] | None = ()) -> None:
         """Called after each write, while somebody watches."""
@@ -4543,9 +4542,11 @@ class _Watcher:
     """One that waits for changes; of messages only, if it can tell which."""
 
     def __init__(
-        self, wake: Callable[[], object], find_messages: Callable[[], tuple[str, str | None]] | None
-    ) -> None:
+        self, wake: Callable[[], object], timeout_s: float | None,
+        find_messages: Callable[[], tuple[str, str | None]] | None,
+    ) -> None:  # fmt: skip
         self.wake = wake
+        self.deadline = _SYSTEM_CLOCK.monotonic() + (math.inf if timeout_s is None else timeout_s)
         self._find_messages = find_messages
         self.keys: tuple[str | None, ...] = ()  # In _watchers.
         self.carrier: str | None = None  # The message that is to end, or to send another one.
@@ -4605,17 +4606,24 @@ class _WatchedDatabase(_Database):
         self._wake(due_ms, self.bit(queue, actor))
 
     def _wake(self, due_ms: int, bit: int) -> None:
+        """wake() by the actor's bit; with _WATCHING ring for all that wait elsewhere for outcomes."""
         slots = self._slots
         if slots is None:
             # No worker has run in this process; look now and then whether one runs elsewhere.
             now = _SYSTEM_CLOCK.monotonic()
             if self.path is None or now < self._slots_looked_for_at + 1.0:
                 return
-            self._slots_looked_for_at = now
+            if not self._lock.acquire(blocking=False):
+                return  # Who has it may be at the same; the next send looks.
             try:
-                slots = self._slots = _SideFile(self.path, self._lock, create=False)
+                self._slots_looked_for_at = now
+                if self._slots is None:
+                    self._slots = _SideFile(self.path, self._lock, create=False)
+                slots = self._slots
             except OSError:  # None runs, or it can't be seen from here: it polls.
                 return
+            finally:
+                self._lock.release()
         try:
             slots.wake(due_ms, bit)
         except ValueError:
@@ -4631,15 +4639,6 @@ class _WatchedDatabase(_Database):
         for watcher in woken:
             watcher.wake()
 
-    def _announce(self) -> None:
-        """Ring for those that wait elsewhere for outcomes."""
-        slots = self._slots
-        if self.path is not None and slots is not None:
-            try:
-                slots.wake(0, _WATCHING)
-            except ValueError:
-                return  # Closed by another thread just now.
-
     def watch(
         self, is_done: Callable[[], bool], timeout_s: float | None, is_announced: bool = True,
         find_messages: Callable[[], tuple[str, str | None]] | None = None,
@@ -4653,9 +4652,8 @@ class _WatchedDatabase(_Database):
         """
         if (clock := self._clock()).is_virtual:
             return clock.wait_for(is_done, timeout_s)
-        deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
         bell = _Bell()
-        watcher = _Watcher(bell.ring, find_messages)
+        watcher = _Watcher(bell.ring, timeout_s, find_messages)
         try:
             self._follow(watcher)
             if is_announced:
@@ -4667,15 +4665,10 @@ class _WatchedDatabase(_Database):
                 if self._follow(watcher):
                     continue  # It may have ended meanwhile.
                 left = self._pause_s(look, is_announced, watcher, taken)
-                if deadline is not None:
-                    left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
                 if left <= 0:
                     return False
-                until = _SYSTEM_CLOCK.monotonic() + left
-                while not bell.wait(min(left, _WATCH_POLL_S)):  # Between two of these it can be interrupted.
-                    left = until - _SYSTEM_CLOCK.monotonic()
-                    if left <= 0:
-                        break
+                while left > 0 and not bell.wait(min(left, _WATCH_POLL_S)):  # Between two it can be interrupted.
+                    left -= _WATCH_POLL_S
         finally:
             self._leave(watcher)
         raise AssertionError  # There is always another look.
@@ -4689,7 +4682,6 @@ class _WatchedDatabase(_Database):
 
         if (clock := self._clock()).is_virtual:
             return await clock.wait_for_async(is_done, timeout_s)
-        deadline = None if timeout_s is None else _SYSTEM_CLOCK.monotonic() + timeout_s
         loop = asyncio.get_running_loop()
         event = asyncio.Event()
 
@@ -4699,7 +4691,7 @@ class _WatchedDatabase(_Database):
             except RuntimeError:  # The event loop was closed: nobody waits any more.
                 self._leave(watcher)
 
-        watcher = _Watcher(wake, find_messages)
+        watcher = _Watcher(wake, timeout_s, find_messages)
         try:
             self._follow(watcher)
             if self._must_listen():
@@ -4712,12 +4704,13 @@ class _WatchedDatabase(_Database):
                 if self._follow(watcher):
                     continue
                 left = self._pause_s(look, True, watcher, taken)
-                if deadline is not None:
-                    left = min(left, deadline - _SYSTEM_CLOCK.monotonic())
                 if left <= 0:
                     return False
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(event.wait(), left)
+                timer = loop.call_later(left, event.set)  # wait_for() may lose a cancellation before Python 3.12.
+                try:
+                    await event.wait()
+                finally:
+                    timer.cancel()
         finally:
             self._leave(watcher)
         raise AssertionError
@@ -4744,7 +4737,7 @@ class _WatchedDatabase(_Database):
             watcher.keys = ()
 
     def _pause_s(self, look: int, is_announced: bool, watcher: _Watcher, taken: float) -> float:
-        """Seconds until a watcher, whose last look took so much, looks again where nothing wakes it."""
+        """Seconds until a watcher, whose last look took so much, looks again where nothing wakes it; 0 or less at its end."""
         waits_for_any = watcher.keys == (None,)
         if not is_announced or self._must_listen():
             pause_s = min(2e-3 * 1.5 ** min(look, 20), 0.02)
@@ -4753,7 +4746,8 @@ class _WatchedDatabase(_Database):
         if not waits_for_any:
             pause_s = max(pause_s, min(taken / _ASKING_PART, _LONG_WATCH_POLL_S))
         count = len(self._watchers.get(None, ()) if waits_for_any else self._watchers)
-        return pause_s * max(1.0, count / _MANY_WATCHERS)
+        pause_s *= max(1.0, count / _MANY_WATCHERS)
+        return min(pause_s, watcher.deadline - _SYSTEM_CLOCK.monotonic())
 
     def _must_listen(self) -> bool:
         return self.path is not None and self._listener is None
@@ -4861,7 +4855,7 @@ class _ValueDatabase(_WatchedDatabase):
         self._write("send", lambda connection: self._patiently(connection.execute, statement, values))
         if statement == _STORE_RESULT:
             self.notify(values[:1])
-        self._announce()
+        self._wake(0, _WATCHING)
 
     def result(self, message_id: str, key: str) -> bytes | None:
         """The stored result of a message, None if there is none or its time has passed."""
@@ -4906,7 +4900,9 @@ class _ValueDatabase(_WatchedDatabase):
         return [row[0][0] if row else None for row in rows]
 
     @_uninterrupted
-    def change_limit(self, key: str, change: Callable[[int | None], int | None], ttl: int) -> bool:
+    def change_limit(
+        self, key: str, change: Callable[[int | None], int | None], ttl: int, dropped: str | None = None
+    ) -> bool:
         """Store change(the number there is), for `ttl` ms, unless it is None; atomic.
 
         Not flushed to the disk: a power cut may undo it, as it ends what was limited.
@@ -4920,11 +4916,13 @@ class _ValueDatabase(_WatchedDatabase):
             _check_storable((value, now + ttl))
             if value is not None:
                 connection.execute(_SET_LIMIT, (key, value, now + ttl))
+                if dropped is not None:
+                    connection.execute(_SET_LIMIT, (dropped, 0, now))
             connection.execute(_PRUNE_LIMITS, (now,))
             return value is not None
 
         is_changed = self._commit("work", change_stored)
-        self._announce()
+        self._wake(0, _WATCHING)
         return is_changed
 
     # Metrics.
@@ -5008,8 +5006,8 @@ class _SenderDatabase(_ValueDatabase):
             raise BrokerError(_INTERRUPTED_SEND)
         if ticket.error is not None:
             raise ticket.error
-        for row in rows if len(rows) == 1 else _one_row_a_target(rows):
-            self._wake(row[5] or 0, self.bit(row[2], row[3]))
+        for queue, actor, due_ms in dict.fromkeys((row[2], row[3], row[5] or 0) for row in rows):
+            self.wake(due_ms, queue, actor)  # One ring each is enough.
         if self._watchers:
             self.notify()
         ticket.flush()
@@ -5074,11 +5072,6 @@ class _SenderDatabase(_ValueDatabase):
             return _no_flush
         self._has_orphans = False
         return self._store_all()
-
-
-def _one_row_a_target(rows: list[tuple[Any, ...]]) -> Iterable[tuple[Any, ...]]:
-    """Of rows for the same queue, actor and eta, one each: a ring each is enough."""
-    return {(row[2], row[3], row[5]): row for row in reversed(rows)}.values()
 
 
 # ------------------------------------------------------------------------------------------
@@ -5220,14 +5213,17 @@ class _Engine(_SenderDatabase):
 
         def commit(connection: sqlite3.Connection) -> None:
             self._transact(connection, trade)
-            for outcome in outcomes:
-                if outcome.after_commit is not None:
-                    outcome.after_commit()
+            try:
+                for outcome in outcomes:
+                    if outcome.after_commit is not None:
+                        outcome.after_commit()
+            except Exception:  # What is committed holds, whatever happens to those who hear of it.
+                get_logger("dramalite.worker").critical("Not all heard of a commit.", exc_info=True)
 
         self._write("work", commit)
         try:
             self._tell_of(outcomes)
-        except Exception:  # What is committed holds, whatever happens to those who hear of it.
+        except Exception:
             get_logger("dramalite.worker").critical("Not all heard of a commit.", exc_info=True)
         rows.sort()
         return [_Row._make(row) for row in rows], version
@@ -5242,7 +5238,7 @@ class _Engine(_SenderDatabase):
             effects = [effect for outcome in outcomes for effect in outcome.effects]
             self.notify(ended + [values[0] for statement, values in effects if statement == _STORE_RESULT])
         if outcomes:
-            self._announce()
+            self._wake(0, _WATCHING)
 
     def _apply(self, connection: sqlite3.Connection, owner: int, outcomes: list[_Outcome]) -> None:
         """Write outcomes, each only if its row is still the worker's."""
@@ -5917,6 +5913,10 @@ class SQLiteRateLimiterBackend(RateLimiterBackend):
     def add(self, key: str, value: int, ttl: int) -> bool:
         return self.broker._engine.change_limit(key, lambda old: value if old is None else None, ttl)
 
+    def _add_anew(self, key: str, value: int, ttl: int, dropped: str) -> bool:
+        """add(), and if that was stored another number is dropped with it."""
+        return self.broker._engine.change_limit(key, lambda old: value if old is None else None, ttl, dropped)
+
     def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
         return self._add(key, amount, ttl, lambda value: value <= maximum)
 
@@ -6117,10 +6117,9 @@ class Barrier:
     def create(self, parties: int) -> bool:
         """Set the barrier up for so many; False if it exists already."""
         _check_limit("parties", parties)
-        is_new = self.backend.add(self.key, parties, self.ttl)
-        if is_new and isinstance(self.backend, SQLiteRateLimiterBackend):
-            self.backend.decr(self.key_events, 1, 0, self.ttl)  # What told those that waited before.
-        return is_new
+        if not isinstance(self.backend, SQLiteRateLimiterBackend):
+            return self.backend.add(self.key, parties, self.ttl)
+        return self.backend._add_anew(self.key, parties, self.ttl, self.key_events)  # Which told those before.
 
     def wait(self, *, block: bool = True, timeout: int | timedelta | None = None) -> bool:
         """Arrive; True for the last one, which lets the others go.
@@ -6220,18 +6219,10 @@ class TimeLimit(Middleware):
         if deadline < self._wakes_at or not self._is_watched:
             self._watch(broker.clock, deadline)
 
-    def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
-    ) -> None:
+    def after_process_message(self, broker: Broker, message: MessageProxy, **_outcome: Any) -> None:
         self.leave(_runner.id())
 
-    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        self.leave(_runner.id())
+    after_skip_message = after_process_message
 
     def leave(self, runner: int) -> None:
         """Forget what a runner's message was watched for: it is over, or no longer the worker's."""
@@ -6361,19 +6352,11 @@ class ShutdownNotifications(Middleware):
         if self.notify_shutdown if wanted is None else wanted:
             self._notified.add(_runner.id())
 
-    def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
-    ) -> None:
+    def after_process_message(self, broker: Broker, message: MessageProxy, **_outcome: Any) -> None:
         if self._notified:
             self.leave(_runner.id())
 
-    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        self.leave(_runner.id())
+    after_skip_message = after_process_message
 
     def leave(self, runner: int) -> None:
         """Forget that a runner's message wants to know: it is over, or no longer the worker's."""
@@ -6599,12 +6582,7 @@ class GroupCallbacks(Middleware):
         cast("_EngineBroker", broker)._write(_CREATE_GROUP, (uuid, count, count, described))
 
     def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
+        self, broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **_result: Any
     ) -> None:
         if exception is None and not message.failed:
             for membership in _memberships(message.options):
@@ -6714,12 +6692,7 @@ class Retries(Middleware):
         return False
 
     def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
+        self, broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **_result: Any
     ) -> None:
         if exception is None or message.failed:
             return
@@ -6807,18 +6780,10 @@ class CurrentMessage(Middleware):
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         _current_message.set(message)
 
-    def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
-    ) -> None:
+    def after_process_message(self, broker: Broker, message: MessageProxy, **_outcome: Any) -> None:
         _current_message.set(None)
 
-    def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
-        _current_message.set(None)
+    after_skip_message = after_process_message
 
     def leave(self, runner: int) -> None:
         """Forget the message of this runner, if it is the one that calls: no other one can."""
@@ -6880,6 +6845,11 @@ class Prometheus(Middleware):
             name = "dramatiq_prom_port of the environment" if http_port is None else "http_port"
             raise ValueError(f"{name} is {port!r}; give a port from 0 to 65535.")
         self.http_port = int(port)
+        self.forget()
+        _forgetful.add(self)
+
+    def forget(self) -> None:
+        """Begin with nothing counted, also in a forked child: what its parent has counted that one adds."""
         self._started: dict[int, float] = {}  # By runner: monotonic seconds.
         self._lock = threading.Lock()  # Guards all below.
         self._counts: dict[tuple[str, str, str, float], float] = collections.defaultdict(float)
@@ -6906,18 +6876,13 @@ class Prometheus(Middleware):
         if serving is not None:
             thread, stop = serving
             stop.set()
-            thread.join()
+            thread.join(_METRICS_TICK_S)  # No longer: a database that is locked must not keep the worker.
 
     def before_process_message(self, broker: Broker, message: MessageProxy) -> None:
         self._started[_runner.id()] = broker.clock.monotonic()
 
     def after_process_message(
-        self,
-        broker: Broker,
-        message: MessageProxy,
-        *,
-        result: Any = None,
-        exception: BaseException | None = None,
+        self, broker: Broker, message: MessageProxy, *, exception: BaseException | None = None, **_result: Any
     ) -> None:
         started = self._started.pop(_runner.id(), None)
         taken_ms = 0.0 if started is None else (broker.clock.monotonic() - started) * 1000
@@ -6931,6 +6896,10 @@ class Prometheus(Middleware):
 
     def after_skip_message(self, broker: Broker, message: MessageProxy) -> None:
         self.after_process_message(broker, message)
+
+    def leave(self, runner: int) -> None:
+        """Forget when a runner began: its message is no longer the worker's."""
+        self._started.pop(runner, None)
 
     def before_enqueue(self, broker: Broker, message: Message[Any], delay: int | None) -> None:
         if delay is not None and message.options.get("retries"):  # Without: handed back by a stop.
@@ -7147,7 +7116,11 @@ class _EngineConsumer(Consumer):
             try:
                 proxy = MessageProxy(_decode_row(row, self._broker.max_message_size))
             except DecodeError as error:
-                self._finish(row, (_bury(row, row.body, str(error), self._broker.clock),))
+                reason = f"It can't be decoded: {_error_text(error)}"
+                self._finish(row, (_bury(row, row.body, reason, self._broker.clock),))
+                letter = MessageProxy(_stand_in(*row[2:4], row.message_id, self._broker.clock.time_ms(), reason))
+                letter.reason = reason
+                self._broker._remember_dead(self._queue, letter)
                 return False
             self._claimed[id(proxy)] = proxy, row
         return bool(rows)
@@ -7250,6 +7223,7 @@ class _QueueView:
         engine = self._broker._engine
         try:
             values = self._broker._row(Message.decode(body), body)
+            values = (*values[:2], self._name, *values[3:])
         except DecodeError:
             message: Message[Any] = Message(self._name, "", (), {}, {})
             values = engine.row(message, body, 0, None, 0, self._broker.max_crashes)
@@ -7507,6 +7481,8 @@ class _EngineBroker(Broker):
         outcome = self._collecting.outcome
         if outcome is not None:
             outcome.wakes.append((row[5] or 0, self._engine.bit(row[2], row[3])))
+        else:
+            self._engine.wake(row[5] or 0, row[2], row[3])
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
         """Run one statement: now, or with the outcome of the message being processed.
@@ -7670,10 +7646,11 @@ def _drop_tracebacks(exception: BaseException | None) -> None:
     pending, seen = [exception], set()
     while pending:
         error = pending.pop()
-        if error is not None and id(error) not in seen:
+        if isinstance(error, BaseException) and id(error) not in seen:
             seen.add(id(error))
             error.__traceback__ = None
-            pending += [error.__cause__, error.__context__, *getattr(error, "exceptions", ())]
+            inner = getattr(error, "exceptions", ())  # Of a group; others may have anything there.
+            pending += [error.__cause__, error.__context__, *(inner if isinstance(inner, (list, tuple)) else ())]
 
 
 def _as_stored(value: Any) -> Any:
@@ -7972,7 +7949,7 @@ class _Processor:
     def leave(self, runner: int) -> None:
         """Tell those that watch what runs that it does not any more, where no after hook tells them."""
         for item in self._broker.middleware:
-            if isinstance(item, (TimeLimit, ShutdownNotifications, CurrentMessage)):
+            if isinstance(item, (TimeLimit, ShutdownNotifications, CurrentMessage, Prometheus)):
                 item.leave(runner or threading.get_ident())
 
     def drop(self, job: _Job) -> None:
