@@ -255,23 +255,19 @@ def _descriptors(identity: _Identity) -> set[int]:
     return descriptors
 
 
-if sys.platform == "linux" and sys.maxsize > 1 << 32 and hasattr(fcntl, "F_OFD_SETLK"):
-    _LOCKS_FOR_DESCRIPTORS = True
+#: Whether a part of a file can be locked for a descriptor instead of for the process.
+_LOCKS_FOR_DESCRIPTORS = sys.platform == "linux" and sys.maxsize > 1 << 32 and hasattr(fcntl, "F_OFD_SETLK")
 
-    def _lock_for_descriptor(descriptor: int, start: int, length: int, *, is_locked: bool) -> None:
-        """Lock a part of a file for reading, or unlock it, for a descriptor instead of for this process.
 
-        Raises OSError where another one has locked it for writing, or the file system has no such locks.
-        """
-        kind = (fcntl.F_RDLCK if is_locked else fcntl.F_UNLCK).to_bytes(2, sys.byteorder)
+def _lock_for_descriptor(descriptor: int, start: int, length: int, kind: str) -> None:
+    """Lock a part of a file, for reading or writing (F_RDLCK, F_WRLCK), or unlock it (F_UNLCK), for a descriptor.
+
+    Raises OSError where another lock, be it this very process's, is in the way, or the file system has none of these.
+    """
+    if sys.platform == "linux":
+        what = int(getattr(fcntl, kind)).to_bytes(2, sys.byteorder)
         part = start.to_bytes(8, sys.byteorder) + length.to_bytes(8, sys.byteorder)
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, kind + bytes(6) + part + bytes(8))  # A struct flock.
-
-else:
-    _LOCKS_FOR_DESCRIPTORS = False
-
-    def _lock_for_descriptor(descriptor: int, start: int, length: int, *, is_locked: bool) -> None:
-        """Not here."""
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, what + bytes(6) + part + bytes(8))  # A struct flock.
 
 
 def _is_open_to_all(folder: str) -> bool:
@@ -586,7 +582,7 @@ _MAX_DURATION_MS = 1 << 53
 
 def _milliseconds(value: Any, what: str) -> int:
     """Convert an int, a float or a timedelta to milliseconds, not negative."""
-    number = value.total_seconds() * 1000 if hasattr(value, "total_seconds") else value
+    number = round(value.total_seconds() * 1000, 3) if hasattr(value, "total_seconds") else value
     if isinstance(number, bool) or not isinstance(number, (int, float)):
         raise TypeError(f"{what} is {value!r}; give milliseconds as an int, or a timedelta.")
     if not 0 <= number <= _MAX_DURATION_MS:
@@ -1052,7 +1048,7 @@ class Message(Generic[_R]):
 
 
 def _build_message(fields: dict[str, Any], broker: Broker | None) -> Message[Any]:
-    """A Message of checked fields, without the cost of a frozen dataclass's constructor."""
+    """A Message of checked fields, without the cost of its constructor."""
     message: Message[Any] = object.__new__(Message)
     attributes = message.__dict__
     attributes.update(fields)
@@ -1387,25 +1383,18 @@ def _call_interruptibly(fn: Callable[..., Any], args: Iterable[Any], kwargs: dic
         return fn(*args, **kwargs)
     finally:
         while True:
+            # One that is pending is raised here.  To clear it instead would leave the interpreter looking for one at
+            # every step, and on 3.11 hang it where a debugger traces.
             try:
-                _leave_interruptible(thread_id)
+                with _interrupt_lock:
+                    if _interruptible.pop(thread_id, False):
+                        for _ in range(10):
+                            pass
                 break
             except Interrupt:  # The body has ended by itself; an interrupt that comes now is too late.
                 pass
         while _is_held_here(_interrupt_lock):  # CPython 3.14 can leave `with` before it has begun (its issue 148874).
             _interrupt_lock.release()
-
-
-def _leave_interruptible(thread_id: int) -> None:
-    """Close this thread to interrupts; one that is pending is raised here.
-
-    To clear it instead would leave the interpreter looking for one at every step, and on 3.11
-    hang it where a debugger traces.
-    """
-    with _interrupt_lock:
-        if _interruptible.pop(thread_id, False):
-            for _ in range(10):
-                pass
 
 
 def _uninterrupted(fn: Callable[_P, _R]) -> Callable[_P, _R]:
@@ -3710,7 +3699,7 @@ class _UsedFile:
     """A database file with a descriptor of ours, locked while there are users."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self.identity = _file_identity(self.descriptor)
         self.users = 0
 
@@ -3719,7 +3708,7 @@ class _UsedFile:
         try:
             has_log = os.pread(self.descriptor, 2, 18) == b"\2\2"
             if has_log:
-                _lock_for_descriptor(self.descriptor, *_USED_PART, is_locked=True)
+                _lock_for_descriptor(self.descriptor, *_USED_PART, "F_RDLCK")
         except OSError:
             return False
         return has_log
@@ -3731,7 +3720,18 @@ class _UsedFile:
     def unlock(self) -> None:
         if self.is_open():
             with contextlib.suppress(OSError):  # Where it can't be locked either.
-                _lock_for_descriptor(self.descriptor, *_USED_PART, is_locked=False)
+                _lock_for_descriptor(self.descriptor, *_USED_PART, "F_UNLCK")
+
+    def let_go(self) -> bool:
+        """Unlock the descriptor, and close it unless SQLite has locks that would go with it; tell whether that was done."""
+        if self.is_open():
+            try:
+                _lock_for_descriptor(self.descriptor, *_USED_PART, "F_WRLCK")  # So that it can't get any meanwhile.
+            except OSError:  # It has, here or in another process.
+                self.unlock()
+                return False
+        self.close()
+        return True
 
     def close(self) -> None:
         if self.is_open():
@@ -3784,14 +3784,14 @@ def _unmark_used(identity: _Identity, *, keeps_log: bool) -> None:
 
 
 def _let_go_of_unused() -> None:
-    """Close the descriptors of ours that nobody uses, where SQLite has no locks that would go with them."""
+    """Unlock the descriptors of ours that nobody uses, and close those that can be."""
     if not _used_files_lock.acquire(timeout=_PATIENCE_S):
         return  # The next one does it.
     try:
         for identity, file in list(_used_files.items()):
-            is_free = not file.users and _descriptors(identity) == {file.descriptor}
-            if is_free and _used_files.pop(identity, None) is not None:  # Or a finalizer was quicker.
-                file.close()
+            is_unused = not file.users and _used_files.pop(identity, None) is not None  # Or a finalizer was quicker.
+            if is_unused and not file.let_go():
+                _used_files[identity] = file
     finally:
         _used_files_lock.release()
 
@@ -3809,8 +3809,8 @@ def _unmark_all() -> None:
 #
 # One database, in a file or in memory, and this process's connections to it: one that sends,
 # one that works, one that reads; in memory one for all.  They are opened at first use and
-# guarded by `_lock`, under which every write is one transaction; only the slots' lock is
-# taken under it.  Every error that reaches the user says which file, what, and what to do.
+# guarded by `_lock`, under which every write is one transaction; only the locks of slots
+# and of used files are taken under it.  Every error that reaches the user says which file, what, and what to do.
 # To close a descriptor of the database or of its shared memory is to drop SQLite's locks there.
 # ------------------------------------------------------------------------------------------
 #: Of new files: a message touches few pages, and every touched one goes into the log whole.
@@ -3860,7 +3860,7 @@ class _Connections:
     # Opening and closing.
 
     def _connect(self, role: str) -> sqlite3.Connection:
-        """Return this process's connection for a role: "send", "work" or "read"."""
+        """Return this process's connection for a role: "send", "work", "read" or one of _aside()'s."""
         if self.path is None:
             role = "memory"
         elif self._identity is not None:
@@ -4357,7 +4357,7 @@ class _LoggedDatabase(_Connections):
                 if not slots.hold(_HEADER):
                     return False  # Another one is at it.
             try:
-                with self._checkpoint_lock, self._checkpointing() as connection:
+                with self._checkpoint_lock, self._aside("checkpoint") as connection:
                     for _ in range(_MOST_PASSES):
                         started = _SYSTEM_CLOCK.monotonic()
                         with self._moving_lock:
@@ -4378,18 +4378,18 @@ class _LoggedDatabase(_Connections):
         return is_moved
 
     @contextlib.contextmanager
-    def _checkpointing(self) -> Iterator[sqlite3.Connection]:
-        """The connection for checkpoints, out of close()'s reach while it is used beside _lock."""
+    def _aside(self, role: str) -> Iterator[sqlite3.Connection]:
+        """The connection for what takes long, out of close()'s reach while it is used beside _lock."""
         with self._lock:
-            connection = self._connect("checkpoint")
+            connection = self._connect(role)
             identity = self._identity, self._index_identity
-            del self._connections["checkpoint"]
+            del self._connections[role]
         try:
             yield connection
         finally:
             with self._lock:
-                if (self._identity, self._index_identity) == identity:
-                    self._connections["checkpoint"] = connection
+                if (self._identity, self._index_identity) == identity and role not in self._connections:
+                    self._connections[role] = connection
                 else:
                     connection.close()
 
@@ -4833,9 +4833,12 @@ class _WatchedDatabase(_Database):
         return self._select_ids(_ARE_GONE, carriers, since_ms * 1000)
 
     def _select_ids(self, sql: str, ids: set[str], value: int) -> list[str] | None:
+        if not ids:
+            return []
         try:
-            return [message_id for (message_id,) in self._read(sql, (json.dumps(list(ids)), value))] if ids else []
-        except BrokerError:  # Those that wait meet it as well, and tell of it.
+            with self._aside("listen") as connection, self._moving_lock:  # Senders need not wait for it.
+                return [message_id for (message_id,) in connection.execute(sql, (json.dumps(list(ids)), value))]
+        except (BrokerError, self._errors):  # Those that wait meet it as well, and tell of it.
             return None
 
 
@@ -8143,8 +8146,9 @@ class _Targets:
         seen = (broker._engine.data_version(), self._count_declared())
         if seen == self._seen:
             return False
+        pairs = broker._engine.ready_pairs()
         self._seen = seen
-        for queue, name in self._broker._engine.ready_pairs():
+        for queue, name in pairs:
             if self._queues and queue not in self._queues:
                 continue
             if queue not in broker.queues:
@@ -8230,11 +8234,8 @@ class _Batch:
         """Tell whether another thread should come."""
         return not self.is_for_one and len(self.rows) * self.pace_s > _HELP_S
 
-    def is_late(self, now: float) -> bool:
-        return now > self._begun_at + 2 * _BATCH_S
-
-    def is_stale(self, now: float) -> bool:
-        return now > self._begun_at + _STALE_S
+    def age_s(self, now: float) -> float:
+        return now - self._begun_at
 
     def limit(self, free: int) -> int:
         """How many to claim next, with so many threads free."""
@@ -8321,13 +8322,17 @@ class _Exchanger:
 
     def write_at_once(self, job: _Job) -> None:
         """Write a job's outcome while the slot still tells that it runs; nothing is left of it then."""
+        outcome, job.outcome = job.outcome, _Outcome(job.row)
         with self._lock:
-            self._finished.append(job.outcome)
-        job.outcome = _Outcome(job.row)
+            self._finished.append(outcome)
         self.write()
-        while self._trouble_at is not None and not job.is_given_up:
+        while self._is_unwritten(outcome) and not job.is_given_up:
             _SYSTEM_CLOCK.sleep(_RETRY_S)
             self.write()
+
+    def _is_unwritten(self, outcome: _Outcome) -> bool:
+        with self._lock:
+            return outcome in self._finished or outcome in self._traded
 
     def write(self) -> None:
         """Write what is finished, now."""
@@ -8343,22 +8348,9 @@ class _Exchanger:
             is_clear = isinstance(error, (BrokerError, OSError))
             self.logger.error("%s The worker goes on trying.", error, exc_info=not is_clear)
 
-    def is_in_trouble(self) -> bool:
-        """Tell whether the last try to write or claim has failed."""
-        return self._trouble_at is not None
-
     def is_busy_here(self) -> bool:
         """Tell whether this very thread holds a lock: a signal handler has come in between."""
         return self._engine.is_busy_here() or _is_held_here(self._exchange_lock) or _is_held_here(self._lock)
-
-    def has_lost_descriptors(self) -> bool:
-        """Tell whether a job has closed what holds our locks; the process had better end."""
-        if self._slot.slots.is_held():
-            return False
-        with self._lock:  # One of these did it: they count as running in the crash.
-            for index, outcome in enumerate((self._finished + self._traded)[:_MAX_TRACKED]):
-                self._slot.run(index, outcome.row.id)
-        return True
 
 
 # ------------------------------------------------------------------------------------------
@@ -8715,9 +8707,19 @@ class _Dispatcher(_Exchanger):
 
     # Looking after things.
 
-    def has_litter(self) -> bool:
-        """Tell whether claimed rows or outcomes lie about."""
-        return bool(self._batch.rows or self._finished)
+    def has_lost_descriptors(self) -> bool:
+        """Tell whether a job has closed what holds our locks; the process had better end."""
+        if self._slot.slots.is_held():
+            return False
+        with self._lock:  # One of these did it, or one that still runs: all count as running in the crash.
+            free = sorted(set(range(_MAX_TRACKED)) - self.running.keys())
+            for index, outcome in zip(free, self._finished + self._traded):
+                self._slot.run(index, outcome.row.id)
+        return True
+
+    def is_urgent(self) -> bool:
+        """Tell whether claimed rows or outcomes lie about, and the last try to write or claim has not failed."""
+        return self._trouble_at is None and bool(self._batch.rows or self._finished)
 
     def look_after(self) -> None:
         """Write late outcomes, call help, and hand back what nobody comes to run."""
@@ -8725,11 +8727,11 @@ class _Dispatcher(_Exchanger):
         with self._lock:
             is_late = bool(self._finished) and now > self._finished_at + _LATE_S
             if self._batch.rows and self._idle:
-                if self._batch.is_late(now):
+                if self._batch.age_s(now) > 2 * _BATCH_S:
                     self._cond.notify_all()
             elif is_late and self._idle and not self._is_waited_for:
                 self._cond.notify()
-            elif self._batch.rows and self._batch.is_stale(now):
+            elif self._batch.rows and self._batch.age_s(now) > _STALE_S:
                 self._give_back()
                 is_late = True
                 if not self.running:
@@ -8837,12 +8839,10 @@ class Worker:
             raise TypeError(f"{broker!r} can't be worked on here; give a broker of dramalite.")
         if isinstance(queues, str):
             raise TypeError(f"queues is {queues!r}; give a list of names.")
-        for value, name in (
-            (worker_threads, "worker_threads"), (async_concurrency, "async_concurrency"),
-            (worker_timeout, "worker_timeout"),
-        ):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{name} is {value!r}; give 1 or more.")
+        _check_int(worker_threads, "worker_threads", lowest=1)
+        _check_int(async_concurrency, "async_concurrency", lowest=1)
+        if worker_timeout < 1:
+            raise ValueError(f"worker_timeout is {worker_timeout!r}; give 1 or more.")
         if worker_threads + async_concurrency > _MAX_TRACKED:
             raise ValueError(
                 f"worker_threads and async_concurrency are {worker_threads} and {async_concurrency}; "
@@ -9057,7 +9057,8 @@ class Worker:
     def runners(self) -> set[int]:
         """What runs messages: the idents of the worker threads, negative numbers of coroutines."""
         threads = {thread.ident for thread in list(self._threads.values()) if thread.ident is not None}
-        jobs = list(self._dispatcher.running.values()) if self._dispatcher is not None else []
+        dispatcher = self._dispatcher  # Which stop() takes away.
+        jobs = [] if dispatcher is None else list(dispatcher.running.values())
         return threads | {job.runner for job in jobs if job.context is not None}
 
     # Threads.
@@ -9159,8 +9160,7 @@ class Worker:
         house_kept_at = log_moved_at = 0.0
         while not (dispatcher.is_stopping and not dispatcher.running):
             try:
-                if dispatcher.has_litter():
-                    dispatcher.look_after()
+                dispatcher.look_after()
                 now = _SYSTEM_CLOCK.monotonic()
                 if now >= log_moved_at + _LOG_TICK_S:
                     log_moved_at = now
@@ -9171,8 +9171,7 @@ class Worker:
                     self._replace_stuck_threads(dispatcher)
             except Exception as error:  # An OSError, say: a job closed our descriptors.
                 dispatcher.complain(error)
-            is_urgent = dispatcher.has_litter() and not dispatcher.is_in_trouble()
-            self._tick.wait(_TICK_S if is_urgent else _IDLE_TICK_S)
+            self._tick.wait(_TICK_S if dispatcher.is_urgent() else _IDLE_TICK_S)
         self.broker.emit_before("consumer_thread_shutdown", thread)
 
     def _replace_stuck_threads(self, dispatcher: _Dispatcher) -> None:
@@ -9560,7 +9559,7 @@ class _VirtualClock(Clock):
     is_virtual = True
 
     def __init__(self, world: Simulation, now_ms: int) -> None:
-        self._world = world
+        self.world = world
         self.start(now_ms)
 
     def start(self, now_ms: int) -> None:
@@ -9578,14 +9577,10 @@ class _VirtualClock(Clock):
         return self._start_ms + round(monotonic_s * 1000)
 
     def sleep(self, seconds: float) -> None:
-        self._world.pass_time(_whole_ms(seconds))
+        self.world.pass_time(_whole_ms(seconds))
 
     def wait_for(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
-        return self._world.wait_for(is_done, timeout_s)
-
-    def wait_for_others(self) -> None:
-        """Let time pass for a job that waits for what only others can bring."""
-        self._world.wait_for_others()
+        return self.world.wait_for(is_done, timeout_s)
 
     async def wait_for_async(self, is_done: Callable[[], bool], timeout_s: float | None) -> bool:
         import asyncio
@@ -9656,7 +9651,7 @@ def _make_virtual_loop(clock: _VirtualClock) -> asyncio.AbstractEventLoop:
                 loop.patience_s = _REAL_WAIT_S
             elif timeout is None:
                 loop.patience_s = 0.0  # Nothing runs here meanwhile.
-                clock.wait_for_others()
+                clock.world.wait_for_others()
             else:
                 loop.patience_s = _NEXT_REAL_WAIT_S if is_real else _REAL_WAIT_S
                 clock.sleep(timeout)
@@ -9725,7 +9720,7 @@ def _run_on_virtual_loop(clock: _VirtualClock, coroutine: Coroutine[Any, Any, An
             for task in left:
                 task.cancel()
             if left:
-                run(loop.create_task(_wait_for_tasks(left)))
+                run(loop.create_task(asyncio.wait(left, timeout=_CANCEL_GRACE_S)))  # For as long as they may take.
             run(loop.create_task(loop.shutdown_asyncgens()))
         loop.close()
 
@@ -9734,13 +9729,6 @@ def _has_threads() -> bool:
     """Tell whether there are threads that dramalite knows nothing of."""
     known = threading.current_thread(), threading.main_thread()
     return any(item not in known and not item.name.startswith("dramalite-") for item in threading.enumerate())
-
-
-async def _wait_for_tasks(tasks: list[asyncio.Task[Any]]) -> None:
-    """Wait until cancelled tasks have ended, for as long as they may take."""
-    import asyncio
-
-    await asyncio.wait(tasks, timeout=_CANCEL_GRACE_S)
 
 
 def _run_virtually(clock: _VirtualClock, coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -9929,13 +9917,13 @@ class SimulationError(DramaliteError):
 
 def _time_ms(when: object, what: str) -> int:
     """Milliseconds since 1970 of a datetime; one without a time zone counts as UTC, everywhere."""
-    from datetime import datetime, timezone
+    from datetime import datetime, timedelta, timezone
 
     if not isinstance(when, datetime):
         raise TypeError(f"{what} is {when!r}; give a datetime.")
     if when.tzinfo is None:
         when = when.replace(tzinfo=timezone.utc)
-    return math.ceil(when.timestamp() * 1000)
+    return -((datetime(1970, 1, 1, tzinfo=timezone.utc) - when) // timedelta(milliseconds=1))
 
 
 #: The last one that a datetime can hold.
@@ -10096,7 +10084,7 @@ class Simulation:
     def __enter__(self) -> Simulation:
         if self._workers:
             raise RuntimeError("This simulation has been used; make another one by simulate().")
-        if any(worker.broker is self.broker for worker in _live_workers):
+        if any(worker.broker is self.broker and worker._running() for worker in _live_workers):
             raise RuntimeError("This broker is worked on already, by a worker.")
         self._takeover.begin()
         self._pid = os.getpid()
@@ -10394,7 +10382,7 @@ class Simulation:
     def _fail(self, problem: str) -> None:
         last = "".join(f"\n    {event}" for event in self.events[-10:])
         raise SimulationError(
-            f"The simulation {problem}; it is {self.now}, and {len(self.pending())} messages are not "
+            f"The simulation {problem}; it is {self.now}, and {len(self.broker._engine.bodies())} messages are not "
             f"finished. The last events:{last or ' none.'}"
         )
 
@@ -10587,7 +10575,17 @@ class _ChildProcess(abc.ABC):
                 stream.reconfigure(errors="backslashreplace", line_buffering=True)
         for path in self._namespace.path or ():
             sys.path.insert(0, os.path.abspath(path))
-        code = self._work()
+        try:
+            code = self._work()
+        except _Unusable as error:
+            self._logger.critical("%s", error)
+            code = self._fail_to_start(_EXIT_IMPORT)
+        except BrokerError as error:
+            if self._has_started:
+                raise
+            self._logger.critical("%s", error)
+            may_pass = not isinstance(error, BrokerConnectionError)  # All slots are taken, say.
+            code = _EXIT_KILLED if may_pass else self._fail_to_start(_EXIT_CONNECTION)
         logging.shutdown()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError, AttributeError):  # Closed by a job.
@@ -10596,7 +10594,10 @@ class _ChildProcess(abc.ABC):
 
     @abc.abstractmethod
     def _work(self) -> int:
-        """Do what the process is for; return its exit code."""
+        """Do what the process is for; return its exit code.
+
+        Raises BrokerError or _Unusable, whose texts say all, where it can't start.
+        """
 
     def _fail_to_start(self, code: int) -> int:
         """Note that this process can't start; return `code`, with which the supervisor is to end as well."""
@@ -10661,12 +10662,8 @@ class _WorkerProcess(_ChildProcess):
         try:
             broker = self._import()
             forks = [_path_of(function) for item in broker.middleware for function in item.forks]
-        except BrokerConnectionError as error:
-            self._logger.critical("%s", error)
-            return self._fail_to_start(_EXIT_CONNECTION)
-        except _Unusable as error:
-            self._logger.critical("%s", error)
-            return self._fail_to_start(_EXIT_IMPORT)
+        except (BrokerConnectionError, _Unusable):
+            raise
         except BaseException:  # The user's modules are foreign code.
             names = " ".join([namespace.broker, *namespace.modules])
             self._logger.exception("%s can't be imported; fix this and start again.", names)
@@ -10680,11 +10677,7 @@ class _WorkerProcess(_ChildProcess):
         self._is_importing = False
         worker.describe_death = self._describe_death
         worker.on_stuck = lambda: self._events.put("retire")
-        try:
-            worker.start()
-        except BrokerConnectionError as error:
-            self._logger.critical("%s", error)
-            return self._fail_to_start(_EXIT_CONNECTION)
+        worker.start()
         self._has_started = True
         self._tell_forks(forks)
         if namespace.child == "0":
@@ -10721,8 +10714,8 @@ class _WorkerProcess(_ChildProcess):
     def _tell_forks(self, forks: list[str]) -> None:
         """Note the functions that middleware wants to run in processes of their own."""
         draft = self._note(f"draft-{self._namespace.child}")
-        # The supervisor and its folder are gone; or, on Windows, it just reads what another one told.
-        with contextlib.suppress(FileNotFoundError, PermissionError):
+        # The supervisor and its folder are gone, or its disk is full; on Windows, it may just read what
+        with contextlib.suppress(OSError):  # another one told.
             with open(draft, "w", encoding="utf-8") as file:
                 file.write("\n".join(forks))
             os.replace(draft, self._note(f"{_FORKS_NOTE}{self._namespace.reloads}"))
@@ -10795,9 +10788,8 @@ class _ForkProcess(_ChildProcess):
             function = _find_attribute(_import_module(module_name), module_name, path)
             if not callable(function):
                 raise _Unusable(f"'{self._namespace.child}' is not a function: {function!r}.")
-        except _Unusable as error:
-            self._logger.critical("%s", error)
-            return self._fail_to_start(_EXIT_IMPORT)
+        except _Unusable:
+            raise
         except BaseException:  # The user's modules are foreign code.
             self._logger.exception("%s can't be imported.", self._namespace.child)
             return self._fail_to_start(_EXIT_IMPORT)
@@ -10868,7 +10860,7 @@ def _give_forks_default_signals() -> None:
 
 
 class _Unusable(ImportError):
-    """What the command line names is not there, or no use; the text says all."""
+    """What the command line names or needs is not there, or no use; the text says all."""
 
 
 def _enable_loggers() -> None:
@@ -10938,7 +10930,7 @@ def _find_broker(module: types.ModuleType, module_name: str, path: str) -> Broke
 
 def _path_of(function: Callable[[], Any]) -> str:
     """MODULE:FUNCTION, by which another process finds the function."""
-    path = f"{function.__module__}:{function.__qualname__}"
+    path = f"{getattr(function, '__module__', '<unknown>')}:{getattr(function, '__qualname__', repr(function))}"
     if "<" in path:
         raise _Unusable(f"The fork function {path} can't be found by its name; define it in a module.")
     return path
@@ -11180,12 +11172,9 @@ class _Supervisor:
                     self._next_task()()
                 self._logger.info("Bye.")
                 return self._exit_code
-        except _PidFileError as error:
+        except (_PidFileError, _Unusable) as error:
             self._logger.critical("%s", error)
-            return _EXIT_PID_FILE
-        except _NoTemporaryFolder as error:
-            self._logger.critical("%s", error)
-            return _EXIT_IMPORT
+            return _EXIT_IMPORT if isinstance(error, _Unusable) else _EXIT_PID_FILE
         finally:
             self._close_logs()
 
@@ -11300,11 +11289,11 @@ class _Supervisor:
             **vars(self._namespace), "child": child.name, "notes": self._notes, "reloads": self._reloads
         }  # fmt: skip
         environment = {**os.environ, _CHILD_VARIABLE: json.dumps(told, default=str)}
-        started: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        started: queue.SimpleQueue[subprocess.Popen[bytes] | None] = queue.SimpleQueue()
 
         def await_exit() -> None:
-            process = started.get()
-            self._events.put(functools.partial(self._bury, child, process, process.wait()))
+            if (process := started.get()) is not None:
+                self._events.put(functools.partial(self._bury, child, process, process.wait()))
 
         try:
             os.makedirs(self._notes, 0o700, exist_ok=True)  # A cleaner of old files may have been there.
@@ -11318,6 +11307,7 @@ class _Supervisor:
             self._note_child(child.process.pid, "")
         except (OSError, RuntimeError) as error:  # Too many processes, no memory: that may pass.
             self._logger.critical("%s can't be started: %s; trying again.", child, error)
+            started.put(None)
             child.restart_at = child.started_at + _RESTART_DELAYS_S[-1]
 
     def _note_child(self, pid: int, death: str) -> None:
@@ -11334,7 +11324,7 @@ class _Supervisor:
         self._forks_due = None
         functions = list(self._namespace.fork_function)
         note = self._forks_note()
-        with contextlib.suppress(FileNotFoundError), open(note, encoding="utf-8") as file:
+        with contextlib.suppress(OSError), open(note, encoding="utf-8") as file:
             functions += file.read().split()
         for name in dict.fromkeys(functions) if not self._stops else ():
             child = self._children.setdefault(name, _Child(name))
@@ -11455,10 +11445,6 @@ def _open_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # The lowest number that is free.
 
 
-class _NoTemporaryFolder(Exception):
-    """There is no place for notes; the text says why."""
-
-
 @contextlib.contextmanager
 def _notes_folder() -> Iterator[str]:
     """Make a folder for notes; remove those of supervisors that were killed."""
@@ -11471,12 +11457,12 @@ def _notes_folder() -> Iterator[str]:
                 shutil.rmtree(entry.path, ignore_errors=True)
     try:
         temporary = tempfile.TemporaryDirectory(prefix="dramalite-", ignore_cleanup_errors=True)
+        descriptor = os.open(os.path.join(temporary.name, _ALIVE_NOTE), os.O_CREAT | os.O_RDWR, 0o600)
     except OSError as error:
-        raise _NoTemporaryFolder(
+        raise _Unusable(
             f"No temporary folder can be made: {error}; have the environment's TMPDIR name a writable one."
         ) from error
     with temporary as folder:
-        descriptor = os.open(os.path.join(folder, _ALIVE_NOTE), os.O_CREAT | os.O_RDWR, 0o600)
         try:
             with contextlib.suppress(OSError):
                 _try_lock_byte(descriptor, 0)
