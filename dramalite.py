@@ -884,6 +884,23 @@ def _fresh_message_id() -> str:
     return _new_message_id(_SYSTEM_CLOCK.time_ms(), os.urandom(10))
 
 
+class _OfDataclass:
+    """What dataclasses keeps of its classes, for Message: made when it asks, for its import takes long."""
+
+    def __set_name__(self, _owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, _message: object, _owner: type) -> Any:
+        import dataclasses
+
+        optional = [
+            ("message_id", str, dataclasses.field(default_factory=_fresh_message_id)),
+            ("message_timestamp", int, dataclasses.field(default_factory=_SYSTEM_CLOCK.time_ms)),
+        ]
+        made = dataclasses.make_dataclass("Message", [*list(_FIELD_TYPES.items())[:5], *optional], frozen=True)
+        return getattr(made, self._name)
+
+
 @functools.total_ordering
 class Message(Generic[_R]):
     """A call that was, or will be, sent to an actor.
@@ -902,7 +919,7 @@ class Message(Generic[_R]):
     message_timestamp: int
 
     #: The broker that made or sent this message, for get_result(); not part of its value.
-    _broker: Broker | None
+    _broker: Broker | None = None
     #: It stands, as a dead letter, for bytes that are no message: it can't be sent again.
     is_damaged: ClassVar[bool] = False
     _field_defaults: ClassVar[dict[str, Any]] = {}
@@ -925,7 +942,6 @@ class Message(Generic[_R]):
             queue_name=queue_name, actor_name=actor_name, args=tuple(args), kwargs=kwargs, options=options,
             message_id=_fresh_message_id() if message_id is None else message_id,
             message_timestamp=_SYSTEM_CLOCK.time_ms() if message_timestamp is None else message_timestamp,
-            _broker=None,
         )  # fmt: skip
 
     def __setattr__(self, name: str, _value: Any) -> None:
@@ -947,6 +963,9 @@ class Message(Generic[_R]):
         return self._astuple() < other._astuple()
 
     __hash__ = None  # type: ignore[assignment]
+
+    __dataclass_fields__ = _OfDataclass()
+    __dataclass_params__ = _OfDataclass()
 
     def _astuple(self) -> tuple[Any, ...]:
         return tuple(self.asdict().values())
@@ -995,6 +1014,8 @@ class Message(Generic[_R]):
         changed: Message[_R] = type(self)(**{**self.asdict(), **changes})
         changed.__dict__["_broker"] = self._broker
         return changed
+
+    __replace__ = _replace
 
     def copy(self, **attributes: Any) -> Message[_R]:
         """Return a message with these fields changed; `options` are merged over its own."""
@@ -1144,6 +1165,9 @@ class MessageProxy:
 
     def __eq__(self, other: object) -> bool:
         return bool(self._message == (other._message if isinstance(other, MessageProxy) else other))
+
+    def __lt__(self, other: Message[Any] | MessageProxy) -> bool:
+        return self._message < (other._message if isinstance(other, MessageProxy) else other)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -1715,13 +1739,18 @@ def get_broker() -> Broker:
         return _global_broker
 
 
-def set_broker(broker: Broker) -> None:
+def set_broker(broker: Broker | None) -> None:
     """Make `broker` the default; it takes over actors and middleware added while none was set.
 
     Set it once, before all else: later, actors stay on the broker on which they were declared, and
-    so does what was sent.  Raises ValueError if one of the actors does not fit the broker.
+    so does what was sent.  None is for tests: then get_broker() makes another one.  Raises ValueError
+    if one of the actors does not fit the broker.
     """
     global _global_broker, _global_broker_is_implicit
+    if broker is None:
+        with _broker_lock:
+            _global_broker, _global_broker_is_implicit = None, False
+        return
     if not isinstance(broker, Broker):
         raise TypeError(f"{broker!r} is not a Broker; give an instance of one.")
     with _broker_lock:
@@ -4059,6 +4088,8 @@ class _Connections:
                 self._slots = None
 
     def __del__(self) -> None:
+        if "_connections" not in self.__dict__:  # It is half of a copy, which copy and pickle refuse.
+            return
         if sys.is_finalizing():  # A frozen thread may hold a lock.
             self._close(self._connections)  # From 3.13 on, Python warns of those that are just dropped.
         else:
@@ -5444,6 +5475,12 @@ class _Engine(_SenderDatabase):
         """(queue, actor, message_id, died_at, reason, body) of the dead letters, oldest first."""
         return self._read(_DEAD_LETTERS)
 
+    def bodies_of(self, queue: str, *, delayed: bool) -> list[bytes]:
+        """The messages of a queue that are ready, or delayed, in their order."""
+        state, order = (_DELAYED, "eta, priority, id") if delayed else (_READY, "priority, id")
+        sql = f"SELECT body FROM dramalite_messages WHERE state = {state} AND queue = ? ORDER BY {order}"
+        return [body for (body,) in self._read(sql, (queue,))]
+
     @_uninterrupted
     def take(self, queue: str, *, delayed: bool) -> list[bytes]:
         """Remove the first message of a queue that is ready, or delayed; its body, if there was one."""
@@ -6646,6 +6683,7 @@ def _memberships(options: dict[str, Any]) -> list[dict[str, Any]]:
 #
 # Exponential backoff with jitter from the broker's random source, as Dramatiq computes it.
 # ------------------------------------------------------------------------------------------
+_MIN_BACKOFF_MS = 15_000
 _MAX_BACKOFF_MS = 7 * 24 * 3600 * 1000
 _MAX_BACKOFF_EXPONENT = 32
 
@@ -6680,7 +6718,7 @@ class Retries(Middleware):
         self.logger = get_logger("dramalite.middleware.retries", type(self))
         self.backoff = None if backoff is None else _check_backoff(backoff, "backoff")
         self.max_retries = None if max_retries is None else _check_retries(max_retries, "max_retries")
-        self.min_backoff = 15_000 if min_backoff is None else _milliseconds(min_backoff, "min_backoff")
+        self.min_backoff = _MIN_BACKOFF_MS if min_backoff is None else _milliseconds(min_backoff, "min_backoff")
         self.max_backoff = _MAX_BACKOFF_MS if max_backoff is None else _milliseconds(max_backoff, "max_backoff")
         self.retry_when = retry_when
 
@@ -7195,6 +7233,11 @@ class _QueueView:
         return False
 
     @property
+    def queue(self) -> collections.deque[bytes]:
+        """The messages that wait, in their order; to take them is left to get()."""
+        return collections.deque(self._broker._engine.bodies_of(self._name, delayed=self._is_delayed))
+
+    @property
     def unfinished_tasks(self) -> int:
         """How many messages wait, are delayed or run."""
         return sum(self._broker._engine.counts().get(self._name, {}).values())
@@ -7361,9 +7404,9 @@ class _EngineBroker(Broker):
     def enqueue_many(self, messages: Iterable[Message[Any]]) -> list[Message[Any]]:
         """Store messages in one transaction, all or none; return them as they were stored.
 
-        Where a subclass has an enqueue() of its own, that is called for each of them instead.
+        Where a subclass has an enqueue() of its own, or a test has put one there, that is called for each instead.
         """
-        if type(self).enqueue is not _EngineBroker.enqueue:
+        if getattr(self.enqueue, "__func__", None) is not _EngineBroker.enqueue:
             return [self.enqueue(message) for message in messages]
         prepared = [self._prepare(message, None) for message in messages]
         self._write_rows([values for _message, values in prepared])
@@ -11730,12 +11773,13 @@ def _child_command(is_main: bool) -> tuple[list[str], str]:
 _MODULES: dict[str, str] = {
     "actor": "Actor actor",
     "asyncio": "async_to_sync get_event_loop_thread=_get_event_loop_thread",
-    "broker": "Broker Consumer MessageProxy get_broker set_broker",
+    "broker": "ActorNotFound Broker Consumer MessageProxy get_broker set_broker",
     "brokers": "",
     "brokers.rabbitmq": "",
     "brokers.redis": "",
-    "brokers.stub": "StubBroker",
-    "cli": "main make_argument_parser",
+    "brokers.stub": "QueueNotFound StubBroker",
+    "cli": "RET_CONNECT=_EXIT_CONNECTION RET_IMPORT=_EXIT_IMPORT RET_KILLED=_EXIT_KILLED RET_OK=_EXIT_OK "
+    "RET_PIDFILE=_EXIT_PID_FILE main make_argument_parser",
     "common": "current_millis=_current_millis dq_name=_dq_name q_name=_q_name xq_name=_xq_name",
     "composition": "group pipeline",
     "encoder": "Encoder JSONEncoder PickleEncoder",
@@ -11756,7 +11800,7 @@ _MODULES: dict[str, str] = {
     "middleware.middleware": "Middleware MiddlewareError SkipMessage",
     "middleware.pipelines": "Pipelines",
     "middleware.prometheus": "Prometheus",
-    "middleware.retries": "Retries",
+    "middleware.retries": "DEFAULT_MAX_BACKOFF=_MAX_BACKOFF_MS DEFAULT_MIN_BACKOFF=_MIN_BACKOFF_MS Retries",
     "middleware.shutdown": "Shutdown ShutdownNotifications",
     "middleware.threading": "Interrupt raise_thread_exception",
     "middleware.time_limit": "TimeLimit TimeLimitExceeded",
@@ -11770,17 +11814,18 @@ _MODULES: dict[str, str] = {
     "rate_limits.barrier": "Barrier",
     "rate_limits.bucket": "BucketRateLimiter",
     "rate_limits.concurrent": "ConcurrentRateLimiter",
-    "rate_limits.rate_limiter": "RateLimiter",
+    "rate_limits.rate_limiter": "RateLimitExceeded RateLimiter",
     "rate_limits.window": "WindowRateLimiter",
     "results": "Missing ResultBackend ResultError ResultFailure ResultMissing ResultTimeout "
     "ResultUnavailable Results",
-    "results.backend": "Missing ResultBackend",
+    "results.backend": "DEFAULT_TIMEOUT=_DEFAULT_RESULT_TIMEOUT_MS MResult=Any Missing Result=Any ResultBackend "
+    "ResultMissing ResultTimeout",
     "results.backends": "StubBackend=StubResultBackend SQLiteBackend=SQLiteResultBackend",
     "results.backends.memcached": "",
     "results.backends.redis": "",
     "results.backends.stub": "StubBackend=StubResultBackend",
     "results.errors": "ResultError ResultFailure ResultMissing ResultTimeout ResultUnavailable",
-    "results.middleware": "Results",
+    "results.middleware": "DEFAULT_RESULT_TTL=_DEFAULT_RESULT_TTL_MS Results",
     "threading": "Interrupt raise_thread_exception",
     "worker": "Worker",
 }
@@ -11802,10 +11847,17 @@ def _explain_missing(path: str, name: str) -> NoReturn:
     raise AttributeError(f"module {path!r} has no attribute {name!r}")
 
 
+class _BrokerModule(types.ModuleType):
+    """A module whose global_broker is the default one, None where there is none."""
+
+    global_broker = property(lambda _module: _global_broker, lambda _module, broker: set_broker(broker))
+
+
 def _add_module_paths() -> None:
     """Make the modules of the table; one inside another is also its attribute."""
     for path, names in _MODULES.items():
-        module = types.ModuleType(f"{__name__}.{path}", f"Dramatiq's module path: {path}.")
+        kind = _BrokerModule if path == "broker" else types.ModuleType
+        module = kind(f"{__name__}.{path}", f"Dramatiq's module path: {path}.")
         module.__dict__["__path__"] = []
         module.__dict__["__getattr__"] = functools.partial(_explain_missing, module.__name__)
         module.__spec__ = type(os.__spec__)(module.__name__, None, is_package=True)
