@@ -3813,13 +3813,14 @@ def _unmark_used(identity: _Identity, *, keeps_log: bool) -> None:
 
 
 def _let_go_of_unused() -> None:
-    """Unlock the descriptors of ours that nobody uses, and close those that can be."""
+    """Let go of the descriptors of ours that nobody uses."""
     if not _used_files_lock.acquire(timeout=_PATIENCE_S):
         return  # The next one does it.
     try:
         for identity, file in list(_used_files.items()):
-            is_unused = not file.users and _used_files.pop(identity, None) is not None  # Or a finalizer was quicker.
-            if is_unused and not file.let_go():
+            # Others here may have lost SQLite's locks, as they don't know: ours then keeps the log from them.
+            is_alone = not file.users and _descriptors(identity) == {file.descriptor}
+            if is_alone and _used_files.pop(identity, None) is not None and not file.let_go():
                 _used_files[identity] = file
     finally:
         _used_files_lock.release()
