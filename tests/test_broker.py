@@ -1,6 +1,7 @@
 """The broker base: declaring, looking up, enqueueing, the global broker."""
 
 import logging
+import sys
 
 import pytest
 
@@ -167,6 +168,87 @@ def test_a_broker_that_does_not_fit_all_actors_declared_before_is_refused_and_no
 
     assert "store_results" in done.stdout
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_results_stay_where_the_messages_are_when_another_broker_is_refused(run_python):
+    done = run_python(
+        "import dramalite\n"
+        "implicit, other = dramalite.get_broker(), dramalite.SQLiteBroker('other.db')\n"
+        "implicit.add_middleware(dramalite.Results(store_results=True))\n"
+        "work = dramalite.actor(lambda: 42, actor_name='work')\n"
+        "dramalite.actor(print, actor_name='work', broker=other)\n"
+        "kinds = [type(item) for item in other.middleware]\n"
+        "try:\n"
+        "    dramalite.set_broker(other)\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+        "assert dramalite.get_broker() is implicit\n"
+        "assert [type(item) for item in other.middleware] == kinds\n"
+        "sent = work.send()\n"
+        "with dramalite.Worker(implicit, worker_threads=1):\n"
+        "    implicit.join('default', timeout=100000)\n"
+        "found = dramalite.SQLiteBroker(implicit.path).get_results_backend().get_result(sent)\n"
+        "try:\n"
+        "    other.get_results_backend().get_result(sent)\n"
+        "except dramalite.ResultMissing:\n"
+        "    print('found', found)\n"
+    )
+
+    assert done.stdout == "An actor named 'work' is already registered.\nfound 42\n"
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_middleware_added_beside_another_one_is_beside_it_on_the_broker_that_is_set_late(run_python):
+    done = run_python(
+        "import dramalite\n"
+        "from dramalite import AgeLimit, Middleware, Retries\n"
+        "Before, After, Nowhere = [type(name, (Middleware,), {}) for name in ('Before', 'After', 'Nowhere')]\n"
+        "implicit, broker = dramalite.get_broker(), dramalite.MemoryBroker(middleware=[AgeLimit(), Retries()])\n"
+        "implicit.add_middleware(Before(), before=Retries)\n"
+        "implicit.add_middleware(After(), after=AgeLimit)\n"
+        "implicit.add_middleware(Nowhere(), before=dramalite.TimeLimit)\n"
+        "dramalite.set_broker(broker)\n"
+        "print(*[type(item).__name__ for item in broker.middleware])\n"
+    )
+
+    assert (done.stdout, done.stderr) == ("AgeLimit After Before Retries Nowhere\n", "")
+
+
+@pytest.mark.xfail(strict=True, reason="what takes the place of a built-in one there goes to the end")
+def test_middleware_of_a_built_in_kind_keeps_its_place_on_the_broker_that_is_set_late(run_python):
+    done = run_python(
+        "import dramalite\n"
+        "implicit, broker = dramalite.get_broker(), dramalite.MemoryBroker()\n"
+        "implicit.add_middleware(dramalite.Results(store_results=True), before=dramalite.AgeLimit)\n"
+        "dramalite.set_broker(broker)\n"
+        "assert [type(item) for item in broker.middleware] == [type(item) for item in implicit.middleware]\n"
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_after_none_was_set_another_broker_is_made():
+    dramalite.set_broker(None)
+    first = dramalite.get_broker()
+    dramalite.set_broker(None)
+    second = dramalite.get_broker()
+
+    assert [type(broker) for broker in (first, second)] == [dramalite.SQLiteBroker] * 2
+    assert first is not second
+    assert dramalite.get_broker() is second
+
+
+def test_the_default_broker_is_read_and_set_by_the_name_it_has_in_dramatiqs_module(stub_broker, monkeypatch):
+    module, mine = sys.modules["dramalite.broker"], dramalite.MemoryBroker()
+    before = module.global_broker
+    with monkeypatch.context() as patch:
+        patch.setattr("dramalite.broker.global_broker", mine)
+        meanwhile = dramalite.get_broker()
+    after = dramalite.get_broker()
+    dramalite.set_broker(None)
+
+    assert (before, meanwhile, after) == (stub_broker, mine, stub_broker)
+    assert module.global_broker is None
 
 
 def test_a_broker_that_was_set_on_purpose_keeps_its_actors(make_stub_broker):

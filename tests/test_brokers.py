@@ -754,6 +754,36 @@ def test_join_waits_for_retries(broker, worker):
     assert len(attempts) == 4
 
 
+def test_a_join_is_not_disturbed_where_another_thread_closes_the_broker_at_any_step(make_file_broker, monkeypatch):
+    broker, steps = make_file_broker(), queue.SimpleQueue()
+    dramalite.actor(print, actor_name="work").send()
+
+    def close():
+        for is_closed in iter(steps.get, None):
+            broker.close()
+            is_closed.set()
+
+    def have_it_closed(frame, event, _argument):
+        callers = (frame.f_back, frame.f_back.f_back)
+        if event == "call" and any(caller.f_code is dramalite.MemoryBroker.join.__code__ for caller in callers):
+            is_closed = threading.Event()
+            steps.put(is_closed)
+            is_closed.wait(0.05)  # Or it needs what this thread holds, and is done later.
+
+    closing = threading.Thread(target=close)
+    closing.start()
+    # None that listens for other processes, or it would keep open what join() asks for a worker.
+    monkeypatch.setattr(threading.Thread, "start", fail_with(RuntimeError("can't start new thread")))
+    sys.setprofile(have_it_closed)
+    try:
+        with pytest.raises(QueueJoinTimeout):
+            broker.join("default", timeout=1)
+    finally:
+        sys.setprofile(None)
+        steps.put(None)
+        closing.join(DEADLINE)
+
+
 def test_join_does_not_wait_for_other_queues(broker, worker):
     done = []
     dramalite.actor(print, actor_name="other", queue_name="unserved").send(1)
@@ -944,6 +974,24 @@ def test_a_stub_brokers_queues_hold_encoded_messages(stub_broker, worker):
     assert done == [2]
 
 
+@pytest.mark.parametrize("kind", ["MemoryBroker()", "SQLiteBroker('queue.db')"])
+def test_a_copy_of_a_broker_that_failed_leaves_nothing_behind_that_complains(run_python, kind):
+    done = run_python(
+        "import copy, gc\n"
+        "import dramalite\n"
+        f"broker = dramalite.{kind}\n"
+        "dramalite.actor(print, broker=broker, actor_name='work').send()\n"
+        "try:\n"
+        "    copy.deepcopy(broker)\n"
+        "except TypeError as error:\n"
+        "    print(type(error).__name__)\n"
+        "gc.collect()\n"
+        "print(len(broker.pending()))\n"
+    )
+
+    assert (done.stdout.split(), done.stderr) == (["TypeError", "1"], "")
+
+
 # Dead letters
 
 
@@ -977,6 +1025,18 @@ def test_dead_letters_are_kept_by_queue(broker, worker):
     assert [letter.message_id for letter in by_queue["b"]] == [b.message_id]
     assert len(by_queue["c"]) == 0
     assert len(broker.dead_letters) == 2
+
+
+def test_dead_letters_sort_as_their_messages_do(broker, worker):
+    fail = dramalite.actor(fail_with(ValueError("no")), actor_name="fail", max_retries=0)
+    for number in (3, 1, 2):
+        fail.send(number)
+    worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    letters = sorted(broker.dead_letters)
+
+    assert [letter.args for letter in letters] == [(1,), (2,), (3,)]
+    assert letters[0] < letters[2] and not letters[2] < letters[0]
 
 
 def test_a_dead_letter_equals_the_message_as_it_ended(stub_broker, worker):
@@ -1171,6 +1231,16 @@ def test_a_delay_queue_is_found_by_its_name_and_gives_what_is_delayed_in_the_ord
     for name in ("other.DQ", "default.XQ", "other"):
         with pytest.raises(KeyError):
             broker.queues[name]
+
+
+def test_a_queue_lists_the_messages_that_wait_in_it_in_their_order_and_keeps_them(broker):
+    work = dramalite.actor(print, actor_name="work")
+    second, first = work.send(2), work.send_with_options(args=(1,), priority=-1)
+    later, sooner = [work.send_with_options(args=(delay,), delay=delay) for delay in (20_000, 10_000)]
+    listed = {name: [list(broker.queues[name].queue) for _ in range(2)] for name in ("default", "default.DQ")}
+
+    assert listed["default"] == [[first.encode(), second.encode()]] * 2
+    assert listed["default.DQ"] == [[sooner.encode(), later.encode()]] * 2
 
 
 def test_a_queue_takes_and_gives_as_one_of_the_standard_library(broker):

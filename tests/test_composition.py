@@ -1,6 +1,7 @@
 """Groups and pipelines as objects: what they contain, what run() sends, how results are collected."""
 
 import datetime
+from unittest import mock
 
 import pytest
 
@@ -274,6 +275,21 @@ def test_a_group_honours_a_messages_own_delay(add, enqueued):
     delays = {message.message_id: delay for message, delay in enqueued}
 
     assert delays == {later.message_id: 300, now.message_id: None}
+
+
+def test_a_test_that_replaces_enqueue_sees_what_compositions_send(add, broker):
+    messages = [add.message(number, 0) for number in range(3)]
+    with mock.patch.object(broker, "enqueue", wraps=broker.enqueue) as watched:
+        group(messages[:2]).run()
+        pipeline([messages[2], add.message(1)]).run()
+    with mock.patch.object(broker, "enqueue") as replaced:
+        group(messages[:2]).run()
+        pipeline([messages[2], add.message(1)]).run()
+    sent = broker.pending()
+
+    assert [call.args[0].args for call in watched.call_args_list] == [message.args for message in messages]
+    assert [call.args[0].args for call in replaced.call_args_list] == [message.args for message in messages]
+    assert [message.args for message in sent] == [message.args for message in messages]
 
 
 def test_a_groups_results_come_in_the_order_of_its_children(add, broker, worker):

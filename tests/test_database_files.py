@@ -6,6 +6,7 @@ import os
 import sqlite3
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -44,6 +45,19 @@ def disk(monkeypatch):
     disk = Disk(os.fdatasync)
     monkeypatch.setattr(os, "fdatasync", disk)
     return disk
+
+
+@pytest.fixture
+def no_log(monkeypatch):
+    """Has SQLite lock by a file beside the database, which leaves it without a log, as on some file systems."""
+    if sys.platform == "win32":
+        pytest.skip("SQLite locks by a file of its own on Unix only.")
+    connect = sqlite3.connect
+
+    def connect_without_log(path, **options):
+        return connect(f"{Path(path).as_uri()}?vfs=unix-dotfile", uri=True, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", connect_without_log)
 
 
 @pytest.fixture
@@ -444,3 +458,13 @@ def test_the_log_is_closed_without_harm_to_a_lock_of_sqlite(disk, work, run_pyth
         connection.execute("ROLLBACK")
 
     assert "database is locked" in refused.stderr
+
+
+def test_messages_are_sent_and_worked_where_there_can_be_no_log(no_log, make_file_broker, worker, tmp_path):
+    done, broker = [], make_file_broker(durability="full")
+    dramalite.actor(done.append, actor_name="work").send(1)
+    worker(broker)
+    broker.join("default", timeout=DEADLINE * 1000)
+
+    assert done == [1]
+    assert not (tmp_path / "queue.db-wal").exists()

@@ -121,6 +121,16 @@ def test_what_is_refused_is_refused_by_one_error():
     assert raised.value.__context__ is None
 
 
+def test_a_key_that_is_no_text_is_told_of_with_its_place():
+    with pytest.raises(ValueError, match="surrogate") as outer:
+        dramalite.JSONEncoder().encode({"\ud800": 1})
+    with pytest.raises(ValueError, match="surrogate") as inner:
+        dramalite.JSONEncoder().encode({"a": {"\ud800": 1}})
+
+    assert str(outer.value).startswith("data, a key is '\\ud800'")
+    assert str(inner.value).startswith("a, a key is '\\ud800'")
+
+
 def test_keys_may_come_in_any_order_and_with_spaces():
     data = b"""
         { "message_timestamp": 5, "options": {}, "message_id": "id", "kwargs": {"a": 1},

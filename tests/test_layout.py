@@ -30,7 +30,7 @@ RULE = re.compile(r"# -{70,}$")
 
 #: Modules that cost more than a script should pay before it uses them.
 SLOW = """
-    argparse asyncio concurrent.futures ctypes curses difflib email http http.server html
+    argparse asyncio concurrent.futures ctypes curses dataclasses difflib email http http.server html
     importlib.metadata multiprocessing pdb pickle pydoc socket socketserver sqlite3 ssl subprocess
     tempfile tkinter unittest urllib.request uuid webbrowser xml zipfile zoneinfo
 """.split()

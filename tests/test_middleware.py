@@ -252,6 +252,15 @@ def test_a_class_in_place_of_an_instance_is_refused_and_not_added(make_stub_brok
     assert broker.middleware == []
 
 
+@pytest.mark.parametrize("junk", ["Retries", object(), None], ids=["a name", "an object", "nothing"])
+def test_what_is_no_middleware_is_refused_and_not_added(make_stub_broker, junk):
+    broker = make_stub_broker(middleware=[First("", [])])
+    with pytest.raises(TypeError, match="no middleware"):
+        broker.add_middleware(junk)
+
+    assert names(broker) == ["First"]
+
+
 def test_a_middlewares_options_become_legal_when_it_is_added(make_stub_broker):
     class Colour(Middleware):
         @property

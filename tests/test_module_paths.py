@@ -9,6 +9,7 @@ import pkgutil
 import shutil
 import sys
 import textwrap
+import typing
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ DOCUMENTED = {
     "get_encoder set_encoder Middleware Worker",
     "actor": "Actor actor",
     "asyncio": "async_to_sync",
-    "broker": "Broker Consumer MessageProxy get_broker set_broker",
+    "broker": "ActorNotFound Broker Consumer MessageProxy get_broker set_broker",
     "brokers": "",
-    "brokers.stub": "StubBroker",
+    "brokers.stub": "QueueNotFound StubBroker",
     "composition": "group pipeline",
     "encoder": "Encoder JSONEncoder PickleEncoder",
     "errors": "ActorNotFound BrokerConnectionError BrokerError ConnectionClosed ConnectionFailed DecodeError "
@@ -54,8 +55,10 @@ DOCUMENTED = {
     "rate_limits.barrier": "Barrier",
     "rate_limits.bucket": "BucketRateLimiter",
     "rate_limits.concurrent": "ConcurrentRateLimiter",
+    "rate_limits.rate_limiter": "RateLimitExceeded RateLimiter",
     "rate_limits.window": "WindowRateLimiter",
     "results": "Missing ResultBackend ResultError ResultFailure ResultMissing ResultTimeout Results",
+    "results.backend": "Missing ResultBackend ResultMissing ResultTimeout",
     "results.backends": "",
     "results.errors": "ResultError ResultFailure ResultMissing ResultTimeout",
     "results.middleware": "Results",
@@ -69,6 +72,19 @@ RENAMED = {
     ("rate_limits.backends.stub", "StubBackend"): "StubRateLimiterBackend",
     ("results.backends", "StubBackend"): "StubResultBackend",
     ("results.backends.stub", "StubBackend"): "StubResultBackend",
+}
+
+#: Constants of Dramatiq that code imports to build on them, where they are and what they are.
+CONSTANTS = {
+    ("cli", "RET_OK"): 0,
+    ("cli", "RET_KILLED"): 1,
+    ("cli", "RET_IMPORT"): 2,
+    ("cli", "RET_CONNECT"): 3,
+    ("cli", "RET_PIDFILE"): 4,
+    ("middleware.retries", "DEFAULT_MIN_BACKOFF"): 15_000,
+    ("middleware.retries", "DEFAULT_MAX_BACKOFF"): 7 * 86_400_000,
+    ("results.backend", "DEFAULT_TIMEOUT"): 10_000,
+    ("results.middleware", "DEFAULT_RESULT_TTL"): 600_000,
 }
 
 #: Modules of Dramatiq that are left out, and why.
@@ -144,6 +160,21 @@ def test_the_backends_on_the_brokers_file_are_beside_those_for_tests():
 
     assert RateLimiterBackend is dramalite.SQLiteRateLimiterBackend
     assert ResultBackend is dramalite.SQLiteResultBackend
+
+
+def test_constants_are_where_dramatiq_has_them_and_of_its_values():
+    assert {place: getattr(ours(place[0]), place[1], None) for place in CONSTANTS} == CONSTANTS
+
+
+def test_types_of_results_stand_in_annotations_of_custom_backends():
+    from dramalite.results.backend import MResult, Result
+
+    def get(message_key: str) -> MResult: ...
+
+    def store(message_key: str, result: Result, ttl: int) -> None: ...
+
+    assert typing.get_type_hints(get, localns=locals())["return"] is MResult
+    assert typing.get_type_hints(store, localns=locals())["result"] is Result
 
 
 def test_all_names_of_a_module_can_be_imported_with_a_star():
@@ -326,6 +357,12 @@ def test_every_public_name_of_a_module_is_there_or_left_out_on_purpose(dramatiq)
         }
 
     assert {path: sorted(names) for path, names in missing.items() if names} == {}
+
+
+def test_constants_are_those_of_dramatiq(dramatiq):
+    theirs = {(path, name): getattr(importlib.import_module(f"dramatiq.{path}"), name) for path, name in CONSTANTS}
+
+    assert {place: getattr(ours(place[0]), place[1], None) for place in CONSTANTS} == theirs
 
 
 def test_no_public_name_of_a_class_of_dramatiq_is_missing_in_ours(dramatiq):

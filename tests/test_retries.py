@@ -1,7 +1,10 @@
 """Retries: how often, when, who is told, and what is written into the message."""
 
+import contextlib
 import datetime
 import logging
+import re
+import sys
 
 import pytest
 
@@ -274,6 +277,72 @@ def test_a_long_traceback_is_cut_to_thirty_frames(broker, worker, trace):
     (letter,) = broker.dead_letters
 
     assert letter.options["traceback"].count('File "') <= 30
+
+
+def told_of(broker, worker, caplog, work):
+    """What is written of a job's error into its dead letter, and what into the log."""
+    run(broker, worker, work, max_retries=0)
+    (letter,) = broker.dead_letters
+    (logged,) = [caplog.handler.format(record) for record in caplog.records if record.levelname == "ERROR"]
+    return letter.options["traceback"], logged
+
+
+def test_a_long_traceback_shows_where_it_ends_and_how_much_is_left_out(broker, worker, caplog):
+    def deep(level):
+        deep(level - 1) if level else end()
+
+    def end():
+        raise ValueError("bottom")
+
+    def work():
+        deep(40)  # With work(), and with end(), 43 frames.
+
+    for text in told_of(broker, worker, caplog, work):
+        shown = re.findall(r", in (\w+)$", text, re.MULTILINE)
+        left_out = re.findall(r"(\d+) frames left out", text)
+
+        assert (shown[0], shown[-1]) == ("work", "end")
+        assert len(shown) + sum(map(int, left_out)) == 43
+        assert text.rstrip().endswith("ValueError: bottom")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with Python 3.11")
+@pytest.mark.parametrize("place", ["cause", "context"])
+def test_a_group_of_exceptions_behind_another_one_is_told_with_its_members(broker, worker, caplog, place):
+    def work():
+        group = ExceptionGroup("two", [ValueError(f"member {number}") for number in (1, 2)])  # noqa: F821
+        try:
+            raise group
+        except Exception:
+            if place == "context":
+                raise RuntimeError("wrapped")
+            raise RuntimeError("wrapped") from group
+
+    for text in told_of(broker, worker, caplog, work):
+        assert "ValueError: member 1" in text and "ValueError: member 2" in text
+        assert text.rstrip().endswith("RuntimeError: wrapped")
+
+
+@pytest.mark.xfail(strict=True, reason="of groups and their members the outermost frames are kept")
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with Python 3.11")
+@pytest.mark.parametrize("whose", ["group", "member"])
+def test_a_long_traceback_of_a_group_shows_where_it_ends_too(broker, worker, caplog, whose):
+    def deep(level, error):
+        deep(level - 1, error) if level else end(error)
+
+    def end(error):
+        raise error
+
+    def work():
+        member = ValueError("bottom")
+        if whose == "member":
+            with contextlib.suppress(ValueError):
+                deep(40, member)
+            raise ExceptionGroup("one", [member])  # noqa: F821
+        deep(40, ExceptionGroup("one", [member]))  # noqa: F821
+
+    for text in told_of(broker, worker, caplog, work):
+        assert re.search(r", in end$", text, re.MULTILINE)
 
 
 # Giving up

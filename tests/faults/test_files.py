@@ -213,6 +213,17 @@ def test_a_newer_schema_is_refused_with_both_versions_and_not_touched(place):
     assert digest(place.db) == before
 
 
+@pytest.mark.parametrize("version", [0, -1])
+def test_a_schema_that_never_was_is_refused_with_its_version(place, version):
+    make_queue(place, 3)
+    place.change(f"UPDATE dramalite_meta SET value = {version} WHERE key = 'schema_version'")
+    with pytest.raises(dramalite.ConnectionFailed, match=rf"schema version {version};"):
+        place.broker().pending()
+
+    assert place.query("SELECT value FROM dramalite_meta WHERE key = 'schema_version'") == [(version,)]
+    assert place.waiting() == 3
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_database_of_an_earlier_schema_is_brought_up_to_date_with_what_waits(place, version):
     make_queue(place, 3)
@@ -1067,6 +1078,40 @@ def test_a_closed_broker_is_not_opened_again_by_a_wait_for_a_result_that_is_over
     assert descriptors(tmp_path) == []
 
 
+def is_locked_here(path):
+    """Whether this process has a lock of SQLite's on a database; it loses that when any part of it closes the file."""
+    file, process = f":{path.stat().st_ino} ", f" {os.getpid()} "
+    return any("POSIX" in line and file in line and process in line for line in Path("/proc/locks").read_text().split("\n"))
+
+
+def read(connection):
+    connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+
+
+def test_a_connection_that_is_opened_while_a_broker_closes_its_descriptor_keeps_its_lock(
+    make_file_broker, tmp_path, monkeypatch
+):
+    broker, path, close, connections = make_file_broker(), tmp_path / "queue.db", os.close, []
+    broker.pending()
+    if not is_locked_here(path):
+        pytest.skip("This system tells nothing of its processes' locks in /proc/locks.")
+
+    def open_another_and_close(descriptor):
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(path):
+            connections.append(sqlite3.connect(path, timeout=0))
+            with contextlib.suppress(sqlite3.OperationalError):  # It may be locked meanwhile; it is read again below.
+                read(connections[0])
+        close(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", open_another_and_close)
+        broker.close()
+    with contextlib.closing(*connections) as connection:
+        read(connection)
+
+        assert is_locked_here(path)
+
+
 # Names
 
 
@@ -1129,6 +1174,18 @@ def test_a_link_to_a_database_is_the_database(place):
     assert place.waiting() == 3
     place.ready_worker()
     place.drained()
+
+
+def test_a_side_file_that_is_no_use_is_told_of_by_its_own_name_behind_a_link(make_file_broker, worker, tmp_path):
+    (tmp_path / "real").mkdir()
+    make_file_broker("real/queue.db").pending()
+    (tmp_path / "real" / "queue.db-lock").mkdir()
+    (tmp_path / "link.db").symlink_to(tmp_path / "real" / "queue.db")
+    with pytest.raises(dramalite.ConnectionFailed, match="side file") as raised:
+        worker(make_file_broker("link.db"))
+
+    assert repr(str(tmp_path / "real" / "queue.db-lock")) in str(raised.value)
+    assert "link.db" not in str(raised.value)
 
 
 def test_a_relative_path_means_the_folder_it_was_given_in(place):
