@@ -498,7 +498,7 @@ def _traceback_parts(exception: BaseException, depth: int = 0) -> Iterator[str]:
     import linecache
 
     if hasattr(exception, "exceptions"):  # A group: its members belong to the text.
-        yield from traceback.format_exception(exception, limit=_MAX_FRAMES)
+        yield from traceback.format_exception(exception, limit=-_MAX_FRAMES)  # The innermost.
         return
     cause, context = exception.__cause__, exception.__context__
     if cause is not None and depth < _MAX_CHAIN:
@@ -974,8 +974,8 @@ class Message(Generic[_R]):
         shown = ", ".join(f"{name}={value!r}" for name, value in self.asdict().items())
         return f"{type(self).__name__}({shown})"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), self._astuple()
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_broker"}
 
     def __copy__(self) -> Message[_R]:
         return self._replace()
@@ -1011,7 +1011,12 @@ class Message(Generic[_R]):
 
     def _replace(self, **changes: Any) -> Message[_R]:
         """Return a message with these fields changed."""
-        changed: Message[_R] = type(self)(**{**self.asdict(), **changes})
+        if type(self) is Message:
+            changed: Message[_R] = Message(**{**self.asdict(), **changes})
+        else:  # It may have fields of its own.
+            import dataclasses
+
+            changed = cast(Any, dataclasses).replace(self, **changes)
         changed.__dict__["_broker"] = self._broker
         return changed
 
@@ -1555,10 +1560,14 @@ class Broker:
 
     def _adopt_middleware(self, middleware: Middleware, place: dict[str, Any], former: Broker) -> None:
         """Add what was added to another broker, at its place there, unless there is one of the same type."""
-        if type(middleware) not in map(type, self.middleware):
+        if not self._was_given(type(middleware)):
             kinds = [kind for kind in place.values() if kind is not None]
             has_place = all(any(isinstance(item, kind) for item in self.middleware) for kind in kinds)
             self.add_middleware(middleware, **(place if has_place else {}))
+
+    def _was_given(self, kind: type[Middleware]) -> bool:
+        """Tell whether the user has added a middleware of just this type."""
+        return kind in map(type, self.middleware)
 
     def _middleware_index(
         self, before: type[Middleware] | None, after: type[Middleware] | None
@@ -7375,10 +7384,10 @@ class _EngineBroker(Broker):
     def _adopt_middleware(self, middleware: Middleware, place: dict[str, Any], former: Broker) -> None:
         if isinstance(middleware, Results) and getattr(middleware._backend, "broker", None) is former:
             middleware._backend = None  # Results go where the messages are.
-        if any(type(item) is type(middleware) for item in self._built_in):
-            self.add_middleware(middleware)
-        else:
-            super()._adopt_middleware(middleware, place, former)
+        super()._adopt_middleware(middleware, place, former)
+
+    def _was_given(self, kind: type[Middleware]) -> bool:
+        return super()._was_given(kind) and kind not in map(type, self._built_in)
 
     def declare_actor(self, actor: Actor[Any, Any]) -> None:
         super().declare_actor(actor)

@@ -214,7 +214,6 @@ def test_middleware_added_beside_another_one_is_beside_it_on_the_broker_that_is_
     assert (done.stdout, done.stderr) == ("AgeLimit After Before Retries Nowhere\n", "")
 
 
-@pytest.mark.xfail(strict=True, reason="what takes the place of a built-in one there goes to the end")
 def test_middleware_of_a_built_in_kind_keeps_its_place_on_the_broker_that_is_set_late(run_python):
     done = run_python(
         "import dramalite\n"

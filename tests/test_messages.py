@@ -338,7 +338,6 @@ def test_messages_of_a_dataclass_made_of_message_have_ids_of_their_own():
     assert first.message_timestamp <= second.message_timestamp
 
 
-@pytest.mark.xfail(strict=True, reason="only the seven fields of Message are copied")
 @pytest.mark.parametrize(
     "copied",
     [copy.copy, copy.deepcopy, lambda message: message.copy(), lambda message: pickle.loads(pickle.dumps(message))],

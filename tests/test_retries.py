@@ -323,7 +323,6 @@ def test_a_group_of_exceptions_behind_another_one_is_told_with_its_members(broke
         assert text.rstrip().endswith("RuntimeError: wrapped")
 
 
-@pytest.mark.xfail(strict=True, reason="of groups and their members the outermost frames are kept")
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="exception groups came with Python 3.11")
 @pytest.mark.parametrize("whose", ["group", "member"])
 def test_a_long_traceback_of_a_group_shows_where_it_ends_too(broker, worker, caplog, whose):
