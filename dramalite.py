@@ -259,15 +259,15 @@ def _descriptors(identity: _Identity) -> set[int]:
 _LOCKS_FOR_DESCRIPTORS = sys.platform == "linux" and sys.maxsize > 1 << 32 and hasattr(fcntl, "F_OFD_SETLK")
 
 
-def _lock_for_descriptor(descriptor: int, start: int, length: int, kind: str) -> None:
-    """Lock a part of a file, for reading or writing (F_RDLCK, F_WRLCK), or unlock it (F_UNLCK), for a descriptor.
+def _lock_for_descriptor(descriptor: int, start: int, length: int, *, is_locked: bool) -> None:
+    """Lock a part of a file for reading, or unlock it, for a descriptor instead of for this process.
 
-    Raises OSError where another lock, be it this very process's, is in the way, or the file system has none of these.
+    Raises OSError where another one has locked it for writing, or the file system has no such locks.
     """
     if sys.platform == "linux":
-        what = int(getattr(fcntl, kind)).to_bytes(2, sys.byteorder)
+        kind = (fcntl.F_RDLCK if is_locked else fcntl.F_UNLCK).to_bytes(2, sys.byteorder)
         part = start.to_bytes(8, sys.byteorder) + length.to_bytes(8, sys.byteorder)
-        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, what + bytes(6) + part + bytes(8))  # A struct flock.
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, kind + bytes(6) + part + bytes(8))  # A struct flock.
 
 
 def _is_open_to_all(folder: str) -> bool:
@@ -884,6 +884,17 @@ def _fresh_message_id() -> str:
     return _new_message_id(_SYSTEM_CLOCK.time_ms(), os.urandom(10))
 
 
+@functools.cache
+def _message_as_dataclass() -> type:
+    import dataclasses
+
+    optional = [
+        ("message_id", str, dataclasses.field(default_factory=_fresh_message_id)),
+        ("message_timestamp", int, dataclasses.field(default_factory=_SYSTEM_CLOCK.time_ms)),
+    ]
+    return dataclasses.make_dataclass("Message", [*list(_FIELD_TYPES.items())[:5], *optional], frozen=True)
+
+
 class _OfDataclass:
     """What dataclasses keeps of its classes, for Message: made when it asks, for its import takes long."""
 
@@ -891,14 +902,7 @@ class _OfDataclass:
         self._name = name
 
     def __get__(self, _message: object, _owner: type) -> Any:
-        import dataclasses
-
-        optional = [
-            ("message_id", str, dataclasses.field(default_factory=_fresh_message_id)),
-            ("message_timestamp", int, dataclasses.field(default_factory=_SYSTEM_CLOCK.time_ms)),
-        ]
-        made = dataclasses.make_dataclass("Message", [*list(_FIELD_TYPES.items())[:5], *optional], frozen=True)
-        return getattr(made, self._name)
+        return getattr(_message_as_dataclass(), self._name)
 
 
 @functools.total_ordering
@@ -1538,7 +1542,8 @@ class Broker:
         if before is not None and after is not None:
             raise AssertionError("Give before or after, not both.")
         self._add_middleware_at(self._middleware_index(before, after), middleware)
-        self._added.append((middleware, {"before": before, "after": after}))
+        place = {"before": before, "after": after}
+        self._added.append((middleware, {name: kind for name, kind in place.items() if kind is not None}))
 
     def _add_middleware_at(self, index: int, middleware: Middleware) -> None:
         if any(isinstance(item, type(middleware)) for item in self.middleware):
@@ -1561,8 +1566,7 @@ class Broker:
     def _adopt_middleware(self, middleware: Middleware, place: dict[str, Any], former: Broker) -> None:
         """Add what was added to another broker, at its place there, unless there is one of the same type."""
         if not self._was_given(type(middleware)):
-            kinds = [kind for kind in place.values() if kind is not None]
-            has_place = all(any(isinstance(item, kind) for item in self.middleware) for kind in kinds)
+            has_place = all(any(isinstance(item, kind) for item in self.middleware) for kind in place.values())
             self.add_middleware(middleware, **(place if has_place else {}))
 
     def _was_given(self, kind: type[Middleware]) -> bool:
@@ -3578,6 +3582,8 @@ _PRUNE_LIMITS = """
 
 _LIMIT = "SELECT value FROM dramalite_limits WHERE key = ? AND expires_at > ?"
 
+_DROP_LIMIT = "DELETE FROM dramalite_limits WHERE key = ?"
+
 _SET_LIMIT = "INSERT OR REPLACE INTO dramalite_limits (key, value, expires_at) VALUES (?, ?, ?)"
 
 _STORE_RESULT = """
@@ -3737,16 +3743,17 @@ class _UsedFile:
     """A database file with a descriptor of ours, locked while there are users."""
 
     def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.identity = _file_identity(self.descriptor)
         self.users = 0
+        self.keeps_log = False  # It stays locked while others of this process may have lost SQLite's locks.
 
     def lock(self) -> bool:
         """Lock a database that has a log (its header tells); one with another journal could not be written to then."""
         try:
             has_log = os.pread(self.descriptor, 2, 18) == b"\2\2"
             if has_log:
-                _lock_for_descriptor(self.descriptor, *_USED_PART, "F_RDLCK")
+                _lock_for_descriptor(self.descriptor, *_USED_PART, is_locked=True)
         except OSError:
             return False
         return has_log
@@ -3758,18 +3765,7 @@ class _UsedFile:
     def unlock(self) -> None:
         if self.is_open():
             with contextlib.suppress(OSError):  # Where it can't be locked either.
-                _lock_for_descriptor(self.descriptor, *_USED_PART, "F_UNLCK")
-
-    def let_go(self) -> bool:
-        """Unlock the descriptor, and close it unless SQLite has locks that would go with it; tell whether that was done."""
-        if self.is_open():
-            try:
-                _lock_for_descriptor(self.descriptor, *_USED_PART, "F_WRLCK")  # So that it can't get any meanwhile.
-            except OSError:  # It has, here or in another process.
-                self.unlock()
-                return False
-        self.close()
-        return True
+                _lock_for_descriptor(self.descriptor, *_USED_PART, is_locked=False)
 
     def close(self) -> None:
         if self.is_open():
@@ -3814,7 +3810,8 @@ def _unmark_used(identity: _Identity, *, keeps_log: bool) -> None:
         if file is None or not file.users:
             return  # A job that closed all descriptors had the count begin anew.
         file.users -= 1
-        if not file.users and not keeps_log:
+        file.keeps_log |= keeps_log
+        if not file.users and not file.keeps_log:
             file.unlock()
     finally:
         if is_locked:
@@ -3822,17 +3819,27 @@ def _unmark_used(identity: _Identity, *, keeps_log: bool) -> None:
 
 
 def _let_go_of_unused() -> None:
-    """Let go of the descriptors of ours that nobody uses."""
+    """Close the descriptors of ours that nobody uses, where SQLite has no locks that would go with them."""
     if not _used_files_lock.acquire(timeout=_PATIENCE_S):
         return  # The next one does it.
     try:
         for identity, file in list(_used_files.items()):
-            # Others here may have lost SQLite's locks, as they don't know: ours then keeps the log from them.
-            is_alone = not file.users and _descriptors(identity) == {file.descriptor}
-            if is_alone and _used_files.pop(identity, None) is not None and not file.let_go():
-                _used_files[identity] = file
+            is_free = not file.users and _descriptors(identity) == {file.descriptor}
+            if is_free and _used_files.pop(identity, None) is not None:  # Or a finalizer was quicker.
+                file.close()
+                _mark_latecomers(identity)
     finally:
         _used_files_lock.release()
+
+
+def _mark_latecomers(identity: _Identity) -> None:
+    """Lock a file for those of this process that opened it while a descriptor of it was closed."""
+    for descriptor in _descriptors(identity):
+        with contextlib.suppress(OSError):  # It was closed again.
+            file = _UsedFile(f"/dev/fd/{descriptor}")
+            file.keeps_log = file.lock()
+            _used_files[file.identity] = file
+            return
 
 
 @atexit.register
@@ -3867,6 +3874,14 @@ _databases: weakref.WeakSet[Any] = weakref.WeakSet()  # Of this process.
 _inherited: list[Any] = []  # What is its parent's, and must not be closed: connections and slots.
 
 
+def _all_databases() -> list[Any]:
+    while True:
+        try:
+            return list(_databases)
+        except RuntimeError:  # Another thread has just made one.
+            continue
+
+
 class _Connections:
     """This process's connections to a SQLite database with dramalite's tables."""
 
@@ -3894,12 +3909,11 @@ class _Connections:
         self._watchers: dict[str | None, set[Any]] = {}  # Who waits for changes: see _WatchedDatabase.
         self._is_place_checked = False
         self._page_size = _PAGE_SIZE
-        _databases.add(self)
 
     # Opening and closing.
 
     def _connect(self, role: str) -> sqlite3.Connection:
-        """Return this process's connection for a role: "send", "work", "read" or one of _aside()'s."""
+        """Return this process's connection for a role: "send", "work", "read" or "checkpoint"."""
         if self.path is None:
             role = "memory"
         elif self._identity is not None:
@@ -3944,7 +3958,7 @@ class _Connections:
         """Raise BrokerError while this process still uses it: SQLite would mix it with the new one."""
         path, lost = cast(str, self.path), self._index_identity
         freed = [self]
-        for other in list(_databases):
+        for other in _all_databases():
             if other is self or other.path is None or os.path.realpath(other.path) != os.path.realpath(path):
                 continue
             if other._lock.acquire(blocking=False):
@@ -4398,7 +4412,7 @@ class _LoggedDatabase(_Connections):
                 if not slots.hold(_HEADER):
                     return False  # Another one is at it.
             try:
-                with self._checkpoint_lock, self._aside("checkpoint") as connection:
+                with self._checkpoint_lock, self._checkpointing() as connection:
                     for _ in range(_MOST_PASSES):
                         started = _SYSTEM_CLOCK.monotonic()
                         with self._moving_lock:
@@ -4419,18 +4433,18 @@ class _LoggedDatabase(_Connections):
         return is_moved
 
     @contextlib.contextmanager
-    def _aside(self, role: str) -> Iterator[sqlite3.Connection]:
-        """The connection for what takes long, out of close()'s reach while it is used beside _lock."""
+    def _checkpointing(self) -> Iterator[sqlite3.Connection]:
+        """The connection for checkpoints, out of close()'s reach while it is used beside _lock."""
         with self._lock:
-            connection = self._connect(role)
+            connection = self._connect("checkpoint")
             identity = self._identity, self._index_identity
-            del self._connections[role]
+            del self._connections["checkpoint"]
         try:
             yield connection
         finally:
             with self._lock:
-                if (self._identity, self._index_identity) == identity and role not in self._connections:
-                    self._connections[role] = connection
+                if (self._identity, self._index_identity) == identity:
+                    self._connections["checkpoint"] = connection
                 else:
                     connection.close()
 
@@ -4708,8 +4722,9 @@ class _WatchedDatabase(_Database):
                 left = self._pause_s(look, is_announced, watcher, taken)
                 if left <= 0:
                     return False
+                until = _SYSTEM_CLOCK.monotonic() + left
                 while left > 0 and not bell.wait(min(left, _WATCH_POLL_S)):  # Between two it can be interrupted.
-                    left -= _WATCH_POLL_S
+                    left = until - _SYSTEM_CLOCK.monotonic()
         finally:
             self._leave(watcher)
         raise AssertionError  # There is always another look.
@@ -4874,12 +4889,9 @@ class _WatchedDatabase(_Database):
         return self._select_ids(_ARE_GONE, carriers, since_ms * 1000)
 
     def _select_ids(self, sql: str, ids: set[str], value: int) -> list[str] | None:
-        if not ids:
-            return []
         try:
-            with self._aside("listen") as connection, self._moving_lock:  # Senders need not wait for it.
-                return [message_id for (message_id,) in connection.execute(sql, (json.dumps(list(ids)), value))]
-        except (BrokerError, self._errors):  # Those that wait meet it as well, and tell of it.
+            return [message_id for (message_id,) in self._read(sql, (json.dumps(list(ids)), value))] if ids else []
+        except BrokerError:  # Those that wait meet it as well, and tell of it.
             return None
 
 
@@ -4947,7 +4959,7 @@ class _ValueDatabase(_WatchedDatabase):
     def change_limit(
         self, key: str, change: Callable[[int | None], int | None], ttl: int, dropped: str | None = None
     ) -> bool:
-        """Store change(the number there is), for `ttl` ms, unless it is None; atomic.
+        """Store change(the number there is), for `ttl` ms, and drop another one, unless it is None; atomic.
 
         Not flushed to the disk: a power cut may undo it, as it ends what was limited.
         """
@@ -4961,7 +4973,7 @@ class _ValueDatabase(_WatchedDatabase):
             if value is not None:
                 connection.execute(_SET_LIMIT, (key, value, now + ttl))
                 if dropped is not None:
-                    connection.execute(_SET_LIMIT, (dropped, 0, now))
+                    connection.execute(_DROP_LIMIT, (dropped,))
             connection.execute(_PRUNE_LIMITS, (now,))
             return value is not None
 
@@ -5149,7 +5161,7 @@ def _register_fork_hooks() -> None:
 
 
 def _before_fork() -> None:
-    databases = list(_databases)
+    databases = _all_databases()
     # Closed, or SQLite would take the child's own connections for locked, as those it inherits were.
     # Not what a signal handler that forks has interrupted: that is still in use.
     idle = [item for item in databases if item.path is not None and not item.is_busy_here()]
@@ -5226,6 +5238,7 @@ class _Engine(_SenderDatabase):
     def __init__(self, path: str | None, durability: str, clock: Callable[[], Clock]) -> None:
         super().__init__(path, durability, clock)
         self._unknown_since: dict[Any, float] = {}  # Owners of rows that no slot knows.
+        _databases.add(self)  # Last: a fork hook may meet it from now on.
         _register_fork_hooks()
 
     # Working.
@@ -5257,12 +5270,12 @@ class _Engine(_SenderDatabase):
 
         def commit(connection: sqlite3.Connection) -> None:
             self._transact(connection, trade)
-            try:
-                for outcome in outcomes:
+            for outcome in outcomes:
+                try:
                     if outcome.after_commit is not None:
                         outcome.after_commit()
-            except Exception:  # What is committed holds, whatever happens to those who hear of it.
-                get_logger("dramalite.worker").critical("Not all heard of a commit.", exc_info=True)
+                except Exception:  # What is committed holds, whatever happens to those who hear of it.
+                    get_logger("dramalite.worker").critical("Not all heard of a commit.", exc_info=True)
 
         self._write("work", commit)
         try:
@@ -5954,6 +5967,10 @@ class RateLimiterBackend:
         raise NotImplementedError
 
 
+#: After a barrier's key: whether all have arrived.
+_EVENTS = "@events"
+
+
 class SQLiteRateLimiterBackend(RateLimiterBackend):
     """Counters in the database of a broker; the default broker if None."""
 
@@ -5961,11 +5978,10 @@ class SQLiteRateLimiterBackend(RateLimiterBackend):
         self.broker = _checked_broker(get_broker() if broker is None else broker)
 
     def add(self, key: str, value: int, ttl: int) -> bool:
-        return self.broker._engine.change_limit(key, lambda old: value if old is None else None, ttl)
-
-    def _add_anew(self, key: str, value: int, ttl: int, dropped: str) -> bool:
-        """add(), and if that was stored another number is dropped with it."""
-        return self.broker._engine.change_limit(key, lambda old: value if old is None else None, ttl, dropped)
+        """Store a number if there is none; what told those that waited at a barrier of that key before goes with it."""
+        return self.broker._engine.change_limit(
+            key, lambda old: value if old is None else None, ttl, dropped=key + _EVENTS
+        )
 
     def incr(self, key: str, amount: int, maximum: int, ttl: int) -> bool:
         return self._add(key, amount, ttl, lambda value: value <= maximum)
@@ -6161,15 +6177,13 @@ class Barrier:
     def __init__(self, backend: RateLimiterBackend, key: str, *, ttl: int | timedelta = 900_000) -> None:
         self.backend = backend
         self.key = key
-        self.key_events = key + "@events"
+        self.key_events = key + _EVENTS
         self.ttl = _milliseconds(ttl, "ttl")
 
     def create(self, parties: int) -> bool:
         """Set the barrier up for so many; False if it exists already."""
         _check_limit("parties", parties)
-        if not isinstance(self.backend, SQLiteRateLimiterBackend):
-            return self.backend.add(self.key, parties, self.ttl)
-        return self.backend._add_anew(self.key, parties, self.ttl, self.key_events)  # Which told those before.
+        return self.backend.add(self.key, parties, self.ttl)
 
     def wait(self, *, block: bool = True, timeout: int | timedelta | None = None) -> bool:
         """Arrive; True for the last one, which lets the others go.
@@ -11860,7 +11874,22 @@ def _explain_missing(path: str, name: str) -> NoReturn:
 class _BrokerModule(types.ModuleType):
     """A module whose global_broker is the default one, None where there is none."""
 
-    global_broker = property(lambda _module: _global_broker, lambda _module, broker: set_broker(broker))
+    is_deleted = False  # As mock.patch() does before it sets back what was there.
+
+    @property
+    def global_broker(self) -> Broker | None:
+        if self.is_deleted:
+            raise AttributeError("global_broker")
+        return _global_broker
+
+    @global_broker.setter
+    def global_broker(self, broker: Broker | None) -> None:
+        self.is_deleted = False
+        set_broker(broker)
+
+    @global_broker.deleter
+    def global_broker(self) -> None:
+        self.is_deleted = True
 
 
 def _add_module_paths() -> None:
