@@ -1188,6 +1188,31 @@ def test_a_job_that_waits_outlives_dead_letters_with_the_error_that_it_has_met(c
     wait_until(lambda: ended)
 
 
+@pytest.mark.parametrize("inner", [{"host": "refused"}, 3, "refused", ["refused"]], ids=repr)
+def test_many_errors_that_only_look_like_groups_keep_no_message_from_being_done(
+    clean_state, worker, inner, no_logging
+):
+    broker = dramalite.MemoryBroker()
+    clean_state.callback(broker.close)
+    done = []
+
+    class BulkError(Exception):
+        exceptions = inner
+
+    @dramalite.actor(broker=broker, max_retries=0)
+    def work(number):
+        if number < 110:
+            raise BulkError
+        done.append(number)
+
+    broker.enqueue_many([work.message(number) for number in range(120)])
+    worker(broker)
+    broker.join("default", timeout=PATIENCE, fail_fast=False)
+
+    assert done == list(range(110, 120))
+    assert [letter.args for letter in broker.dead_letters] == [(number,) for number in range(110)]
+
+
 def test_flush_all_forgets_dead_letters_and_later_ones_are_kept(broker, worker):
     fail_for_good(broker, worker)
     broker.flush_all()
@@ -1254,6 +1279,17 @@ def test_a_queue_takes_and_gives_as_one_of_the_standard_library(broker):
 
     assert taken == [(1,), (2,), (3,)]
     assert default.empty() and not default.full()
+
+
+@pytest.mark.parametrize("name", ["two", "two.DQ"])
+def test_what_is_put_into_a_queue_is_in_that_queue_whatever_queue_it_was_made_for(broker, name):
+    one = dramalite.actor(print, actor_name="a", queue_name="one")
+    dramalite.actor(print, actor_name="b", queue_name="two")
+    eta = {"eta": broker.clock.time_ms() + HOUR} if name == "two.DQ" else {}
+    broker.queues[name].put(one.message_with_options(args=(1,), **eta).encode())
+
+    assert (broker.queues[name].qsize(), broker.queues["one"].qsize(), broker.queues["one.DQ"].qsize()) == (1, 0, 0)
+    assert Message.decode(broker.queues[name].get()).args == (1,)
 
 
 # Consumers, for code that does without Worker
@@ -1481,6 +1517,28 @@ def test_garbage_put_into_a_stub_queue_does_not_hang_join(stub_broker, worker):
     stub_broker.join("default", timeout=PATIENCE, fail_fast=False)
 
     assert done == ["after"]
+
+
+@pytest.mark.parametrize("kind", ["no json", "args are a number"])
+def test_a_message_that_a_consumer_cannot_read_is_a_dead_letter_with_the_reason_that_a_worker_gives(
+    broker, worker, kind
+):
+    dramalite.actor(print, actor_name="work")
+    broker.queues["default"].put(GARBAGE[kind])
+    worker(broker)
+    broker.join("default", timeout=PATIENCE, fail_fast=False)
+    (of_a_worker,) = broker.dead_letters_by_queue["default"]
+    broker.flush_all()
+    broker.declare_queue("other")
+    broker.queues["other"].put(GARBAGE[kind])
+    consumer = broker.consume("other", timeout=10)
+    taken = next(consumer)
+    consumer.close()
+    by_queue = broker.dead_letters_by_queue
+
+    assert taken is None
+    assert [letter.reason for letter in by_queue["other"]] == [of_a_worker.reason]
+    assert [letter.reason for letter in broker.dead_letters] == [of_a_worker.reason]
 
 
 def test_a_group_is_sent_through_a_brokers_own_enqueue():

@@ -1049,6 +1049,23 @@ def test_a_child_that_still_imports_leaves_soon_when_its_parent_is_killed(place)
     place.wait_until(lambda: not tree.pids(), "the orphan leaves")
 
 
+def test_a_process_that_finds_all_places_for_workers_taken_says_so_in_one_line_and_is_tried_again(place):
+    import dramalite as module
+
+    with contextlib.ExitStack() as taken:
+        for workers in (64, 63):
+            taken.enter_context(module.simulate(place.broker(), workers=workers))
+        tree = place.worker()
+        place.wait_until(lambda: " 127 worker slots" in tree.output(), "the worker says that all are taken")
+    place.wait_until(lambda: "ready for action" in tree.output(), "another one has found a place")
+    tree.signal(signal.SIGTERM)
+    told = [line for line in tree.output().splitlines() if " 127 worker slots" in line]
+
+    assert tree.wait() == 0, tree.tail()
+    assert "CRITICAL" in told[0]
+    assert "Traceback" not in tree.output()
+
+
 def test_the_parent_stops_its_children_when_one_cannot_start_again(place):
     # The module breaks while the worker runs; the dead child's replacement cannot import it.
     tree = place.ready_worker(processes=1)

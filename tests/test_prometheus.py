@@ -564,3 +564,154 @@ def test_one_endpoint_sums_what_all_worker_processes_count(tmp_path, port):
         assert len(pids) == 2
         assert tree.wait() == 0, tree.tail()
         assert ask(port) is None
+
+
+# Forked processes
+
+
+#: Serves at a port of its own, and adds what it counts only when it is told.
+METRICS = """
+    import encodings.idna, http.server  # Or a thread may be importing them as the process forks.
+    import urllib.request
+
+    class Metrics(dramalite.Prometheus):
+        may_flush = False
+
+        def flush(self, broker):
+            if self.may_flush:
+                super().flush(broker)
+
+    metrics = Metrics(http_port={port})
+    broker.add_middleware(metrics)
+
+    def is_served():
+        try:
+            with urllib.request.urlopen("http://127.0.0.1:{port}", timeout=3) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+"""
+
+
+@pytest.fixture
+def place(tmp_path, port):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("finds processes through /proc")
+    with harness.new_place(tmp_path) as place:
+        place.jobs(METRICS.format(port=port))
+        yield place
+
+
+def test_what_ran_before_a_fork_is_not_counted_by_the_child_too(place):
+    place.script("""
+        import os
+        from pathlib import Path
+        import dramalite
+        import jobs
+
+        with dramalite.Worker(jobs.broker, worker_threads=1) as worker:
+            for number in range(3):
+                jobs.ping.send(number)
+            jobs.broker.join("default", timeout=100_000)
+            worker.pause()
+            child = os.fork()
+            jobs.metrics.may_flush = True
+            if child == 0:
+                code = 1
+                try:
+                    with dramalite.Worker(jobs.broker, worker_threads=1):
+                        jobs.ping.send(3)
+                        jobs.broker.join("default", timeout=100_000)
+                    jobs.metrics.flush(jobs.broker)
+                    code = 0
+                finally:
+                    os._exit(code)
+            assert os.waitpid(child, 0)[1] == 0
+        Path("metrics").write_text(jobs.metrics.render(jobs.broker))
+    """)
+
+    assert parse((place.folder / "metrics").read_text()).value("dramatiq_messages_total", "ping") == 4
+
+
+FORKS = """
+    import os
+    import dramalite
+    import jobs
+
+    with dramalite.Worker(jobs.broker, worker_threads=1):
+        jobs.until(lambda: {is_taken} or jobs.is_served())
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with dramalite.Worker(jobs.broker, worker_threads=1):
+                    jobs.note("working")
+                    jobs.until(lambda: os.path.exists("free"))
+                    jobs.until(jobs.is_served, {seconds})
+                code = 0
+            finally:
+                os._exit(code)
+        jobs.until(lambda: jobs.noted("working"))
+    jobs.note("stopped")
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+def test_the_worker_of_a_forked_child_serves_the_metrics_once_the_port_is_free(place, port):
+    with socket.create_server(("127.0.0.1", port)):
+        tree = place.start_script(FORKS.format(is_taken=True, seconds=30))
+        place.wait_until(lambda: place.notes("stopped"), "the parent's worker has stopped")
+    (place.folder / "free").touch()
+
+    assert tree.wait() == 0, tree.tail()
+
+
+@pytest.mark.xfail(strict=True, reason="The child has the socket that its parent listens on, so nobody gets the port.")
+def test_the_worker_of_a_forked_child_serves_the_metrics_once_its_parents_worker_has_stopped(place):
+    tree = place.start_script(FORKS.format(is_taken=False, seconds=3))
+    place.wait_until(lambda: place.notes("stopped"), "the parent's worker has stopped")
+    (place.folder / "free").touch()
+
+    assert tree.wait() == 0, tree.tail()
+
+
+# Locked databases
+
+
+def test_a_worker_stops_without_waiting_for_its_metrics_to_be_stored_in_a_locked_database(
+    make_file_broker, metrics_of, worker, monkeypatch
+):
+    # It is locked when the worker has done all else.  Another program gives up waiting for the lock, but only later.
+    flush, is_locked, told = Prometheus.flush, threading.Event(), []
+
+    class Locks(dramalite.Middleware):
+        def after_worker_shutdown(self, broker, worker):
+            holder.execute("BEGIN IMMEDIATE")
+            waiting.start()
+            is_locked.set()
+
+    def wait_for_the_lock():
+        with contextlib.closing(sqlite3.connect(broker.path, timeout=15, isolation_level=None)) as another:
+            try:
+                another.execute("BEGIN IMMEDIATE")
+            except sqlite3.OperationalError:
+                told.append("gave up")
+            else:
+                told.append("waited")
+                another.execute("ROLLBACK")
+
+    monkeypatch.setattr(Prometheus, "flush", lambda *args: flush(*args) if is_locked.is_set() else None)
+    waiting = threading.Thread(target=wait_for_the_lock, daemon=True)
+    broker = make_file_broker()
+    metrics_of(broker)
+    broker.add_middleware(Locks())
+    dramalite.actor(lambda: None, actor_name="work").send()
+    started = worker(broker)
+    broker.join("default", timeout=PATIENCE)
+    with contextlib.closing(sqlite3.connect(broker.path, isolation_level=None)) as holder:
+        started.stop(timeout=1000)
+        told.append("stopped")
+        holder.execute("ROLLBACK")
+    waiting.join(DEADLINE)
+
+    assert told == ["stopped", "waited"]

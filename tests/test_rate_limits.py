@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import subprocess
 import sys
 import textwrap
@@ -23,7 +24,7 @@ from dramalite import (
     WindowRateLimiter,
 )
 
-from helpers import DEADLINE
+from helpers import DEADLINE, wait_until
 
 PATIENCE = DEADLINE * 1000
 MINUTE = 60_000
@@ -866,6 +867,43 @@ def test_a_barrier_that_is_created_again_is_closed(backend, clock):
 
     assert is_new is True
     assert barrier.wait(timeout=0) is False
+
+
+def test_who_arrives_while_a_barrier_is_still_being_created_is_let_go(make_file_broker, monkeypatch):
+    # Where its creation is more than one transaction, all arrive in between.
+    connect, creations, all_have_arrived = sqlite3.connect, [], threading.Event()
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if threading.current_thread() is creating and statement.startswith("BEGIN"):
+                creations.append(statement)
+                if len(creations) > 1:
+                    all_have_arrived.wait(DEADLINE)
+            return super().execute(statement, *values)
+
+    class Late(SQLiteRateLimiterBackend):
+        def decr(self, *args):
+            is_taken = super().decr(*args)
+            has_arrived.set()
+            creating.join(DEADLINE)  # As in a thread that gets no processor before it waits.
+            return is_taken
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    creator = SQLiteRateLimiterBackend(make_file_broker())
+    first, last = [Barrier(kind(make_file_broker()), "key") for kind in (Late, SQLiteRateLimiterBackend)]
+    has_arrived, told = threading.Event(), []
+    creating = threading.Thread(target=Barrier(creator, "key").create, args=(2,), daemon=True)
+    arriving = threading.Thread(target=lambda: told.append(first.wait(timeout=PATIENCE)), daemon=True)
+    creator.add("other", 1, MINUTE)  # So that all is open by then.
+    creating.start()
+    wait_until(lambda: len(creations) > 1 or not creating.is_alive())
+    arriving.start()
+    has_arrived.wait(DEADLINE)
+    told.append(last.wait(timeout=PATIENCE))
+    all_have_arrived.set()
+    arriving.join(DEADLINE)
+
+    assert told == [True, True]
 
 
 def test_processes_meet_at_a_barrier(run_processes):

@@ -612,6 +612,56 @@ def test_code_that_expects_dramatiqs_errors_catches_an_unavailable_result(broker
     assert str(error) == f"work(1) has no result: {error.reason}"
 
 
+@pytest.mark.parametrize("turns", range(5))  # Of the event loop, in one of which both come together.
+def test_a_cancellation_that_comes_together_with_a_wake_up_ends_a_wait_for_a_result(broker, turns):
+    work, backend = storing(lambda: 42), broker.get_results_backend()
+
+    async def wait():
+        message = work.send()
+        waiting = asyncio.ensure_future(message.get_result_async(timeout=PATIENCE))
+        await asyncio.wait({waiting}, timeout=0.02)  # By then it has looked, and waits.
+        backend.store_result(message, 42, 60_000)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        is_asked_to_end = waiting.cancel()
+        await asyncio.wait({waiting})
+        return is_asked_to_end, waiting.cancelled()
+
+    is_asked_to_end, is_cancelled = asyncio.run(wait())
+
+    assert is_cancelled == is_asked_to_end
+
+
+def test_senders_need_not_wait_while_it_is_looked_up_whether_a_result_can_still_come(make_file_broker, monkeypatch):
+    connect, is_looking, go_on = sqlite3.connect, threading.Event(), threading.Event()
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if "json_each" in statement and threading.current_thread() not in (waiting, sending):
+                is_looking.set()
+                go_on.wait(DEADLINE * 2)  # As where there are many messages.
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    broker, received = make_file_broker(), []
+    work = storing(lambda: 42)
+    message = work.send()
+    waiting = threading.Thread(target=lambda: received.append(result_of(message)), daemon=True)
+    sending = threading.Thread(target=work.send, daemon=True)
+    waiting.start()
+    is_looking.wait(DEADLINE)
+    sending.start()
+    sending.join(DEADLINE)
+    is_sent = not sending.is_alive()
+    go_on.set()
+    broker.get_results_backend().store_result(message, 42, 60_000)
+    waiting.join(DEADLINE)
+
+    assert is_looking.is_set()
+    assert is_sent is True
+    assert received == [42]
+
+
 # Other processes
 
 

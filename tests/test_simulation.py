@@ -9,6 +9,7 @@ import gc
 import logging
 import os
 import socket
+import sqlite3
 import sys
 import threading
 import time
@@ -501,6 +502,26 @@ def test_endless_steps_at_one_time_fail(broker):
         never.send()
         with pytest.raises(dramalite.SimulationError, match="after 50 steps"):
             sim.run_until_idle(max_steps=50)
+
+
+def test_endless_steps_fail_with_the_last_events_though_a_message_that_is_left_cannot_be_read(make_file_broker):
+    broker = make_file_broker()
+
+    @dramalite.actor
+    def endless():
+        endless.send()
+
+    endless.send()
+    endless.send_with_options(delay=3_600_000)
+    with contextlib.closing(sqlite3.connect(broker.path)) as connection, connection:
+        connection.execute("UPDATE dramalite_messages SET body = x'00' WHERE eta > 0")
+
+    with dramalite.simulate(broker) as sim:
+        with pytest.raises(dramalite.SimulationError, match="after 5 steps") as caught:
+            sim.run_until_idle(max_steps=5)
+
+    assert "messages are not finished" in str(caught.value)
+    assert "worker 0: endless" in str(caught.value)
 
 
 def test_max_time_bounds_the_virtual_time(broker, work):

@@ -847,6 +847,36 @@ def test_an_outcome_survives_a_worker_that_had_no_memory_to_write_it(make_broker
     assert ran == [0, 1, 2, 3]
 
 
+def test_a_thread_whose_outcome_another_one_has_written_goes_on_though_there_is_trouble_again(
+    make_file_broker, worker, monkeypatch
+):
+    # The thread of the job can't write its outcome; another one can, and meets trouble where it looks for the dead.
+    connect, done, written, refused, is_over = sqlite3.connect, [], [], [], threading.Event()
+
+    class Connection(sqlite3.Connection):
+        def execute(self, statement, *values):
+            if done and not is_over.is_set():
+                if threading.current_thread() is done[0]:
+                    raise sqlite3.OperationalError("database or disk is full")
+                if statement.startswith("BEGIN"):
+                    written.append(statement)
+                elif written and not self.in_transaction and statement.lstrip().startswith("SELECT"):
+                    refused.append(statement)
+                    raise sqlite3.OperationalError("database or disk is full")
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
+    broker = make_file_broker()
+    work = dramalite.actor(lambda: done.append(threading.current_thread()), actor_name="work", on_crash="fail")
+    worker(broker)
+    work.send()
+    wait_until(lambda: refused)
+    is_over.set()
+    work.send()
+
+    wait_until(lambda: len(done) == 2)
+
+
 @pytest.fixture
 def takes_many(monkeypatch):
     """Workers take up as many messages at a time as they may, as they do where each takes little time."""
@@ -915,7 +945,7 @@ def test_joining_a_worker_ends_when_what_it_held_went_back_to_the_queue(broker, 
 
     def exchange_and_wait():
         result = exchange()
-        if first._dispatcher.has_litter() and not held.is_set():
+        if first._dispatcher.is_urgent() and not held.is_set():
             held.set()
             wait_until(lambda: len(done) == 20)  # As a thread does that gets no processor.
         return result
@@ -1657,3 +1687,9 @@ def test_a_job_that_a_stop_gave_up_before_its_actor_began_begins_once_only(broke
 def test_a_worker_refuses_numbers_that_make_no_sense(broker, name):
     with pytest.raises(ValueError, match=f"{name} is 0"):
         dramalite.Worker(broker, **{name: 0})
+
+
+@pytest.mark.parametrize("name", ["worker_threads", "async_concurrency"])
+def test_a_worker_refuses_a_number_of_threads_or_coroutines_that_is_not_whole(broker, name):
+    with pytest.raises(TypeError, match=f"{name} is 2.5"):
+        dramalite.Worker(broker, **{name: 2.5})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -43,20 +44,33 @@ def place(place):
     return place
 
 
+@contextlib.contextmanager
+def mounted(place, folder, options):
+    """Have a file system of its own in a folder until all of the place has ended."""
+    folder.mkdir()
+    mounting = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, text=True
+    ) if os.geteuid() == 0 else None
+    if mounting is None or mounting.returncode != 0:
+        pytest.skip("Mounting a small file system needs root and the right to mount.")
+    yield folder
+    place.close()
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
 @pytest.fixture
 def small_disk(place):
     """The place's database on a small file system of its own."""
-    disk = place.folder / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)], capture_output=True, text=True
-    ) if os.geteuid() == 0 else None
-    if mounted is None or mounted.returncode != 0:
-        pytest.skip("Mounting a small file system needs root and the right to mount.")
-    place.db = disk / "queue.db"
-    yield disk
-    place.close()
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with mounted(place, place.folder / "disk", "size=24m") as disk:
+        place.db = disk / "queue.db"
+        yield disk
+
+
+@pytest.fixture
+def full_folder(place):
+    """A folder where there is room for what a supervisor needs to start, and for no more files."""
+    with mounted(place, place.folder / "temporary", "size=64k,nr_inodes=4") as folder:
+        yield folder
 
 
 def test_a_file_that_may_not_grow_makes_send_fail_clearly_and_keeps_what_was_accepted(place):
@@ -197,3 +211,18 @@ def test_closing_a_broker_on_a_full_disk_raises_nothing(place, small_disk):
     (small_disk / "filler").unlink()
 
     assert place.waiting() == 1
+
+
+def test_worker_processes_live_and_work_though_the_temporary_folder_is_full(place, full_folder):
+    tree = place.worker(processes=2, TMPDIR=str(full_folder))
+    place.wait_until(lambda: tree.output().count("ready for action") >= 2, "both processes are ready")
+    for number in range(5):
+        place.send("job", number)
+    place.drained()
+    with pytest.raises(OSError):  # As it was for them.
+        [(full_folder / f"{number}").touch() for number in range(4)]
+    tree.signal(signal.SIGTERM)
+
+    assert tree.wait() == 0, tree.tail()
+    assert tree.output().count("ready for action") == 2
+    assert "Traceback" not in tree.output()

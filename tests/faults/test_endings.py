@@ -379,6 +379,79 @@ def test_an_exception_from_a_signal_handler_in_the_middle_of_a_send_breaks_nothi
     assert place.sound()
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        "after",
+        pytest.param("before", marks=pytest.mark.xfail(strict=True, reason="One as the lock is taken keeps it.")),
+    ],
+)
+def test_an_exception_from_a_signal_handler_in_a_checkpoint_leaves_later_ones_possible(place, part):
+    # CPython raises such exceptions at calls.  Those are taken that come before the log is moved, or after.
+    place.durability = "full"
+    place.script(
+        f"""
+        import sqlite3, sys
+
+        connect, stored, moved = sqlite3.connect, [], []
+
+        class Connection(sqlite3.Connection):
+            def execute(self, statement, *values):
+                result = super().execute(statement, *values)
+                (moved if "wal_checkpoint" in statement else stored).append(statement)
+                return result
+
+        sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)
+        import dramalite
+        import jobs
+
+        class Alarm(Exception):
+            pass
+
+        def send():
+            # So much that the log is moved into the file afterwards.
+            jobs.broker.flush_all()
+            stored.clear()
+            moved.clear()
+            jobs.broker.enqueue_many([jobs.job.message("x" * 600_000) for _ in range(2)])
+
+        def send_with_an_alarm_at(number):
+            calls, place = 0, None
+
+            def profile(frame, event, argument):
+                nonlocal calls, place
+                if event in ("call", "c_return") and frame.f_code.co_filename == dramalite.__file__:
+                    calls += bool(moved if {part!r} == "after" else "COMMIT" in stored and not moved)
+                    if calls == number:
+                        sys.setprofile(None)
+                        place = f"{{frame.f_code.co_name}}, line {{frame.f_lineno}}"
+                        raise Alarm
+
+            sys.setprofile(profile)
+            try:
+                send()
+            except Alarm:
+                pass
+            finally:
+                sys.setprofile(None)
+            return place
+
+        send()
+        assert moved
+        places = []
+        while place := send_with_an_alarm_at(len(places) + 1):
+            places.append(place)
+            if {part!r} == "before":
+                send()
+            if not moved:
+                sys.exit(f"Nobody can move the log any more; before: {{places[-2:]}}.")
+        assert len(places) > 10
+        send()
+        assert moved
+        """
+    )
+
+
 def test_sends_are_stored_after_an_exception_from_a_signal_handler_as_a_transaction_began(
     make_file_broker, monkeypatch
 ):
@@ -619,6 +692,69 @@ def test_a_finalizer_that_sends_while_the_interpreter_ends_does_not_keep_it(plac
 
     assert len(place.notes("over")) == 1
     assert place.sound()
+
+
+@pytest.mark.parametrize(
+    "store", ['limits.add, "key", 1, 60_000', "results.store_result, message, 1, 60_000"], ids=["limit", "result"]
+)
+def test_a_finalizer_that_stores_a_value_while_a_thread_that_has_stopped_holds_the_database_gets_an_error(place, store):
+    # The program's end stops the thread in the middle of its transaction; others wait for what is stored.
+    tree = place.start_script(
+        f"""
+        import functools, os, sqlite3, threading
+        from pathlib import Path
+
+        connect, forever, holding = sqlite3.connect, threading.Event(), []
+
+        class Connection(sqlite3.Connection):
+            def execute(self, statement, *values):
+                result = super().execute(statement, *values)
+                if threading.current_thread().name == "holds" and statement.startswith("BEGIN"):
+                    holding.append(statement)
+                    forever.wait()
+                return result
+
+        sqlite3.connect = lambda *args, **options: connect(*args, factory=Connection, **options)
+        import dramalite
+        import jobs
+
+        limits = dramalite.SQLiteRateLimiterBackend(jobs.broker)
+        results = jobs.broker.get_results_backend()
+        message = jobs.job.send_with_options(args=(1,), store_results=True)
+        limits.add("other", 1, 60_000)
+
+        class Stores:
+            def __del__(self, note=jobs.note, error=dramalite.BrokerError, store=functools.partial({store})):
+                try:
+                    store()
+                except error:
+                    note("refused")
+                note("over")
+
+        def watch(first, then):
+            first()  # So that nothing is still imported when the thread is stopped.
+            ready.append(1)
+            then()
+
+        ready, other = [], jobs.job.send_with_options(args=(0,), store_results=True)
+        for kind in (lambda key, message: limits.wait(key, None), lambda key, message: message.get_result(block=True)):
+            waits = functools.partial(kind, "ready", other), functools.partial(kind, "never", message)
+            threading.Thread(target=watch, args=waits, daemon=True).start()
+        jobs.until(lambda: Path("queue.db-lock").exists())  # They are heard of there.
+        limits.wait_notify("ready", 60_000)
+        results.store_result(other, 1, 60_000)
+        jobs.until(lambda: len(ready) == 2)
+        several = [jobs.job.message(2), jobs.job.message(3)]
+        threading.Thread(target=jobs.broker.enqueue_many, args=(several,), name="holds", daemon=True).start()
+        jobs.until(lambda: holding)
+        last = Stores()
+        last.itself = last  # Collected at the very end.
+        del last
+        """
+    )
+
+    assert tree.wait(20) == 0, tree.tail()
+    assert [note[0] for note in place.notes()] == ["refused", "over"]
 
 
 def test_a_thread_that_outlives_the_main_thread_can_send(place):

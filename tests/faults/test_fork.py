@@ -472,6 +472,30 @@ def test_a_worker_that_stops_in_a_forked_child_notifies_nobody_in_place_of_the_p
     assert sorted(place.runs("ended")) == [f"{who}-{number}" for who in ("child", "parent") for number in range(4)]
 
 
+def test_a_forked_child_can_simulate_a_broker_on_which_its_parent_has_a_worker(place):
+    place.script(
+        """
+        import dramalite
+        import jobs
+
+        def simulate():
+            jobs.job.send(2)
+            with dramalite.simulate(jobs.broker) as sim:
+                sim.run_until_idle()
+            jobs.note("simulated", *(event.outcome for event in sim.events))
+
+        with dramalite.Worker(jobs.broker, worker_threads=1) as worker:
+            jobs.job.send(1)
+            jobs.broker.join("default", timeout=100_000)
+            worker.pause()
+            jobs.in_child(simulate)
+        """
+    )
+
+    assert place.runs("ran") == {"1": 1, "2": 1}
+    assert place.notes("simulated") == [["simulated", "done"]]
+
+
 def test_a_child_that_a_coroutine_forks_ends_where_it_returns(place):
     place.send("forks_in_a_coroutine", 1)
     tree = place.worker(threads=2)

@@ -831,3 +831,33 @@ def test_a_job_that_closes_all_descriptors_costs_its_process_and_loses_nothing(p
     assert len(place.notes("closing")) <= 4
     assert tree.alive()
     assert place.sound()
+
+
+def test_of_several_jobs_the_one_that_closed_all_descriptors_is_known_to_have_crashed(place):
+    # The others end only when nothing can be written any more.
+    place.jobs(
+        """
+        @dramalite.actor(max_retries=0)
+        def close_all_descriptors():
+            note("closing")
+            until(lambda: noted("other") >= 3)
+            os.closerange(3, 1024)
+            note("closed")
+            until(lambda: False)
+
+        @dramalite.actor(max_retries=0)
+        def other(number):
+            note("other", number)
+            until(lambda: noted("closed"))
+        """
+    )
+    place.send("close_all_descriptors", max_crashes=1)
+    tree = place.worker(threads=4)
+    place.wait_until(lambda: place.notes("closing"), "the one begins")
+    for number in range(3):
+        place.send("other", number)
+    place.drained()
+
+    assert [letter.actor_name for letter in place.dead_letters()] == ["close_all_descriptors"]
+    assert len(place.notes("closing")) == 1
+    assert tree.alive()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 import dramalite
 
+from helpers import FakeClock
 from world import PATIENT, open_broker, places, simulated, worlds
 
 OPTIONS = {name: value for name, value in PATIENT.items() if name != "time_limit"}
@@ -180,3 +181,48 @@ def test_no_retry_starts_at_the_age_limit_or_later(place, max_age):
     assert [event.outcome for event in sim.events] == ["retry"] * (len(ages) - 1) + ["dead"]
     assert all(age < max_age for age in ages[:-1])
     assert ages[-1] >= max_age
+
+
+# Times are what they are given as
+
+
+@given(st.integers(0, 10**12))
+@example(1001)
+def test_a_delay_in_whole_milliseconds_is_exactly_that_as_a_timedelta_too(milliseconds):
+    with open_broker("memory", clock=FakeClock()) as broker:
+        work = dramalite.actor(print, actor_name="work", broker=broker)
+        sent = [work.send_with_options(delay=delay) for delay in (milliseconds, timedelta(milliseconds=milliseconds))]
+
+        assert [message.options["eta"] - broker.clock.now_ms for message in sent] == [milliseconds] * 2
+
+
+moments = st.datetimes(datetime(1971, 1, 1), datetime(2200, 1, 1)).map(
+    lambda moment: moment.replace(microsecond=moment.microsecond // 1000 * 1000, tzinfo=timezone.utc)
+)
+
+
+@simulated
+@given(moments, st.lists(st.integers(0, 10**7), max_size=10))
+@example(datetime(2038, 6, 1, tzinfo=timezone.utc), [1] * 20)
+@example(datetime(2026, 1, 1, tzinfo=timezone.utc), [1] * 20)
+def test_a_simulation_advances_by_exactly_what_it_is_told(start, steps):
+    with open_broker("memory") as broker, dramalite.simulate(broker, start=start) as sim:
+        times = []
+        for step in steps:
+            sim.advance(step)
+            times.append(sim.now)
+
+        assert times == [start + timedelta(milliseconds=sum(steps[: n + 1])) for n in range(len(steps))]
+
+
+@simulated
+@given(st.lists(moments, min_size=2, max_size=10).map(sorted))
+@example([datetime(2026, 1, 1, microsecond=ms * 1000, tzinfo=timezone.utc) for ms in range(20)])
+def test_a_simulation_runs_until_exactly_the_time_it_is_told(times):
+    with open_broker("memory") as broker, dramalite.simulate(broker, start=times[0]) as sim:
+        reached = []
+        for time in times:
+            sim.run_until(time)
+            reached.append(sim.now)
+
+        assert reached == times
