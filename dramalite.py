@@ -2892,7 +2892,7 @@ class _Slots:
 
     def __init__(self, guard: threading.RLock) -> None:
         self.words: Any = memoryview(bytearray(_SIDE_FILE_SIZE)).cast("q")
-        self.held: set[int] = set()  # Slots of this process.  Guarded by both locks.
+        self.held: dict[int, object] = {}  # Slots of this process, and who has them.  Guarded by both locks.
         self.bells: dict[int, _Bell] = {}  # Their bells.
         self.abandoned: set[int] = set()  # Owners in this process that died without their process.
         # The database's, taken first: a signal handler may send, through that broker, where lock is held.
@@ -2922,19 +2922,20 @@ class _Slots:
             self.words[_HIGHEST] = max(self.words[_HIGHEST], index)
             return slot
 
-    def hold(self, index: int) -> bool:
+    def hold(self, index: int, holder: object = None) -> bool:
         """Lock a slot for this process; False if it is locked, here or elsewhere."""
         with self.guard, self.lock:
             if index in self.held or not self._take(index):
                 return False
-            self.held.add(index)
+            self.held[index] = holder
             return True
 
-    def let_go(self, index: int) -> None:
-        """Undo hold()."""
+    def let_go(self, index: int, holder: object = None) -> None:
+        """Undo hold() by the same holder, also where an exception has kept it from ending."""
         with self.guard, self.lock:
-            self.held.discard(index)
-            self._give_back(index)
+            if self.held.get(index, holder) is holder:
+                self.held.pop(index, None)
+                self._give_back(index)
 
     def abandon(self, index: int) -> None:
         """Leave a slot of this process as if the process had died."""
@@ -3184,7 +3185,7 @@ class _SideFile(_Slots):
             identity,
             types.SimpleNamespace(
                 descriptor=descriptor, mapping=mapping, words=memoryview(mapping).cast("q"),
-                identity=identity, held=set(), abandoned=set(), users=0,
+                identity=identity, held={}, abandoned=set(), users=0,
             ),
         )  # fmt: skip
 
@@ -4407,11 +4408,12 @@ class _LoggedDatabase(_Connections):
             return False  # Or a signal handler has come in between: it must not wait for what waits for it.
         is_moved = False
         with contextlib.suppress(self._errors, BrokerError, OSError):  # Not now then; the next will.
-            with self._lock:  # For a signal handler that sends meanwhile: close() takes both.
-                slots = self.slots()
-                if not slots.hold(_HEADER):
-                    return False  # Another one is at it.
+            slots, holder = None, object()
             try:
+                with self._lock:  # For a signal handler that sends meanwhile: close() takes both.
+                    slots = self.slots()
+                    if not slots.hold(_HEADER, holder):
+                        return False  # Another one is at it.
                 with self._checkpoint_lock, self._checkpointing() as connection:
                     for _ in range(_MOST_PASSES):
                         started = _SYSTEM_CLOCK.monotonic()
@@ -4425,11 +4427,12 @@ class _LoggedDatabase(_Connections):
                             moved = connection.execute(f"PRAGMA wal_checkpoint({mode})").fetchone()
                             is_moved = moved[0] == 0
             finally:
-                try:
-                    slots.let_go(_HEADER)
-                except BaseException:  # Of a signal handler: kept, it would keep all processes from this.
-                    slots.let_go(_HEADER)
-                    raise
+                if slots is not None:
+                    try:
+                        slots.let_go(_HEADER, holder)
+                    except BaseException:  # Of a signal handler: kept, it would keep all processes from this.
+                        slots.let_go(_HEADER, holder)
+                        raise
         return is_moved
 
     @contextlib.contextmanager
@@ -4585,12 +4588,11 @@ _ASKING_PART = 0.1
 #: Milliseconds that the clock may have been set back between making and sending a message.
 _CLOCK_SLACK_MS = 1000
 
-#: Of messages that are waited for, those that have results now; and those that do not wait or run any more.
+#: Of messages that are waited for, those that have results now; and, some at a time, what waits or runs.
 _HAVE_RESULTS = """
     SELECT DISTINCT message_id FROM dramalite_results
      WHERE message_id IN (SELECT value FROM json_each(?)) AND expires_at > ?"""
-_ARE_GONE = """
-    SELECT value FROM json_each(?) EXCEPT SELECT message_id FROM dramalite_messages WHERE id >= ?"""
+_IDS_SINCE = "SELECT id, CAST(message_id AS TEXT) FROM dramalite_messages WHERE id >= ? ORDER BY id LIMIT 2000"
 
 
 class _Watcher:
@@ -4877,22 +4879,30 @@ class _WatchedDatabase(_Database):
     def _with_results(self) -> list[str] | None:
         """Which of the messages that are waited for have results; None if that can't be told."""
         with self.watch_lock:
-            ids = {key for key in self._watchers if key is not None}
-        return self._select_ids(_HAVE_RESULTS, ids, self._clock().time_ms())
+            ids = [key for key in self._watchers if key is not None]
+        with contextlib.suppress(BrokerError):
+            rows = self._read(_HAVE_RESULTS, (json.dumps(ids), self._clock().time_ms())) if ids else []
+            return [message_id for (message_id,) in rows]
+        return None
 
     def _gone(self) -> list[str] | None:
-        """Which of those that are to end, or to send the ones waited for, have ended; None if that can't be told."""
+        """Which of those that are to end, or to send the ones waited for, have ended; None if that can't be told.
+
+        Some at a time are looked at, with the lock that senders need.
+        """
         with self.watch_lock:
             watchers = set().union(*self._watchers.values())
         carriers = {watcher.carrier for watcher in watchers if watcher.carrier is not None}
-        since_ms = min(map(_time_of_message_id, carriers), default=0) - _CLOCK_SLACK_MS
-        return self._select_ids(_ARE_GONE, carriers, since_ms * 1000)
-
-    def _select_ids(self, sql: str, ids: set[str], value: int) -> list[str] | None:
-        try:
-            return [message_id for (message_id,) in self._read(sql, (json.dumps(list(ids)), value))] if ids else []
-        except BrokerError:  # Those that wait meet it as well, and tell of it.
-            return None
+        since = (min(map(_time_of_message_id, carriers), default=0) - _CLOCK_SLACK_MS) * 1000
+        with contextlib.suppress(BrokerError):  # Those that wait meet it as well, and tell of it.
+            while carriers:
+                rows = self._read(_IDS_SINCE, (since,))
+                carriers.difference_update(message_id for _id, message_id in rows)
+                if not rows:
+                    break
+                since = rows[-1][0] + 1  # None moves to before that.
+            return list(carriers)
+        return None
 
 
 # ------------------------------------------------------------------------------------------
@@ -6913,8 +6923,13 @@ class Prometheus(Middleware):
         self.forget()
         _forgetful.add(self)
 
+    _server: Any = None  # Which answers requests.
+
     def forget(self) -> None:
         """Begin with nothing counted, also in a forked child: what its parent has counted that one adds."""
+        if self._server is not None:
+            self._server.socket.close()  # The child's copy would keep the port.
+            self._server = None
         self._started: dict[int, float] = {}  # By runner: monotonic seconds.
         self._lock = threading.Lock()  # Guards all below.
         self._counts: dict[tuple[str, str, str, float], float] = collections.defaultdict(float)
@@ -6925,6 +6940,9 @@ class Prometheus(Middleware):
         with self._lock:
             self._workers.add(id(worker))
             if self._serving is None:
+                import encodings.idna
+                import http.server  # noqa: F401  (Here: a child forked while a thread imports would wait for it for ever.)
+
                 stop = threading.Event()
                 thread = threading.Thread(
                     target=self._serve, args=(broker, stop), name="dramalite-prometheus", daemon=True
@@ -7033,7 +7051,7 @@ class Prometheus(Middleware):
         while True:
             if server is None:
                 try:
-                    server = Server((self.http_host, self.http_port), handler)
+                    server = self._server = Server((self.http_host, self.http_port), handler)
                 except (OSError, UnicodeError) as error:  # As a rule, another process of ours answers.
                     if not has_failed:
                         is_taken = isinstance(error, OSError) and error.errno == errno.EADDRINUSE
@@ -7058,6 +7076,7 @@ class Prometheus(Middleware):
         if server is not None:
             server.shutdown()
             server.server_close()
+            self._server = None
 
 
 def _labels(queue: str, actor_name: str, **more: str) -> str:

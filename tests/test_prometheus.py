@@ -666,9 +666,8 @@ def test_the_worker_of_a_forked_child_serves_the_metrics_once_the_port_is_free(p
     assert tree.wait() == 0, tree.tail()
 
 
-@pytest.mark.xfail(strict=True, reason="The child has the socket that its parent listens on, so nobody gets the port.")
 def test_the_worker_of_a_forked_child_serves_the_metrics_once_its_parents_worker_has_stopped(place):
-    tree = place.start_script(FORKS.format(is_taken=False, seconds=3))
+    tree = place.start_script(FORKS.format(is_taken=False, seconds=30))
     place.wait_until(lambda: place.notes("stopped"), "the parent's worker has stopped")
     (place.folder / "free").touch()
 

@@ -632,36 +632,6 @@ def test_a_cancellation_that_comes_together_with_a_wake_up_ends_a_wait_for_a_res
     assert is_cancelled == is_asked_to_end
 
 
-def test_senders_need_not_wait_while_it_is_looked_up_whether_a_result_can_still_come(make_file_broker, monkeypatch):
-    connect, is_looking, go_on = sqlite3.connect, threading.Event(), threading.Event()
-
-    class Connection(sqlite3.Connection):
-        def execute(self, statement, *values):
-            if "json_each" in statement and threading.current_thread() not in (waiting, sending):
-                is_looking.set()
-                go_on.wait(DEADLINE * 2)  # As where there are many messages.
-            return super().execute(statement, *values)
-
-    monkeypatch.setattr("sqlite3.connect", lambda *args, **options: connect(*args, factory=Connection, **options))
-    broker, received = make_file_broker(), []
-    work = storing(lambda: 42)
-    message = work.send()
-    waiting = threading.Thread(target=lambda: received.append(result_of(message)), daemon=True)
-    sending = threading.Thread(target=work.send, daemon=True)
-    waiting.start()
-    is_looking.wait(DEADLINE)
-    sending.start()
-    sending.join(DEADLINE)
-    is_sent = not sending.is_alive()
-    go_on.set()
-    broker.get_results_backend().store_result(message, 42, 60_000)
-    waiting.join(DEADLINE)
-
-    assert is_looking.is_set()
-    assert is_sent is True
-    assert received == [42]
-
-
 # Other processes
 
 

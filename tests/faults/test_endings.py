@@ -379,13 +379,7 @@ def test_an_exception_from_a_signal_handler_in_the_middle_of_a_send_breaks_nothi
     assert place.sound()
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        "after",
-        pytest.param("before", marks=pytest.mark.xfail(strict=True, reason="One as the lock is taken keeps it.")),
-    ],
-)
+@pytest.mark.parametrize("part", ["after", "before"])
 def test_an_exception_from_a_signal_handler_in_a_checkpoint_leaves_later_ones_possible(place, part):
     # CPython raises such exceptions at calls.  Those are taken that come before the log is moved, or after.
     place.durability = "full"
