@@ -11893,22 +11893,22 @@ def _explain_missing(path: str, name: str) -> NoReturn:
 class _BrokerModule(types.ModuleType):
     """A module whose global_broker is the default one, None where there is none."""
 
-    is_deleted = False  # As mock.patch() does before it sets back what was there.
+    _is_deleted = False  # As mock.patch() does before it sets back what was there.
 
     @property
     def global_broker(self) -> Broker | None:
-        if self.is_deleted:
+        if self._is_deleted:
             raise AttributeError("global_broker")
         return _global_broker
 
     @global_broker.setter
     def global_broker(self, broker: Broker | None) -> None:
-        self.is_deleted = False
+        self._is_deleted = False
         set_broker(broker)
 
     @global_broker.deleter
     def global_broker(self) -> None:
-        self.is_deleted = True
+        self._is_deleted = True
 
 
 def _add_module_paths() -> None:
