@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from unittest import mock
 
 import pytest
 
@@ -214,6 +215,21 @@ def test_middleware_added_beside_another_one_is_beside_it_on_the_broker_that_is_
     assert (done.stdout, done.stderr) == ("AgeLimit After Before Retries Nowhere\n", "")
 
 
+def test_a_broker_whose_add_middleware_knows_no_places_can_be_set_late(run_python):
+    done = run_python(
+        "import dramalite\n"
+        "class Plain(dramalite.MemoryBroker):\n"
+        "    def add_middleware(self, middleware):\n"
+        "        super().add_middleware(middleware)\n"
+        "mine = type('Mine', (dramalite.Middleware,), {})()\n"
+        "dramalite.get_broker().add_middleware(mine)\n"
+        "dramalite.set_broker(Plain())\n"
+        "assert mine in dramalite.get_broker().middleware\n"
+    )
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_middleware_of_a_built_in_kind_keeps_its_place_on_the_broker_that_is_set_late(run_python):
     done = run_python(
         "import dramalite\n"
@@ -248,6 +264,14 @@ def test_the_default_broker_is_read_and_set_by_the_name_it_has_in_dramatiqs_modu
 
     assert (before, meanwhile, after) == (stub_broker, mine, stub_broker)
     assert module.global_broker is None
+
+
+def test_a_patch_of_the_default_broker_is_undone(stub_broker):
+    mine = dramalite.MemoryBroker()
+    with mock.patch("dramalite.broker.global_broker", mine):
+        meanwhile = dramalite.get_broker()
+
+    assert (meanwhile, dramalite.get_broker()) == (mine, stub_broker)
 
 
 def test_a_broker_that_was_set_on_purpose_keeps_its_actors(make_stub_broker):

@@ -298,6 +298,7 @@ def test_a_message_is_a_dataclass_with_its_fields_in_their_order(message):
     assert dataclasses.is_dataclass(Message) and dataclasses.is_dataclass(message)
     assert [field.name for field in dataclasses.fields(Message)] == list(FIELDS)
     assert [field.name for field in dataclasses.fields(message)] == list(FIELDS)
+    assert all(one is other for one, other in zip(dataclasses.fields(Message), dataclasses.fields(message)))
 
 
 def test_a_message_is_taken_apart_as_a_dataclass_is(message):
