@@ -695,9 +695,11 @@ def test_a_finalizer_that_stores_a_value_while_a_thread_that_has_stopped_holds_t
     # The program's end stops the thread in the middle of its transaction; others wait for what is stored.
     tree = place.start_script(
         f"""
-        import functools, os, sqlite3, threading
+        import atexit, functools, gc, os, sqlite3, threading
         from pathlib import Path
 
+        gc.disable()  # Until the very end: a finalizer that runs before would wait for the thread that holds.
+        atexit.register(gc.enable)
         connect, forever, holding = sqlite3.connect, threading.Event(), []
 
         class Connection(sqlite3.Connection):
