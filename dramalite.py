@@ -3543,13 +3543,12 @@ _PAIRS = """
     ready="FROM dramalite_messages INDEXED BY dramalite_ready WHERE state = 0"
 )
 
-_TAKE = """
-    DELETE FROM dramalite_messages WHERE id = (
-        SELECT id FROM dramalite_messages WHERE state = {} AND queue = ? ORDER BY {} LIMIT 1)
-    RETURNING body"""
-
-_TAKE_READY = _TAKE.format(_READY, "priority, id")
-_TAKE_DELAYED = _TAKE.format(_DELAYED, "eta, priority, id")
+# Of a queue, in the order in which they are taken.
+_QUEUED = {
+    _READY: "FROM dramalite_messages WHERE state = 0 AND queue = ? ORDER BY priority, id",
+    _DELAYED: "FROM dramalite_messages WHERE state = 1 AND queue = ? ORDER BY eta, priority, id",
+}
+_TAKE = "DELETE FROM dramalite_messages WHERE id = (SELECT id {} LIMIT 1) RETURNING body"
 
 _FLUSH = (
     "DELETE FROM dramalite_messages WHERE state = 0 AND (queue = :queue OR :queue IS NULL)",
@@ -3856,8 +3855,9 @@ def _unmark_all() -> None:
 #
 # One database, in a file or in memory, and this process's connections to it: one that sends,
 # one that works, one that reads; in memory one for all.  They are opened at first use and
-# guarded by `_lock`, under which every write is one transaction; only the locks of slots
-# and of used files are taken under it.  Every error that reaches the user says which file, what, and what to do.
+# guarded by `_lock`, under which every write is one transaction; only the locks of slots and of
+# used files are taken under it.  Every error that reaches the user says which file, what, and
+# what to do.
 # To close a descriptor of the database or of its shared memory is to drop SQLite's locks there.
 # ------------------------------------------------------------------------------------------
 #: Of new files: a message touches few pages, and every touched one goes into the log whole.
@@ -5510,14 +5510,13 @@ class _Engine(_SenderDatabase):
 
     def bodies_of(self, queue: str, *, delayed: bool) -> list[bytes]:
         """The messages of a queue that are ready, or delayed, in their order."""
-        state, order = (_DELAYED, "eta, priority, id") if delayed else (_READY, "priority, id")
-        sql = f"SELECT body FROM dramalite_messages WHERE state = {state} AND queue = ? ORDER BY {order}"
-        return [body for (body,) in self._read(sql, (queue,))]
+        queued = _QUEUED[_DELAYED if delayed else _READY]
+        return [body for (body,) in self._read(f"SELECT body {queued}", (queue,))]
 
     @_uninterrupted
     def take(self, queue: str, *, delayed: bool) -> list[bytes]:
         """Remove the first message of a queue that is ready, or delayed; its body, if there was one."""
-        sql = _TAKE_DELAYED if delayed else _TAKE_READY
+        sql = _TAKE.format(_QUEUED[_DELAYED if delayed else _READY])
         rows = self._write(
             "send", lambda connection: self._patiently(connection.execute, sql, (queue,)).fetchall()
         )
@@ -7075,8 +7074,8 @@ class Prometheus(Middleware):
                 break
         if server is not None:
             server.shutdown()
+            self._server = None  # First: another thread of ours may have the port next.
             server.server_close()
-            self._server = None
 
 
 def _labels(queue: str, actor_name: str, **more: str) -> str:
@@ -7152,6 +7151,23 @@ def _bury(row: _Row, body: bytes, reason: str, clock: Clock) -> tuple[str, tuple
     return _BURY, (row.queue, row.actor, row.message_id, now, _cut(reason, _MAX_TRACEBACK_CHARS), body)
 
 
+def _bury_as_stored(
+    row: _Row, message: MessageProxy | None, reason: str, error: BaseException, clock: Clock
+) -> tuple[tuple[str, tuple[Any, ...]], MessageProxy]:
+    """_bury() of a row as it is, and the dead letter; with a stand-in where the row holds no message."""
+    if message is None:
+        message = MessageProxy(_stand_in(row.queue, row.actor, row.message_id, clock.time_ms(), reason))
+    message.fail()
+    message.reason = reason
+    message.stuff_exception(error)
+    return _bury(row, row.body, reason, clock), message
+
+
+def _why_undecodable(error: BaseException) -> str:
+    """The reason of a dead letter that holds no message."""
+    return f"It can't be decoded: {_error_text(error)}"
+
+
 def _decode_row(row: _Row, max_size: int) -> Message[Any]:
     """The message of a row, as an actor is to see it: in its own queue, without an eta."""
     if not isinstance(row.body, bytes):
@@ -7200,11 +7216,9 @@ class _EngineConsumer(Consumer):
             try:
                 proxy = MessageProxy(_decode_row(row, self._broker.max_message_size))
             except DecodeError as error:
-                reason = f"It can't be decoded: {_error_text(error)}"
-                self._finish(row, (_bury(row, row.body, reason, self._broker.clock),))
-                letter = MessageProxy(_stand_in(*row[2:4], row.message_id, self._broker.clock.time_ms(), reason))
-                letter.reason = reason
-                self._broker._remember_dead(self._queue, letter)
+                buried, letter = _bury_as_stored(row, None, _why_undecodable(error), error, self._broker.clock)
+                self._finish(row, (buried,))
+                self._broker._remember_dead(row.queue, letter)
                 return False
             self._claimed[id(proxy)] = proxy, row
         return bool(rows)
@@ -8058,19 +8072,13 @@ class _Processor:
         self._logger.error(
             "Message %s can't be decoded; it becomes a dead letter: %s", job.row.message_id, error
         )
-        self._bury_as_stored(job, f"It can't be decoded: {_error_text(error)}", error)
+        self._bury_as_stored(job, _why_undecodable(error), error)
 
     def _bury_as_stored(self, job: _Job, reason: str, error: BaseException) -> None:
         """Make a dead letter of a job's row as it is; with a stand-in where that holds no message."""
-        row, clock = job.row, self._broker.clock
-        job.outcome.effects.append(_bury(row, row.body, reason, clock))
-        if job.message is None:
-            stand_in = _stand_in(row.queue, row.actor, row.message_id, clock.time_ms(), reason)
-            job.message = MessageProxy(stand_in)
-        job.message.fail()
-        job.message.reason = reason
-        job.message.stuff_exception(error)
-        job.outcome.after_commit = functools.partial(self._broker._remember_dead, row.queue, job.message)
+        buried, job.message = _bury_as_stored(job.row, job.message, reason, error, self._broker.clock)
+        job.outcome.effects.append(buried)
+        job.outcome.after_commit = functools.partial(self._broker._remember_dead, job.row.queue, job.message)
 
     def _acknowledge(self, job: _Job, message: MessageProxy) -> None:
         """Call the ack hooks, or for a failed message the nack hooks and make it a dead letter."""
@@ -10800,8 +10808,8 @@ class _WorkerProcess(_ChildProcess):
     def _tell_forks(self, forks: list[str]) -> None:
         """Note the functions that middleware wants to run in processes of their own."""
         draft = self._note(f"draft-{self._namespace.child}")
-        # The supervisor and its folder are gone, or its disk is full; on Windows, it may just read what
-        with contextlib.suppress(OSError):  # another one told.
+        # The supervisor and its folder are gone, or its disk is full; or, on Windows, it just reads what another one told.
+        with contextlib.suppress(OSError):
             with open(draft, "w", encoding="utf-8") as file:
                 file.write("\n".join(forks))
             os.replace(draft, self._note(f"{_FORKS_NOTE}{self._namespace.reloads}"))
